@@ -1,0 +1,56 @@
+//! What the engine needs of a model: run one step over a batch, and move KV blocks.
+use crate::{Result, spec::ModelSpec};
+use bytes::Bytes;
+use moesaic_types::{KvFormat, TokenId};
+
+/// Index of a KV block in the replica's pool.
+pub type BlockIndex = u32;
+
+/// Which rows of logits a chunk wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogitsWanted {
+    /// None: a prefill chunk that does not reach the prompt's end.
+    None,
+    /// The last token's.
+    Last,
+    /// Every token's (prompt log-probabilities, `check`).
+    All,
+}
+
+/// One sequence's part of a step: consecutive tokens at positions `start..start + tokens.len()`.
+#[derive(Clone, Debug)]
+pub struct SequenceChunk<'a> {
+    /// The tokens; at least one.
+    pub tokens: &'a [TokenId],
+    /// Position of the first token; keys and values of all earlier positions are in `blocks`.
+    pub start: usize,
+    /// The sequence's KV blocks in order; covers `start + tokens.len()` positions at least. Blocks that lie wholly
+    /// before `start` may be shared with other sequences and are only read.
+    pub blocks: &'a [BlockIndex],
+    /// Which logits to return.
+    pub logits: LogitsWanted,
+}
+
+/// A loaded model with its KV pool on one device. One thread drives it.
+pub trait Runner: Send {
+    /// The model's architecture.
+    fn spec(&self) -> &ModelSpec;
+    /// Bytes of one KV block (64 tokens, all layers).
+    fn kv_block_bytes(&self) -> usize;
+    /// How keys and values are stored.
+    fn kv_format(&self) -> KvFormat;
+    /// Makes the KV pool of `blocks` blocks; their contents are unspecified. Call once before `forward`.
+    fn allocate_kv(&mut self, blocks: usize) -> Result<()>;
+    /// Runs one step. Appends to `logits` the wanted rows (`[rows, vocab]` f32, in the order of the chunks and
+    /// positions). On error the KV of the chunks' new positions is unspecified and nothing else changed.
+    fn forward(&mut self, batch: &[SequenceChunk<'_>], logits: &mut Vec<f32>) -> Result<()>;
+    /// The experts that the last `forward` chose: `[moe layer][token of the batch] -> expert ids, ascending`.
+    /// Recorded only after `record_routing(true)`.
+    fn routing(&self) -> &[Vec<Vec<u32>>];
+    /// Turns the recording of routing on or off.
+    fn record_routing(&mut self, on: bool);
+    /// The bytes of a KV block, in a form that `import_block` of any replica of this model and format reads.
+    fn export_block(&self, block: BlockIndex) -> Result<Bytes>;
+    /// Fills a KV block; an error when `bytes` has another length than `kv_block_bytes`.
+    fn import_block(&mut self, block: BlockIndex, bytes: &[u8]) -> Result<()>;
+}

@@ -1,0 +1,134 @@
+//! The boundaries between services, as traits: an in-process implementation in embedded mode, a remote one in a
+//! cluster. `Backend` and `ExpertPool`, which speak of tensors, are in `moesaic-model`.
+use crate::{BlockHash, Delta, GenerateRequest, ReplicaId, RequestId, Result};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A stream of pieces of one answer; dropping it cancels the request.
+pub type DeltaStream = BoxStream<'static, Result<Delta>>;
+
+/// A scheduler as the gateway sees it.
+pub trait Replica: Send + Sync + 'static {
+    /// Accepts a request or refuses it (`ResourceExhausted` when the queue is full, `InvalidArgument`, `Unavailable`).
+    fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<DeltaStream>>;
+    /// How busy it is; also says whether it is ready at all.
+    fn load(&self) -> BoxFuture<'_, Result<ReplicaLoad>>;
+}
+
+/// How busy a replica is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ReplicaLoad {
+    /// Sequences in the running batch.
+    pub running: usize,
+    /// Sequences that wait.
+    pub waiting: usize,
+    /// KV blocks in all.
+    pub kv_blocks_total: usize,
+    /// KV blocks that hold a running sequence's tokens.
+    pub kv_blocks_used: usize,
+    /// The longest context, in tokens.
+    pub max_context: usize,
+}
+
+/// What the router must know of a request: never its text.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlaceRequest {
+    /// The request.
+    pub id: RequestId,
+    /// Names of the prompt's full blocks.
+    pub blocks: Vec<BlockHash>,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens to generate at most.
+    pub max_tokens: usize,
+    /// Replicas that failed this request already.
+    pub exclude: Vec<ReplicaId>,
+}
+
+/// Where a request goes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Placed {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Blocks of the prompt that the router believes the replica has.
+    pub overlap_blocks: usize,
+}
+
+/// The router as the gateway sees it.
+pub trait Placer: Send + Sync + 'static {
+    /// Chooses a replica; `Unavailable` when none is ready.
+    fn place(&self, request: PlaceRequest) -> BoxFuture<'_, Result<Placed>>;
+}
+
+/// Stored KV blocks, shared by all replicas.
+pub trait PrefixStore: Send + Sync + 'static {
+    /// How many blocks of `chain`, from its start, are stored.
+    fn longest(&self, chain: &[BlockHash]) -> BoxFuture<'_, Result<usize>>;
+    /// The blocks' bytes, in order; stops at the first that is gone.
+    fn fetch(&self, chain: &[BlockHash]) -> BoxFuture<'_, Result<Vec<Bytes>>>;
+    /// Offers a block; the store may decline (false), for it has it or has no room.
+    fn offer(&self, hash: BlockHash, bytes: Bytes) -> BoxFuture<'_, Result<bool>>;
+}
+
+/// A numbered event; a gap in `sequence` of one `source` means that events were lost.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// Dotted subject, `moesaic.v1.<plane>.<service>.<instance>.<event>`.
+    pub subject: Arc<str>,
+    /// Who sent it: one instance in one life.
+    pub source: Arc<str>,
+    /// 1, 2, 3, ... for each (source, subject).
+    pub sequence: u64,
+    /// JSON.
+    pub payload: Bytes,
+}
+
+/// Small events between services: load, KV, membership.
+pub trait EventBus: Send + Sync + 'static {
+    /// Publishes an event to everyone who subscribed; numbers it.
+    fn publish(&self, source: &str, subject: &str, payload: Bytes) -> BoxFuture<'_, Result<()>>;
+    /// Events whose subject starts with `prefix`, from now on. A slow reader loses events and sees a gap.
+    fn subscribe(&self, prefix: &str) -> BoxFuture<'_, Result<BoxStream<'static, Event>>>;
+}
+
+/// Which blocks a replica holds; the payload of its `kv` events.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum KvEvent {
+    /// Blocks can now be reused.
+    Stored {
+        /// Their names.
+        blocks: Vec<BlockHash>,
+    },
+    /// Blocks are gone.
+    Evicted {
+        /// Their names.
+        blocks: Vec<BlockHash>,
+    },
+    /// Everything is gone (a fresh engine).
+    Cleared,
+}
+
+/// Small shared state with leases: registry, block index, limits.
+pub trait Metadata: Send + Sync + 'static {
+    /// The value of a key with its version; `None` when absent or expired.
+    fn get(&self, key: &str) -> BoxFuture<'_, Result<Option<(Bytes, u64)>>>;
+    /// Writes if the version still is `expected` (`None`: if absent); the new version, or `None` if it was not.
+    fn compare_and_set(
+        &self,
+        key: &str,
+        expected: Option<u64>,
+        value: Bytes,
+        expires_after: Option<Duration>,
+    ) -> BoxFuture<'_, Result<Option<u64>>>;
+    /// Removes a key if its version is `expected`; whether it did.
+    fn remove(&self, key: &str, expected: u64) -> BoxFuture<'_, Result<bool>>;
+    /// Adds to a counter and returns it; the first addition starts its expiry.
+    fn add(&self, key: &str, amount: i64, expires_after: Option<Duration>) -> BoxFuture<'_, Result<i64>>;
+    /// Keys that start with `prefix`, sorted.
+    fn keys(&self, prefix: &str) -> BoxFuture<'_, Result<Vec<String>>>;
+}

@@ -1,0 +1,122 @@
+//! Chained block hashes: the names of KV blocks across the whole cluster.
+use crate::{BLOCK_TOKENS, KvFormat, TokenId, WeightFormat};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// The name of one full KV block; equal names mean equal keys and values.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct BlockHash(pub [u8; 16]);
+
+impl fmt::Debug for BlockHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for byte in self.0 {
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+/// A content digest of a model's weights or of an adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub struct Digest(pub [u8; 32]);
+
+impl Digest {
+    /// The digest of some bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(*blake3::hash(bytes).as_bytes())
+    }
+}
+
+/// Keeps tenants' prefix blocks apart; derived by the gateway from the key, never taken from the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub struct TenantSalt(pub [u8; 16]);
+
+impl TenantSalt {
+    /// The salt of one API key under the operator's secret.
+    pub fn derive(secret: &[u8], key: &str) -> Self {
+        let keyed = blake3::keyed_hash(blake3::hash(secret).as_bytes(), key.as_bytes());
+        let mut salt = [0; 16];
+        salt.copy_from_slice(&keyed.as_bytes()[..16]);
+        Self(salt)
+    }
+}
+
+/// Everything but the tokens that decides what is in a KV block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockHasher {
+    root: [u8; 32],
+}
+
+impl BlockHasher {
+    /// A hasher for one model, weight format, KV format and adapter.
+    pub fn new(model: &Digest, weights: WeightFormat, kv: KvFormat, adapter: Option<&Digest>) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key("moesaic kv block v1");
+        hasher.update(&model.0);
+        hasher.update(weights.to_string().as_bytes());
+        hasher.update(b"/");
+        hasher.update(kv.to_string().as_bytes());
+        hasher.update(&adapter.copied().unwrap_or_default().0);
+        Self { root: *hasher.finalize().as_bytes() }
+    }
+
+    /// The names of the full blocks of `tokens`, in order; a partial last block has no name.
+    pub fn chain(&self, salt: &TenantSalt, tokens: &[TokenId]) -> Vec<BlockHash> {
+        let mut parent = None;
+        tokens
+            .chunks_exact(BLOCK_TOKENS)
+            .map(|block| {
+                let hash = self.next(salt, parent.as_ref(), block);
+                parent = Some(hash);
+                hash
+            })
+            .collect()
+    }
+
+    /// The name of the block that follows `parent` (`None`: the first block).
+    pub fn next(&self, salt: &TenantSalt, parent: Option<&BlockHash>, block: &[TokenId]) -> BlockHash {
+        let mut hasher = blake3::Hasher::new_keyed(&self.root);
+        hasher.update(&salt.0);
+        if let Some(parent) = parent {
+            hasher.update(&parent.0);
+        }
+        for token in block {
+            hasher.update(&token.to_le_bytes());
+        }
+        let mut hash = [0; 16];
+        hash.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        BlockHash(hash)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hasher() -> BlockHasher {
+        BlockHasher::new(&Digest::of(b"m"), WeightFormat::F32, KvFormat::F32, None)
+    }
+
+    #[test]
+    fn a_chain_names_full_blocks_only_and_shares_prefixes() {
+        let tokens: Vec<u32> = (0..200).collect();
+        let salt = TenantSalt::default();
+        let chain = hasher().chain(&salt, &tokens);
+        assert_eq!(chain.len(), 3);
+        let mut other = tokens.clone();
+        other[130] = 7;
+        let other = hasher().chain(&salt, &other);
+        assert_eq!(chain[..2], other[..2]);
+        assert_ne!(chain[2], other[2]);
+    }
+
+    #[test]
+    fn tenants_formats_and_positions_have_other_names() {
+        let tokens = [1u32; 128];
+        let salt = TenantSalt::derive(b"secret", "a");
+        let chain = hasher().chain(&salt, &tokens);
+        assert_ne!(chain[0], chain[1]);
+        assert_ne!(chain, hasher().chain(&TenantSalt::derive(b"secret", "b"), &tokens));
+        let bf16 = BlockHasher::new(&Digest::of(b"m"), WeightFormat::F32, KvFormat::Bf16, None);
+        assert_ne!(chain, bf16.chain(&salt, &tokens));
+    }
+}

@@ -1,0 +1,258 @@
+//! What a device must be able to do: hold weights, run a layer's operations on rows of f32 activations, and keep the
+//! paged KV cache. Two implementations: [`native`] CPU kernels and [`candle`].
+//!
+//! A [`Backend::Tensor`] is a matrix of f32, one row a token. No operation may let one row's arithmetic depend on
+//! the others of a batch where the backend promises determinism (native does; see `design.md`, promise 2).
+pub mod candle;
+pub mod native;
+
+use crate::expert_pool::Routing;
+use crate::spec::{Activation, Norm};
+use crate::{Error, Result};
+use moesaic_kernels::{Format, PackedMatrix, Storage};
+use moesaic_types::{KvFormat, WeightFormat};
+use std::sync::Arc;
+
+/// Which backend runs a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum BackendKind {
+    /// The CPU kernels of `moesaic-kernels`.
+    #[default]
+    Native,
+    /// candle: CPU, or a GPU with the cargo features `cuda` or `metal`.
+    Candle,
+}
+
+impl std::str::FromStr for BackendKind {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "native" => Ok(Self::Native),
+            "candle" => Ok(Self::Candle),
+            _ => Err(format!("backend '{text}' is unknown; use native or candle")),
+        }
+    }
+}
+
+/// Writes one row of a matrix; called with each row once, in order.
+pub type ReadRow<'a> = Box<dyn FnMut(usize, &mut [f32]) -> Result<()> + 'a>;
+
+/// A weight matrix `[rows, cols]` on its way to a device: `y = x Wᵀ`, so `rows` is the output's width.
+pub struct Matrix<'a> {
+    /// Output width.
+    pub rows: usize,
+    /// Input width.
+    pub cols: usize,
+    /// How the device should hold it.
+    pub format: WeightFormat,
+    /// The matrix as the file holds it already, in `format`.
+    pub packed: Option<PackedMatrix<Storage>>,
+    /// Its rows.
+    pub read: ReadRow<'a>,
+}
+
+impl Matrix<'_> {
+    /// The matrix in the kernels' panel layout.
+    pub fn pack(mut self) -> Result<PackedMatrix<Storage>> {
+        if let Some(packed) = self.packed {
+            return Ok(packed);
+        }
+        let mut failure = None;
+        let packed = PackedMatrix::pack(kernel_format(self.format), self.rows, self.cols, &mut |row, out| {
+            if failure.is_none() {
+                failure = (self.read)(row, out).err();
+            }
+        });
+        match failure {
+            None => Ok(packed),
+            Some(error) => Err(error),
+        }
+    }
+
+    /// All rows in f32, with the rounding that the format brings.
+    pub fn to_f32(mut self) -> Result<Vec<f32>> {
+        let (rows, cols) = (self.rows, self.cols);
+        let mut values = vec![0.0; rows * cols];
+        if self.format == WeightFormat::F32 && self.packed.is_none() {
+            for (row, out) in values.chunks_exact_mut(cols).enumerate() {
+                (self.read)(row, out)?;
+            }
+        } else {
+            let packed = self.pack()?;
+            values.chunks_exact_mut(cols).enumerate().for_each(|(row, out)| packed.dequantize_row(row, out));
+        }
+        Ok(values)
+    }
+}
+
+/// The kernels' word for a weight format.
+pub fn kernel_format(format: WeightFormat) -> Format {
+    match format {
+        WeightFormat::F32 => Format::F32,
+        WeightFormat::Bf16 => Format::Bf16,
+        WeightFormat::Q8 => Format::Q8,
+        WeightFormat::Q4 { group } => Format::Q4 { group: group.into() },
+    }
+}
+
+/// A feed-forward network on its way to a device.
+pub struct FfnMatrices<'a> {
+    /// The gate, if the network is gated.
+    pub gate: Option<Matrix<'a>>,
+    /// Up.
+    pub up: Matrix<'a>,
+    /// Down.
+    pub down: Matrix<'a>,
+    /// Bias of the gate.
+    pub gate_bias: Option<Vec<f32>>,
+    /// Bias of up.
+    pub up_bias: Option<Vec<f32>>,
+    /// Bias of down.
+    pub down_bias: Option<Vec<f32>>,
+    /// The nonlinearity.
+    pub activation: Activation,
+}
+
+/// What is cached of one layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvLayout {
+    /// Key and value heads.
+    pub heads: usize,
+    /// Width of a key.
+    pub k_dim: usize,
+    /// Width of a value.
+    pub v_dim: usize,
+    /// Whether a value is the start of its key, and not stored again.
+    pub v_in_k: bool,
+}
+
+/// One layer's attention, but for the tensors.
+#[derive(Clone, Debug)]
+pub struct AttentionCall {
+    /// Query heads; a multiple of the layout's.
+    pub heads: usize,
+    /// Multiplies scores.
+    pub scale: f32,
+    /// A query sees the last `window` positions, its own included.
+    pub window: Option<usize>,
+    /// A logit per head that takes part in the softmax and adds nothing.
+    pub sinks: Option<Arc<[f32]>>,
+    /// A slope per head: `-slope * distance` is added to scores.
+    pub alibi: Option<Arc<[f32]>>,
+}
+
+/// One sequence's rows of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionSequence<'a> {
+    /// Its blocks.
+    pub blocks: &'a [u32],
+    /// Position of its first row.
+    pub start: usize,
+    /// How many rows.
+    pub rows: usize,
+}
+
+/// A device that runs models.
+pub trait Backend: Send + Sync + Sized + 'static {
+    /// Rows of f32 on the device.
+    type Tensor: Send;
+    /// A matrix with an optional bias.
+    type Linear: Send + Sync;
+    /// A table of rows.
+    type Embedding: Send + Sync;
+    /// A norm's weights.
+    type Norm: Send + Sync;
+    /// A feed-forward network.
+    type Ffn: Send + Sync;
+    /// One layer's experts; those that are elsewhere are missing.
+    type Experts: Send + Sync;
+    /// Cosines and sines of a batch's positions.
+    type Rotation: Send;
+    /// The KV cache of all layers.
+    type Kv: Send;
+
+    /// `native` or `candle`.
+    fn name(&self) -> &'static str;
+
+    /// Takes a matrix.
+    fn load_linear(&self, matrix: Matrix<'_>, bias: Option<Vec<f32>>) -> Result<Self::Linear>;
+    /// Takes an embedding.
+    fn load_embedding(&self, matrix: Matrix<'_>) -> Result<Self::Embedding>;
+    /// The embedding as output matrix, sharing its memory.
+    fn tie(&self, embedding: &Self::Embedding) -> Result<Self::Linear>;
+    /// Takes a norm's weights.
+    fn load_norm(&self, norm: Norm, weight: Vec<f32>, bias: Option<Vec<f32>>) -> Result<Self::Norm>;
+    /// Takes a feed-forward network.
+    fn load_ffn(&self, matrices: FfnMatrices<'_>) -> Result<Self::Ffn>;
+    /// Gathers a layer's experts.
+    fn gather_experts(&self, experts: Vec<Option<Self::Ffn>>, hidden: usize) -> Result<Self::Experts>;
+
+    /// Moves `[rows, cols]` values to the device.
+    fn from_host(&self, values: Vec<f32>, cols: usize) -> Result<Self::Tensor>;
+    /// Moves values to the host.
+    fn to_host(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+    /// Rows of the embedding.
+    fn embed(&self, embedding: &Self::Embedding, tokens: &[u32]) -> Result<Self::Tensor>;
+    /// Normalizes each run of columns that is as long as the norm's weight.
+    fn norm(&self, norm: &Self::Norm, x: &Self::Tensor) -> Result<Self::Tensor>;
+    /// `x Wᵀ + bias`.
+    fn linear(&self, linear: &Self::Linear, x: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Applies a matrix of its own to each head's columns.
+    fn linear_by_head(&self, linears: &[Self::Linear], x: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Cosines and sines `[rows, pairs]`, for pairs of neighbours or of halves.
+    fn rotation(&self, cos: Vec<f32>, sin: Vec<f32>, pairs: usize, interleaved: bool) -> Result<Self::Rotation>;
+    /// Rotates the columns from `offset` of each head.
+    fn rotate(
+        &self,
+        x: Self::Tensor,
+        head_dim: usize,
+        offset: usize,
+        rotation: &Self::Rotation,
+    ) -> Result<Self::Tensor>;
+    /// Columns `start..start + width` of each of `heads` heads.
+    fn columns(&self, x: &Self::Tensor, heads: usize, start: usize, width: usize) -> Result<Self::Tensor>;
+    /// Joins two tensors' columns head by head.
+    fn join(&self, a: &Self::Tensor, b: &Self::Tensor, heads: usize) -> Result<Self::Tensor>;
+    /// Some rows.
+    fn rows(&self, x: &Self::Tensor, rows: &[u32]) -> Result<Self::Tensor>;
+    /// `x * factor`.
+    fn scale(&self, x: Self::Tensor, factor: f32) -> Result<Self::Tensor>;
+    /// Values clamped to ±`limit`.
+    fn clamp(&self, x: Self::Tensor, limit: f32) -> Result<Self::Tensor>;
+    /// `x + factor * y`.
+    fn add(&self, x: Self::Tensor, y: &Self::Tensor, factor: f32) -> Result<Self::Tensor>;
+    /// Each row of `x` times the sigmoid of its `gate` `[rows, 1]`.
+    fn gate_rows(&self, x: Self::Tensor, gate: &Self::Tensor) -> Result<Self::Tensor>;
+    /// A dense network.
+    fn ffn(&self, ffn: &Self::Ffn, x: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Each row's experts, weighted and summed in the order of `routing`. Experts that are missing add nothing.
+    fn experts(&self, experts: &Self::Experts, x: &Self::Tensor, routing: &Routing) -> Result<Self::Tensor>;
+
+    /// Bytes of one block of 64 tokens over these layers.
+    fn kv_block_bytes(&self, layers: &[KvLayout], format: KvFormat) -> usize;
+    /// Makes a cache of `blocks` blocks.
+    fn allocate_kv(&self, layers: &[KvLayout], format: KvFormat, blocks: usize) -> Result<Self::Kv>;
+    /// Writes the batch's keys and values into the cache and attends. `q` `[rows, heads * k_dim]`, `k`
+    /// `[rows, kv heads * k_dim]`, `v` `[rows, kv heads * v_dim]` (`None` if values are in keys); gives
+    /// `[rows, heads * v_dim]`.
+    #[allow(clippy::too_many_arguments, reason = "the tensors of attention")]
+    fn attend(
+        &self,
+        kv: &mut Self::Kv,
+        layer: usize,
+        call: &AttentionCall,
+        sequences: &[AttentionSequence<'_>],
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: Option<&Self::Tensor>,
+    ) -> Result<Self::Tensor>;
+    /// A block's bytes.
+    fn export_block(&self, kv: &Self::Kv, block: usize) -> Result<Vec<u8>>;
+    /// Fills a block; `bytes` has the right length.
+    fn import_block(&self, kv: &mut Self::Kv, block: usize, bytes: &[u8]) -> Result<()>;
+
+    /// An error of this backend.
+    fn error(&self, reason: impl Into<String>) -> Error {
+        Error::Backend { backend: self.name(), reason: reason.into() }
+    }
+}

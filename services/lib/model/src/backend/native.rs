@@ -1,0 +1,425 @@
+//! The CPU kernels of `moesaic-kernels`.
+//!
+//! Deterministic: every operation computes a row in an order that does not depend on the other rows, so a request's
+//! logits are bit-identical whatever the batch and the chunking.
+use super::{AttentionCall, AttentionSequence, Backend, FfnMatrices, KvLayout, Matrix};
+use crate::Result;
+use crate::expert_pool::Routing;
+use crate::spec::{Activation, Norm, NormKind};
+use moesaic_kernels::{self as kernels, ExpertWeights, Kernels, KvLayer, KvShape, PackedMatrix, Storage};
+use moesaic_types::{BLOCK_TOKENS, KvFormat};
+use std::sync::Arc;
+
+/// The native backend with its threads.
+pub struct NativeBackend {
+    kernels: Kernels,
+}
+
+/// Rows of f32 in memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rows {
+    /// Row-major values.
+    pub values: Vec<f32>,
+    /// Columns.
+    pub cols: usize,
+}
+
+impl Rows {
+    /// How many rows.
+    pub fn count(&self) -> usize {
+        self.values.len() / self.cols.max(1)
+    }
+}
+
+/// `y = x Wᵀ + bias`.
+pub struct Linear {
+    weight: Arc<PackedMatrix<Storage>>,
+    bias: Option<Vec<f32>>,
+}
+
+/// A norm's weights.
+pub struct NormWeights {
+    norm: Norm,
+    weight: Vec<f32>,
+    bias: Option<Vec<f32>>,
+}
+
+/// A feed-forward network.
+pub enum Ffn {
+    /// `down(act(gate(x)) * up(x))`.
+    Gated(Arc<ExpertWeights>, Activation),
+    /// `down(act(up(x)))`.
+    Plain {
+        /// Up.
+        up: Linear,
+        /// Down.
+        down: Linear,
+        /// The nonlinearity.
+        activation: Activation,
+    },
+}
+
+/// A layer's experts.
+pub struct Experts {
+    weights: Vec<Option<Arc<ExpertWeights>>>,
+    activation: Activation,
+    hidden: usize,
+}
+
+/// Cosines and sines `[rows, pairs]`.
+pub struct Rotation {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    pairs: usize,
+    interleaved: bool,
+}
+
+/// The KV cache of all layers.
+pub struct Kv {
+    layers: Vec<KvLayer>,
+    layouts: Vec<KvLayout>,
+}
+
+impl NativeBackend {
+    /// Kernels on `threads` threads, with the best instructions that the CPU has.
+    pub fn new(threads: usize) -> Self {
+        Self { kernels: Kernels::new(threads.max(1)) }
+    }
+}
+
+fn kernel_activation(activation: Activation) -> kernels::Activation {
+    match activation {
+        Activation::Silu => kernels::Activation::Silu,
+        Activation::Gelu => kernels::Activation::Gelu,
+        Activation::GeluTanh => kernels::Activation::GeluTanh,
+        Activation::Relu => kernels::Activation::Relu,
+        Activation::ClampedSwiGlu { alpha, limit } => kernels::Activation::ClampedSwiGlu { alpha, limit },
+    }
+}
+
+fn activate(activation: Activation, x: f32) -> f32 {
+    match activation {
+        Activation::Silu | Activation::ClampedSwiGlu { .. } => x / (1.0 + (-x).exp()),
+        Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
+        Activation::GeluTanh => 0.5 * x * (1.0 + (0.797_884_6 * (x + 0.044_715 * x * x * x)).tanh()),
+        Activation::Relu => x.max(0.0),
+    }
+}
+
+/// The error function by its series near 0 and its continued fraction elsewhere; exact to f32.
+fn erf(x: f32) -> f32 {
+    let x = f64::from(x);
+    let magnitude = x.abs();
+    let value = if magnitude < 2.5 {
+        let (mut term, mut sum, mut n) = (magnitude, magnitude, 0.0);
+        while term.abs() > 1e-12 {
+            n += 1.0;
+            term *= -magnitude * magnitude / n;
+            sum += term / (2.0 * n + 1.0);
+        }
+        sum * std::f64::consts::FRAC_2_SQRT_PI
+    } else {
+        let fraction = (1..=40).rev().fold(magnitude, |rest, n| magnitude + f64::from(n) / 2.0 / rest);
+        1.0 - (-magnitude * magnitude).exp() / (fraction * std::f64::consts::PI.sqrt())
+    };
+    value.copysign(x) as f32
+}
+
+fn kv_shape(layout: &KvLayout, format: KvFormat) -> KvShape {
+    KvShape { kv_heads: layout.heads, k_dim: layout.k_dim, v_dim: layout.v_dim, v_in_k: layout.v_in_k, format }
+}
+
+impl Backend for NativeBackend {
+    type Tensor = Rows;
+    type Linear = Linear;
+    type Embedding = Arc<PackedMatrix<Storage>>;
+    type Norm = NormWeights;
+    type Ffn = Ffn;
+    type Experts = Experts;
+    type Rotation = Rotation;
+    type Kv = Kv;
+
+    fn name(&self) -> &'static str {
+        "native"
+    }
+
+    fn load_linear(&self, matrix: Matrix<'_>, bias: Option<Vec<f32>>) -> Result<Linear> {
+        Ok(Linear { weight: Arc::new(matrix.pack()?), bias })
+    }
+
+    fn load_embedding(&self, matrix: Matrix<'_>) -> Result<Self::Embedding> {
+        Ok(Arc::new(matrix.pack()?))
+    }
+
+    fn tie(&self, embedding: &Self::Embedding) -> Result<Linear> {
+        Ok(Linear { weight: embedding.clone(), bias: None })
+    }
+
+    fn load_norm(&self, norm: Norm, weight: Vec<f32>, bias: Option<Vec<f32>>) -> Result<NormWeights> {
+        Ok(NormWeights { norm, weight, bias })
+    }
+
+    fn load_ffn(&self, matrices: FfnMatrices<'_>) -> Result<Ffn> {
+        let activation = matrices.activation;
+        let Some(gate) = matrices.gate else {
+            let up = self.load_linear(matrices.up, matrices.up_bias)?;
+            let down = self.load_linear(matrices.down, matrices.down_bias)?;
+            return Ok(Ffn::Plain { up, down, activation });
+        };
+        let weights = ExpertWeights {
+            gate: gate.pack()?,
+            up: matrices.up.pack()?,
+            down: matrices.down.pack()?,
+            gate_bias: matrices.gate_bias,
+            up_bias: matrices.up_bias,
+            down_bias: matrices.down_bias,
+        };
+        Ok(Ffn::Gated(Arc::new(weights), activation))
+    }
+
+    fn gather_experts(&self, experts: Vec<Option<Ffn>>, hidden: usize) -> Result<Experts> {
+        let mut activation = Activation::Silu;
+        let weights = experts.into_iter().map(|expert| match expert {
+            None => Ok(None),
+            Some(Ffn::Gated(weights, own)) => {
+                activation = own;
+                Ok(Some(weights))
+            }
+            Some(Ffn::Plain { .. }) => Err(self.error("experts without a gate are not supported")),
+        });
+        let weights = weights.collect::<Result<_>>()?;
+        Ok(Experts { weights, activation, hidden })
+    }
+
+    fn from_host(&self, values: Vec<f32>, cols: usize) -> Result<Rows> {
+        Ok(Rows { values, cols })
+    }
+
+    fn to_host(&self, x: &Rows) -> Result<Vec<f32>> {
+        Ok(x.values.clone())
+    }
+
+    fn embed(&self, embedding: &Self::Embedding, tokens: &[u32]) -> Result<Rows> {
+        let cols = embedding.cols();
+        let mut values = vec![0.0; tokens.len() * cols];
+        for (&token, row) in tokens.iter().zip(values.chunks_exact_mut(cols)) {
+            embedding.dequantize_row(token as usize, row);
+        }
+        Ok(Rows { values, cols })
+    }
+
+    fn norm(&self, weights: &NormWeights, x: &Rows) -> Result<Rows> {
+        let width = weights.weight.len();
+        let mut values = x.values.clone();
+        for run in values.chunks_exact_mut(width) {
+            if weights.norm.kind == NormKind::Layer {
+                let mean = lane_sum(run, |x| x) / width as f32;
+                run.iter_mut().for_each(|x| *x -= mean);
+            }
+            let variance = lane_sum(run, |x| x * x) / width as f32;
+            let factor = 1.0 / (variance + weights.norm.eps).sqrt();
+            run.iter_mut().zip(&weights.weight).for_each(|(x, weight)| *x = *x * factor * weight);
+            if let Some(bias) = &weights.bias {
+                run.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+            }
+        }
+        Ok(Rows { values, cols: x.cols })
+    }
+
+    fn linear(&self, linear: &Linear, x: &Rows) -> Result<Rows> {
+        let (rows, cols) = (x.count(), linear.weight.rows());
+        let mut values = vec![0.0; rows * cols];
+        self.kernels.linear(&linear.weight, &x.values, rows, linear.bias.as_deref(), &mut values);
+        Ok(Rows { values, cols })
+    }
+
+    fn linear_by_head(&self, linears: &[Linear], x: &Rows) -> Result<Rows> {
+        let width = x.cols / linears.len();
+        let out = linears.first().map_or(0, |linear| linear.weight.rows());
+        let cols = out * linears.len();
+        let mut values = vec![0.0; x.count() * cols];
+        for (head, linear) in linears.iter().enumerate() {
+            let part = self.linear(linear, &self.columns(x, 1, head * width, width)?)?;
+            for (row, part) in values.chunks_exact_mut(cols).zip(part.values.chunks_exact(out)) {
+                row[head * out..][..out].copy_from_slice(part);
+            }
+        }
+        Ok(Rows { values, cols })
+    }
+
+    fn rotation(&self, cos: Vec<f32>, sin: Vec<f32>, pairs: usize, interleaved: bool) -> Result<Rotation> {
+        Ok(Rotation { cos, sin, pairs, interleaved })
+    }
+
+    fn rotate(&self, mut x: Rows, head_dim: usize, offset: usize, rotation: &Rotation) -> Result<Rows> {
+        let pairs = rotation.pairs;
+        let angles = rotation.cos.chunks_exact(pairs).zip(rotation.sin.chunks_exact(pairs));
+        for (row, (cos, sin)) in x.values.chunks_exact_mut(x.cols).zip(angles) {
+            for head in row.chunks_exact_mut(head_dim) {
+                let turning = &mut head[offset..offset + 2 * pairs];
+                for pair in 0..pairs {
+                    let (i, j) = if rotation.interleaved { (2 * pair, 2 * pair + 1) } else { (pair, pair + pairs) };
+                    let (a, b) = (turning[i], turning[j]);
+                    turning[i] = a * cos[pair] - b * sin[pair];
+                    turning[j] = b * cos[pair] + a * sin[pair];
+                }
+            }
+        }
+        Ok(x)
+    }
+
+    fn columns(&self, x: &Rows, heads: usize, start: usize, width: usize) -> Result<Rows> {
+        let head_dim = x.cols / heads;
+        let mut values = Vec::with_capacity(x.count() * heads * width);
+        for row in x.values.chunks_exact(x.cols) {
+            for head in 0..heads {
+                values.extend_from_slice(&row[head * head_dim + start..][..width]);
+            }
+        }
+        Ok(Rows { values, cols: heads * width })
+    }
+
+    fn join(&self, a: &Rows, b: &Rows, heads: usize) -> Result<Rows> {
+        let mut values = Vec::with_capacity(a.values.len() + b.values.len());
+        for (a, b) in a.values.chunks_exact(a.cols / heads).zip(b.values.chunks_exact(b.cols / heads)) {
+            values.extend_from_slice(a);
+            values.extend_from_slice(b);
+        }
+        Ok(Rows { values, cols: a.cols + b.cols })
+    }
+
+    fn rows(&self, x: &Rows, rows: &[u32]) -> Result<Rows> {
+        let row = |&row: &u32| x.values[row as usize * x.cols..][..x.cols].iter().copied();
+        Ok(Rows { values: rows.iter().flat_map(row).collect(), cols: x.cols })
+    }
+
+    fn scale(&self, mut x: Rows, factor: f32) -> Result<Rows> {
+        x.values.iter_mut().for_each(|x| *x *= factor);
+        Ok(x)
+    }
+
+    fn clamp(&self, mut x: Rows, limit: f32) -> Result<Rows> {
+        x.values.iter_mut().for_each(|x| *x = x.clamp(-limit, limit));
+        Ok(x)
+    }
+
+    fn add(&self, mut x: Rows, y: &Rows, factor: f32) -> Result<Rows> {
+        x.values.iter_mut().zip(&y.values).for_each(|(x, y)| *x += factor * y);
+        Ok(x)
+    }
+
+    fn gate_rows(&self, mut x: Rows, gate: &Rows) -> Result<Rows> {
+        for (row, gate) in x.values.chunks_exact_mut(x.cols).zip(&gate.values) {
+            let factor = 1.0 / (1.0 + (-gate).exp());
+            row.iter_mut().for_each(|x| *x *= factor);
+        }
+        Ok(x)
+    }
+
+    fn ffn(&self, ffn: &Ffn, x: &Rows) -> Result<Rows> {
+        match ffn {
+            Ffn::Gated(weights, activation) => {
+                let mut values = vec![0.0; x.count() * weights.down.rows()];
+                self.kernels.gated_ffn(weights, kernel_activation(*activation), &x.values, x.count(), &mut values);
+                Ok(Rows { values, cols: weights.down.rows() })
+            }
+            Ffn::Plain { up, down, activation } => {
+                let mut inner = self.linear(up, x)?;
+                inner.values.iter_mut().for_each(|x| *x = activate(*activation, *x));
+                self.linear(down, &inner)
+            }
+        }
+    }
+
+    fn experts(&self, experts: &Experts, x: &Rows, routing: &Routing) -> Result<Rows> {
+        let mut values = vec![0.0; x.values.len()];
+        self.kernels.moe(
+            &experts.weights,
+            kernel_activation(experts.activation),
+            &x.values,
+            experts.hidden,
+            &routing.offsets,
+            &routing.experts,
+            &routing.weights,
+            &mut values,
+        );
+        Ok(Rows { values, cols: x.cols })
+    }
+
+    fn kv_block_bytes(&self, layers: &[KvLayout], format: KvFormat) -> usize {
+        layers.iter().map(|layout| kv_shape(layout, format).block_bytes()).sum()
+    }
+
+    fn allocate_kv(&self, layers: &[KvLayout], format: KvFormat, blocks: usize) -> Result<Kv> {
+        let layer = |layout: &KvLayout| KvLayer::new(kv_shape(layout, format), blocks);
+        Ok(Kv { layers: layers.iter().map(layer).collect(), layouts: layers.to_vec() })
+    }
+
+    fn attend(
+        &self,
+        kv: &mut Kv,
+        layer: usize,
+        call: &AttentionCall,
+        sequences: &[AttentionSequence<'_>],
+        q: &Rows,
+        k: &Rows,
+        v: Option<&Rows>,
+    ) -> Result<Rows> {
+        let layout = kv.layouts[layer];
+        let cache = &mut kv.layers[layer];
+        let mut row = 0;
+        for sequence in sequences {
+            for position in sequence.start..sequence.start + sequence.rows {
+                let block = sequence.blocks[position / BLOCK_TOKENS] as usize;
+                let key = &k.values[row * k.cols..][..k.cols];
+                let value = v.map_or(&[][..], |v| &v.values[row * v.cols..][..v.cols]);
+                cache.write(block, position % BLOCK_TOKENS, key, value);
+                row += 1;
+            }
+        }
+        let call = kernels::AttentionCall {
+            heads: call.heads,
+            scale: call.scale,
+            window: call.window,
+            sinks: call.sinks.as_deref(),
+            alibi: call.alibi.as_deref(),
+        };
+        let sequences: Vec<_> = sequences
+            .iter()
+            .map(|s| kernels::AttentionSequence { blocks: s.blocks, start: s.start, queries: s.rows })
+            .collect();
+        let cols = call.heads * layout.v_dim;
+        let mut values = vec![0.0; q.count() * cols];
+        self.kernels.attention(cache, &call, &sequences, &q.values, &mut values);
+        Ok(Rows { values, cols })
+    }
+
+    fn export_block(&self, kv: &Kv, block: usize) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        for layer in &kv.layers {
+            layer.export(block, &mut bytes);
+        }
+        Ok(bytes)
+    }
+
+    fn import_block(&self, kv: &mut Kv, block: usize, bytes: &[u8]) -> Result<()> {
+        let mut rest = bytes;
+        for layer in &mut kv.layers {
+            let (part, after) = rest.split_at(layer.shape().block_bytes());
+            layer.import(block, part);
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
+/// The sum of `f` over values, in 8 lanes so that it vectorizes; the order depends on the length alone.
+fn lane_sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let chunks = values.chunks_exact(8);
+    let tail: f32 = chunks.remainder().iter().map(|&x| f(x)).sum();
+    let mut lanes = [0f32; 8];
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, &x)| *lane += f(x));
+    }
+    lanes.iter().sum::<f32>() + tail
+}

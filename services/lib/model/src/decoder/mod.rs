@@ -1,0 +1,294 @@
+//! The decoder: one forward pass over a batch, for every architecture that a [`ModelSpec`] can describe.
+mod experts;
+mod layer;
+mod weights;
+
+pub use experts::{ExpertStore, load_experts};
+
+use crate::Result;
+use crate::backend::candle::CandleBackend;
+use crate::backend::native::NativeBackend;
+use crate::backend::{AttentionSequence, Backend, BackendKind, KvLayout};
+use crate::expert_pool::ExpertPool;
+use crate::runner::{BlockIndex, LogitsWanted, Runner, SequenceChunk};
+use crate::source::{self, WeightSource};
+use crate::spec::{self, ModelSpec, Rope};
+use bytes::Bytes;
+use layer::{Layer, Step, load_norm};
+use moesaic_types::{BLOCK_TOKENS, KvFormat, WeightFormat};
+use std::path::Path;
+use std::sync::Arc;
+use weights::{Role, Weights};
+
+/// What is being loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Attention, gates, embeddings.
+    Decoder,
+    /// Experts.
+    Experts,
+}
+
+/// How far loading is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// What is being loaded.
+    pub part: Part,
+    /// Layers of it that are loaded.
+    pub layers_done: usize,
+    /// Layers of it in all.
+    pub layers_total: usize,
+}
+
+/// How to load a model.
+#[derive(Clone, Copy)]
+pub struct LoadOptions<'a> {
+    /// How weights are held; `None`: as they are stored (K-quants as q8).
+    pub weights: Option<WeightFormat>,
+    /// How keys and values are cached.
+    pub kv: KvFormat,
+    /// Threads that load and run.
+    pub threads: usize,
+    /// Told of each layer.
+    pub progress: Option<&'a dyn Fn(Progress)>,
+}
+
+impl LoadOptions<'_> {
+    fn report(&self, part: Part, layers_done: usize, layers_total: usize) {
+        if let Some(progress) = self.progress {
+            progress(Progress { part, layers_done, layers_total });
+        }
+    }
+}
+
+impl Default for LoadOptions<'_> {
+    fn default() -> Self {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { weights: None, kv: KvFormat::default(), threads, progress: None }
+    }
+}
+
+/// A model on a backend: everything but the experts, which are behind an [`ExpertPool`].
+pub struct Decoder<B: Backend> {
+    spec: ModelSpec,
+    backend: Arc<B>,
+    pool: Arc<dyn ExpertPool<B>>,
+    embedding: B::Embedding,
+    embedding_norm: Option<B::Norm>,
+    layers: Vec<Layer<B>>,
+    ropes: Vec<Rope>,
+    final_norm: B::Norm,
+    output: B::Linear,
+    kv_format: KvFormat,
+    kv: Option<(B::Kv, usize)>,
+    record_routing: bool,
+    routing: Vec<Vec<Vec<u32>>>,
+}
+
+/// Opens a model and loads all of it, experts included.
+pub fn load(path: &Path, kind: BackendKind, options: &LoadOptions<'_>) -> Result<Box<dyn Runner>> {
+    fn with<B: Backend>(
+        source: &dyn WeightSource,
+        spec: ModelSpec,
+        backend: B,
+        options: &LoadOptions<'_>,
+    ) -> Result<Box<dyn Runner>> {
+        let backend = Arc::new(backend);
+        // The decoder first: a wrong shape shows before the long part.
+        let pool = Arc::new(load_experts(source, &spec, backend.clone(), options, &|_, _| true)?);
+        Ok(Box::new(load_decoder(source, spec, backend, options, pool)?))
+    }
+    let source = source::open(path)?;
+    let spec = spec::read(path)?;
+    match kind {
+        BackendKind::Native => with(&*source, spec, NativeBackend::new(options.threads), options),
+        BackendKind::Candle => with(&*source, spec, CandleBackend::new()?, options),
+    }
+}
+
+/// Loads everything but the experts.
+pub fn load_decoder<B: Backend>(
+    source: &dyn WeightSource,
+    spec: ModelSpec,
+    backend: Arc<B>,
+    options: &LoadOptions<'_>,
+    pool: Arc<dyn ExpertPool<B>>,
+) -> Result<Decoder<B>> {
+    let weights = Weights::new(source, &spec, options.weights);
+    let names = &spec.names;
+    let embedding =
+        backend.load_embedding(weights.matrix(names.embedding, spec.vocab, spec.hidden, Role::Precise)?)?;
+    let embedding_norm = match spec.embedding_norm {
+        Some(norm) => Some(load_norm(&weights, &*backend, norm, names.embedding_norm, spec.hidden)?),
+        None => None,
+    };
+    let final_norm = load_norm(&weights, &*backend, spec.final_norm, names.final_norm, spec.hidden)?;
+    let output = if spec.tied {
+        backend.tie(&embedding)?
+    } else {
+        backend.load_linear(weights.matrix(names.output, spec.vocab, spec.hidden, Role::Output)?, None)?
+    };
+    let mut ropes = Vec::new();
+    let mut layers = Vec::with_capacity(spec.layers.len());
+    for index in 0..spec.layers.len() {
+        options.report(Part::Decoder, index, spec.layers.len());
+        layers.push(Layer::load(&weights, &*backend, index, &mut ropes)?);
+    }
+    options.report(Part::Decoder, spec.layers.len(), spec.layers.len());
+    Ok(Decoder {
+        backend,
+        pool,
+        embedding,
+        embedding_norm,
+        layers,
+        ropes,
+        final_norm,
+        output,
+        kv_format: options.kv,
+        kv: None,
+        record_routing: false,
+        routing: Vec::new(),
+        spec,
+    })
+}
+
+impl<B: Backend> Decoder<B> {
+    fn kv_layouts(&self) -> Vec<KvLayout> {
+        let layout = |layer: &spec::LayerSpec| {
+            let (heads, k_dim, v_dim, v_in_k) = layer.attention.cached();
+            KvLayout { heads, k_dim, v_dim, v_in_k }
+        };
+        self.spec.layers.iter().map(layout).collect()
+    }
+
+    fn check(&self, batch: &[SequenceChunk<'_>], blocks: usize) -> Result<()> {
+        for chunk in batch {
+            let end = chunk.start + chunk.tokens.len();
+            let reason = if chunk.tokens.is_empty() {
+                "a chunk has no tokens".to_owned()
+            } else if let Some(token) = chunk.tokens.iter().find(|&&token| token as usize >= self.spec.vocab) {
+                format!("token {token} is outside the vocabulary of {}", self.spec.vocab)
+            } else if chunk.blocks.len() * BLOCK_TOKENS < end {
+                format!("{} blocks do not hold {end} positions", chunk.blocks.len())
+            } else if let Some(block) = chunk.blocks.iter().find(|&&block| block as usize >= blocks) {
+                format!("block {block} is outside the pool of {blocks}")
+            } else {
+                continue;
+            };
+            return Err(self.backend.error(reason));
+        }
+        Ok(())
+    }
+
+    fn block(&self, block: BlockIndex) -> Result<(&B::Kv, usize)> {
+        match &self.kv {
+            Some((kv, blocks)) if (block as usize) < *blocks => Ok((kv, block as usize)),
+            _ => Err(self.backend.error(format!("block {block} is outside the pool"))),
+        }
+    }
+}
+
+impl<B: Backend> Runner for Decoder<B> {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn kv_block_bytes(&self) -> usize {
+        self.backend.kv_block_bytes(&self.kv_layouts(), self.kv_format)
+    }
+
+    fn kv_format(&self) -> KvFormat {
+        self.kv_format
+    }
+
+    fn allocate_kv(&mut self, blocks: usize) -> Result<()> {
+        let kv = self.backend.allocate_kv(&self.kv_layouts(), self.kv_format, blocks)?;
+        self.kv = Some((kv, blocks));
+        Ok(())
+    }
+
+    fn forward(&mut self, batch: &[SequenceChunk<'_>], logits: &mut Vec<f32>) -> Result<()> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let blocks = self.kv.as_ref().map_or(0, |(_, blocks)| *blocks);
+        self.check(batch, blocks)?;
+        let backend = &*self.backend;
+        let (kv, _) = self.kv.as_mut().expect("a chunk's blocks are inside the pool, so there is one");
+        let (mut tokens, mut positions, mut wanted, mut sequences) = (vec![], vec![], vec![], vec![]);
+        for chunk in batch {
+            let first = tokens.len() as u32;
+            let rows = chunk.tokens.len();
+            tokens.extend_from_slice(chunk.tokens);
+            positions.extend((0..rows).map(|row| (chunk.start + row) as u32));
+            sequences.push(AttentionSequence { blocks: chunk.blocks, start: chunk.start, rows });
+            match chunk.logits {
+                LogitsWanted::None => {}
+                LogitsWanted::Last => wanted.push(first + rows as u32 - 1),
+                LogitsWanted::All => wanted.extend(first..first + rows as u32),
+            }
+        }
+        let rotation = |rope: &Rope| {
+            let (cos, sin) = rope.table(&positions);
+            backend.rotation(cos, sin, rope.dims / 2, rope.interleaved)
+        };
+        let rotations = self.ropes.iter().map(rotation).collect::<Result<Vec<_>>>()?;
+        let mut x = backend.embed(&self.embedding, &tokens)?;
+        if self.spec.embedding_scale != 1.0 {
+            x = backend.scale(x, self.spec.embedding_scale)?;
+        }
+        if let Some(norm) = &self.embedding_norm {
+            x = backend.norm(norm, &x)?;
+        }
+        self.routing.clear();
+        let mut step = Step { backend, pool: &*self.pool, sequences: &sequences, rotations: &rotations, kv };
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (output, routing) = layer.forward(&mut step, index, &self.spec.layers[index], x)?;
+            x = output;
+            if let Some(routing) = routing.filter(|_| self.record_routing) {
+                let sorted = |ends: &[u32]| {
+                    let mut experts = routing.experts[ends[0] as usize..ends[1] as usize].to_vec();
+                    experts.sort_unstable();
+                    experts
+                };
+                self.routing.push(routing.offsets.windows(2).map(sorted).collect());
+            }
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        if wanted.len() < tokens.len() {
+            x = backend.rows(&x, &wanted)?;
+        }
+        let x = backend.norm(&self.final_norm, &x)?;
+        let rows = backend.to_host(&backend.linear(&self.output, &x)?)?;
+        let scale = self.spec.logits_scale;
+        logits.extend(rows.into_iter().map(|logit| if scale == 1.0 { logit } else { logit * scale }));
+        Ok(())
+    }
+
+    fn routing(&self) -> &[Vec<Vec<u32>>] {
+        &self.routing
+    }
+
+    fn record_routing(&mut self, on: bool) {
+        self.record_routing = on;
+    }
+
+    fn export_block(&self, block: BlockIndex) -> Result<Bytes> {
+        let (kv, block) = self.block(block)?;
+        self.backend.export_block(kv, block).map(Bytes::from)
+    }
+
+    fn import_block(&mut self, block: BlockIndex, bytes: &[u8]) -> Result<()> {
+        self.block(block)?;
+        let expected = self.kv_block_bytes();
+        if bytes.len() != expected {
+            let reason = format!("a KV block has {expected} bytes, not {}", bytes.len());
+            return Err(self.backend.error(reason));
+        }
+        let backend = self.backend.clone();
+        let (kv, _) = self.kv.as_mut().expect("the block is inside the pool, so there is one");
+        backend.import_block(kv, block as usize, bytes)
+    }
+}

@@ -1,1 +1,61 @@
-//! moesaic-kernels
+//! CPU kernels: packed weight matrices, matrix products, experts, paged attention, and the small operations between.
+//!
+//! The only crate with `unsafe`. Every kernel computes an output element in an order that depends on that element's
+//! own inputs only, never on the batch, the tile or the thread: a row's result is the same bits alone and in a batch.
+//! The bodies are portable loops over fixed lanes with fused multiply-add, compiled once for each instruction set and
+//! chosen at run time, so that all instruction sets agree to the bit.
+#![allow(unsafe_code)]
+
+pub mod attention;
+pub mod elementwise;
+pub mod gemm;
+pub mod isa;
+pub mod moe;
+pub mod packed;
+pub mod pool;
+pub mod storage;
+
+pub use attention::{AttentionCall, AttentionSequence, KvFormat, KvLayer, KvShape};
+pub use gemm::Kernels;
+pub use isa::Isa;
+pub use moe::{Activation, ExpertWeights};
+pub use packed::{Format, PackedMatrix};
+pub use pool::Pool;
+pub use storage::{AlignedBytes, MappedFile, Storage};
+
+/// What can be wrong with a kernel's inputs.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// Packed bytes have the wrong length.
+    #[error("packed {rows} x {cols} matrix needs {expected} bytes, has {actual}")]
+    Length {
+        /// Rows of the matrix.
+        rows: usize,
+        /// Columns of the matrix.
+        cols: usize,
+        /// Bytes that the format needs.
+        expected: usize,
+        /// Bytes that are there.
+        actual: usize,
+    },
+    /// Packed bytes do not start on a 64-byte bound.
+    #[error("packed matrix starts at byte {offset}, which is no multiple of 64")]
+    Alignment {
+        /// Where it starts.
+        offset: usize,
+    },
+    /// A token is routed to an expert that is not held here.
+    #[error("expert {expert} is not held here")]
+    Expert {
+        /// The expert.
+        expert: u32,
+    },
+    /// A KV block's bytes have the wrong length.
+    #[error("a kv block needs {expected} bytes, has {actual}")]
+    Block {
+        /// Bytes of a block.
+        expected: usize,
+        /// Bytes that are there.
+        actual: usize,
+    },
+}

@@ -1,0 +1,248 @@
+//! Packed weight matrices: panels of 32 rows, contiguous along K.
+//!
+//! | format | bytes of a panel |
+//! | --- | --- |
+//! | f32, bf16 | for each k: 32 values, one a row |
+//! | q8 | for each group of 32 k: 32 f16 scales, then for each k 32 int8 |
+//! | q4 | for each group of 32, 64 or 128 k: 32 f16 scales, then for each k 16 bytes: row r low, row r + 16 high nibble |
+//!
+//! Rows beyond the last and columns beyond the last group are zeros. Quantization is to nearest, symmetric: the scale
+//! of a q8 group is max|w| / 127; that of a q4 group maps the value of largest magnitude to -8 (as GGUF's Q4_0 does).
+use crate::storage::{AlignedBytes, Storage};
+use crate::{Error, isa::Isa, isa::for_each_isa};
+use half::{bf16, f16};
+use std::sync::Arc;
+
+/// Rows of a panel.
+pub const PANEL: usize = 32;
+
+/// How a matrix is packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// int8 in groups of 32.
+    Q8,
+    /// 4-bit in groups.
+    Q4 {
+        /// 32, 64 or 128 values along K.
+        group: u16,
+    },
+}
+
+impl Format {
+    /// Values along K that share a scale; 1 where there are none.
+    pub fn group(self) -> usize {
+        match self {
+            Self::F32 | Self::Bf16 => 1,
+            Self::Q8 => 32,
+            Self::Q4 { group } => usize::from(group),
+        }
+    }
+
+    /// Bytes of one group of one panel.
+    fn group_bytes(self) -> usize {
+        match self {
+            Self::F32 => PANEL * 4,
+            Self::Bf16 => PANEL * 2,
+            Self::Q8 => PANEL * 2 + 32 * PANEL,
+            Self::Q4 { group } => PANEL * 2 + usize::from(group) * PANEL / 2,
+        }
+    }
+}
+
+/// A matrix of `rows` outputs and `cols` inputs.
+#[derive(Clone)]
+pub struct PackedMatrix<S = Storage> {
+    format: Format,
+    rows: usize,
+    cols: usize,
+    storage: S,
+}
+
+impl PackedMatrix<Storage> {
+    /// Bytes of a packed matrix.
+    pub fn packed_len(format: Format, rows: usize, cols: usize) -> usize {
+        rows.div_ceil(PANEL) * Self::panel_len(format, cols)
+    }
+
+    fn panel_len(format: Format, cols: usize) -> usize {
+        cols.div_ceil(format.group()) * format.group_bytes()
+    }
+
+    /// Packs a matrix, row by row: `fill(row, out)` writes a row's `cols` values.
+    pub fn pack(format: Format, rows: usize, cols: usize, fill: &mut dyn FnMut(usize, &mut [f32])) -> Self {
+        let mut bytes = AlignedBytes::from_zeroed(Self::packed_len(format, rows, cols));
+        let panel_len = Self::panel_len(format, cols);
+        let mut row = vec![0.0; cols.next_multiple_of(format.group())];
+        for r in 0..rows {
+            fill(r, &mut row[..cols]);
+            let panel = &mut bytes.as_mut_slice()[r / PANEL * panel_len..][..panel_len];
+            pack_row(format, panel, r % PANEL, &row);
+        }
+        Self { format, rows, cols, storage: Storage::Owned(Arc::new(bytes)) }
+    }
+
+    /// Takes bytes that are packed already.
+    ///
+    /// # Errors
+    /// `Length` and `Alignment`, when the bytes cannot be such a matrix.
+    pub fn from_storage(format: Format, rows: usize, cols: usize, storage: Storage) -> Result<Self, Error> {
+        let (expected, actual) = (Self::packed_len(format, rows, cols), storage.bytes().len());
+        if expected != actual {
+            return Err(Error::Length { rows, cols, expected, actual });
+        }
+        let offset = storage.bytes().as_ptr() as usize;
+        if offset % crate::storage::ALIGNMENT != 0 {
+            return Err(Error::Alignment { offset: offset % 4096 });
+        }
+        Ok(Self { format, rows, cols, storage })
+    }
+
+    /// The packed bytes' place.
+    pub fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The format.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Panels of 32 rows.
+    pub fn panels(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+
+    /// The bytes of one panel.
+    pub(crate) fn panel(&self, index: usize) -> &[u8] {
+        let len = Self::panel_len(self.format, self.cols);
+        &self.storage.bytes()[index * len..][..len]
+    }
+
+    /// One row's `cols` values.
+    pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        let (panel, lane) = (self.panel(row / PANEL), row % PANEL);
+        let (group, group_bytes) = (self.format.group(), self.format.group_bytes());
+        for (k, value) in out.iter_mut().enumerate().take(self.cols) {
+            let bytes = &panel[k / group * group_bytes..][..group_bytes];
+            let scale = |bytes: &[u8]| f16::from_le_bytes([bytes[lane * 2], bytes[lane * 2 + 1]]).to_f32();
+            *value = match self.format {
+                Format::F32 => f32::from_le_bytes([0, 1, 2, 3].map(|i| bytes[lane * 4 + i])),
+                Format::Bf16 => bf16::from_le_bytes([bytes[lane * 2], bytes[lane * 2 + 1]]).to_f32(),
+                Format::Q8 => f32::from(bytes[PANEL * 2 + k % group * PANEL + lane] as i8) * scale(bytes),
+                Format::Q4 { .. } => {
+                    let byte = bytes[PANEL * 2 + k % group * (PANEL / 2) + lane % 16];
+                    let nibble = if lane < 16 { byte & 15 } else { byte >> 4 };
+                    (f32::from(nibble) - 8.0) * scale(bytes)
+                }
+            };
+        }
+    }
+}
+
+fn pack_row(format: Format, panel: &mut [u8], lane: usize, row: &[f32]) {
+    let (group, group_bytes) = (format.group(), format.group_bytes());
+    for (values, bytes) in row.chunks_exact(group).zip(panel.chunks_exact_mut(group_bytes)) {
+        match format {
+            Format::F32 => bytes[lane * 4..][..4].copy_from_slice(&values[0].to_le_bytes()),
+            Format::Bf16 => bytes[lane * 2..][..2].copy_from_slice(&bf16::from_f32(values[0]).to_le_bytes()),
+            Format::Q8 => {
+                let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
+                let scale = f16::from_f32(largest / 127.0);
+                bytes[lane * 2..][..2].copy_from_slice(&scale.to_le_bytes());
+                let inverse = inverse(scale);
+                for (k, v) in values.iter().enumerate() {
+                    bytes[PANEL * 2 + k * PANEL + lane] = (v * inverse).round().clamp(-127.0, 127.0) as i8 as u8;
+                }
+            }
+            Format::Q4 { .. } => {
+                let extreme = values.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m });
+                let scale = f16::from_f32(extreme / -8.0);
+                bytes[lane * 2..][..2].copy_from_slice(&scale.to_le_bytes());
+                let inverse = inverse(scale);
+                for (k, v) in values.iter().enumerate() {
+                    let nibble = ((v * inverse).round() + 8.0).clamp(0.0, 15.0) as u8;
+                    let byte = &mut bytes[PANEL * 2 + k * (PANEL / 2) + lane % 16];
+                    *byte = if lane < 16 { (*byte & 0xf0) | nibble } else { (*byte & 0x0f) | nibble << 4 };
+                }
+            }
+        }
+    }
+}
+
+fn inverse(scale: f16) -> f32 {
+    let scale = scale.to_f32();
+    if scale == 0.0 || !scale.is_finite() { 0.0 } else { 1.0 / scale }
+}
+
+for_each_isa! {
+    /// Expands a panel to f32 lines of 32 rows, one for each of `cols` columns, as the f32 format has them.
+    pub(crate) fn expand_panel(format: Format, panel: &[u8], cols: usize, out: &mut [f32]) => expand_body
+}
+
+#[inline(always)]
+fn expand_body(format: Format, panel: &[u8], cols: usize, out: &mut [f32]) {
+    let (group, group_bytes) = (format.group(), format.group_bytes());
+    let lines = out.as_chunks_mut::<PANEL>().0;
+    match format {
+        Format::F32 => {
+            for (line, bytes) in lines.iter_mut().zip(panel.as_chunks::<{ PANEL * 4 }>().0).take(cols) {
+                for (v, b) in line.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *v = f32::from_le_bytes(*b);
+                }
+            }
+        }
+        Format::Bf16 => {
+            for (line, bytes) in lines.iter_mut().zip(panel.as_chunks::<{ PANEL * 2 }>().0).take(cols) {
+                for (v, b) in line.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *v = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+                }
+            }
+        }
+        Format::Q8 | Format::Q4 { .. } => {
+            let q8 = format == Format::Q8;
+            for (lines, bytes) in lines[..cols].chunks_mut(group).zip(panel.chunks_exact(group_bytes)) {
+                let mut scales = [0f32; PANEL];
+                for (s, b) in scales.iter_mut().zip(bytes[..PANEL * 2].as_chunks::<2>().0) {
+                    *s = f16::from_le_bytes(*b).to_f32_const();
+                }
+                let values = &bytes[PANEL * 2..];
+                if q8 {
+                    for (line, bytes) in lines.iter_mut().zip(values.as_chunks::<PANEL>().0) {
+                        for ((v, b), s) in line.iter_mut().zip(bytes).zip(&scales) {
+                            *v = f32::from(*b as i8) * s;
+                        }
+                    }
+                } else {
+                    for (line, bytes) in lines.iter_mut().zip(values.as_chunks::<16>().0) {
+                        let (low, high) = line.split_at_mut(16);
+                        for ((v, b), s) in low.iter_mut().zip(bytes).zip(&scales[..16]) {
+                            *v = f32::from((b & 15) as i8 - 8) * s;
+                        }
+                        for ((v, b), s) in high.iter_mut().zip(bytes).zip(&scales[16..]) {
+                            *v = f32::from((b >> 4) as i8 - 8) * s;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Expands with the best instruction set (for callers outside a kernel).
+pub fn expand(matrix: &PackedMatrix, panel: usize, out: &mut [f32]) {
+    expand_panel(Isa::best(), matrix.format, matrix.panel(panel), matrix.cols, out);
+}

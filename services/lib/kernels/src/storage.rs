@@ -1,0 +1,115 @@
+//! Bytes of packed weights: owned and aligned, or a part of a mapped file.
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::io;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Alignment of owned bytes: a cache line and the widest vector.
+pub const ALIGNMENT: usize = 64;
+
+/// Owned bytes on a 64-byte bound.
+pub struct AlignedBytes {
+    pointer: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the bytes are owned by this value alone; shared access is read-only through &self.
+unsafe impl Send for AlignedBytes {}
+// SAFETY: as above.
+unsafe impl Sync for AlignedBytes {}
+
+impl AlignedBytes {
+    fn layout(len: usize) -> Layout {
+        Layout::from_size_align(len.max(1), ALIGNMENT).expect("a length that fits the address space")
+    }
+
+    /// `len` zero bytes.
+    pub fn from_zeroed(len: usize) -> Self {
+        let layout = Self::layout(len);
+        // SAFETY: the layout's size is at least 1.
+        let pointer = unsafe { alloc_zeroed(layout) };
+        let pointer = NonNull::new(pointer).unwrap_or_else(|| handle_alloc_error(layout));
+        Self { pointer, len }
+    }
+
+    /// All bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: `len` bytes were allocated and initialized.
+        unsafe { std::slice::from_raw_parts(self.pointer.as_ptr(), self.len) }
+    }
+
+    /// All bytes, to write.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: `len` bytes were allocated and initialized, and &mut self is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for AlignedBytes {
+    fn drop(&mut self) {
+        // SAFETY: allocated with the same layout.
+        unsafe { dealloc(self.pointer.as_ptr(), Self::layout(self.len)) }
+    }
+}
+
+impl Clone for AlignedBytes {
+    fn clone(&self) -> Self {
+        let mut copy = Self::from_zeroed(self.len);
+        copy.as_mut_slice().copy_from_slice(self.as_slice());
+        copy
+    }
+}
+
+/// A file mapped into memory, read-only.
+///
+/// The file must not be cut short while it is mapped: the system would end the process at the first read beyond.
+pub struct MappedFile {
+    map: Option<memmap2::Mmap>,
+}
+
+impl MappedFile {
+    /// Maps a file.
+    pub fn open(path: &Path) -> io::Result<Arc<Self>> {
+        let file = std::fs::File::open(path)?;
+        if file.metadata()?.len() == 0 {
+            return Ok(Arc::new(Self { map: None }));
+        }
+        // SAFETY: read-only and private; that nobody truncates a model's file while it is served is documented above.
+        let map = unsafe { memmap2::Mmap::map(&file)? };
+        Ok(Arc::new(Self { map: Some(map) }))
+    }
+
+    /// The file's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        self.map.as_deref().unwrap_or_default()
+    }
+}
+
+/// Where packed bytes are.
+#[derive(Clone)]
+pub enum Storage {
+    /// In memory of our own.
+    Owned(Arc<AlignedBytes>),
+    /// In a mapped file.
+    Mapped {
+        /// The file.
+        file: Arc<MappedFile>,
+        /// First byte.
+        offset: usize,
+        /// Bytes.
+        len: usize,
+    },
+}
+
+impl Storage {
+    /// The bytes; empty where a mapped part lies outside its file.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Owned(bytes) => bytes.as_slice(),
+            Self::Mapped { file, offset, len } => {
+                offset.checked_add(*len).and_then(|end| file.bytes().get(*offset..end)).unwrap_or_default()
+            }
+        }
+    }
+}

@@ -351,17 +351,16 @@ impl Backend for CandleBackend {
         let mut by_expert: BTreeMap<u32, Vec<(u32, usize, f32)>> = BTreeMap::new();
         for (row, ends) in routing.offsets.windows(2).enumerate() {
             for (rank, choice) in (ends[0] as usize..ends[1] as usize).enumerate() {
-                let expert = routing.experts[choice];
-                if experts.get(expert as usize).is_some_and(Option::is_some) {
-                    by_expert.entry(expert).or_default().push((row as u32, rank, routing.weights[choice]));
-                }
+                let choices = by_expert.entry(routing.experts[choice]).or_default();
+                choices.push((row as u32, rank, routing.weights[choice]));
             }
         }
         let mut outputs = Vec::with_capacity(by_expert.len());
         let mut ranks: BTreeMap<usize, (Vec<u32>, Vec<u32>, Vec<f32>)> = BTreeMap::new();
         let mut computed = 0;
         for (expert, choices) in by_expert {
-            let ffn = experts[expert as usize].as_ref().expect("only experts that are here were collected");
+            let held = experts.get(expert as usize).and_then(Option::as_ref);
+            let ffn = held.ok_or_else(|| self.error(format!("expert {expert} is not held here")))?;
             let rows = self.indices(choices.iter().map(|choice| choice.0).collect())?;
             outputs.push(self.apply(ffn, &x.index_select(&rows, 0)?)?);
             for (row, rank, weight) in choices {

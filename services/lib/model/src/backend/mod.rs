@@ -9,7 +9,7 @@ pub mod native;
 use crate::expert_pool::Routing;
 use crate::spec::{Activation, Norm};
 use crate::{Error, Result};
-use moesaic_kernels::{Format, PackedMatrix, Storage};
+use moesaic_kernels::{Format, PackedMatrix};
 use moesaic_types::{KvFormat, WeightFormat};
 use std::sync::Arc;
 
@@ -46,14 +46,14 @@ pub struct Matrix<'a> {
     /// How the device should hold it.
     pub format: WeightFormat,
     /// The matrix as the file holds it already, in `format`.
-    pub packed: Option<PackedMatrix<Storage>>,
+    pub packed: Option<PackedMatrix>,
     /// Its rows.
     pub read: ReadRow<'a>,
 }
 
 impl Matrix<'_> {
     /// The matrix in the kernels' panel layout.
-    pub fn pack(mut self) -> Result<PackedMatrix<Storage>> {
+    pub fn pack(mut self) -> Result<PackedMatrix> {
         if let Some(packed) = self.packed {
             return Ok(packed);
         }
@@ -91,7 +91,7 @@ pub fn kernel_format(format: WeightFormat) -> Format {
         WeightFormat::F32 => Format::F32,
         WeightFormat::Bf16 => Format::Bf16,
         WeightFormat::Q8 => Format::Q8,
-        WeightFormat::Q4 { group } => Format::Q4 { group: group.into() },
+        WeightFormat::Q4 { group } => Format::Q4 { group },
     }
 }
 
@@ -225,7 +225,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn gate_rows(&self, x: Self::Tensor, gate: &Self::Tensor) -> Result<Self::Tensor>;
     /// A dense network.
     fn ffn(&self, ffn: &Self::Ffn, x: &Self::Tensor) -> Result<Self::Tensor>;
-    /// Each row's experts, weighted and summed in the order of `routing`. Experts that are missing add nothing.
+    /// Each row's experts, weighted and summed in the order of `routing`. An error if one is missing.
     fn experts(&self, experts: &Self::Experts, x: &Self::Tensor, routing: &Routing) -> Result<Self::Tensor>;
 
     /// Bytes of one block of 64 tokens over these layers.

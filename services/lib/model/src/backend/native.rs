@@ -6,7 +6,7 @@ use super::{AttentionCall, AttentionSequence, Backend, FfnMatrices, KvLayout, Ma
 use crate::Result;
 use crate::expert_pool::Routing;
 use crate::spec::{Activation, Norm, NormKind};
-use moesaic_kernels::{self as kernels, ExpertWeights, Kernels, KvLayer, KvShape, PackedMatrix, Storage};
+use moesaic_kernels::{self as kernels, ExpertWeights, Kernels, KvLayer, KvShape, PackedMatrix, elementwise};
 use moesaic_types::{BLOCK_TOKENS, KvFormat};
 use std::sync::Arc;
 
@@ -33,7 +33,7 @@ impl Rows {
 
 /// `y = x Wᵀ + bias`.
 pub struct Linear {
-    weight: Arc<PackedMatrix<Storage>>,
+    weight: Arc<PackedMatrix>,
     bias: Option<Vec<f32>>,
 }
 
@@ -97,42 +97,19 @@ fn kernel_activation(activation: Activation) -> kernels::Activation {
     }
 }
 
-fn activate(activation: Activation, x: f32) -> f32 {
-    match activation {
-        Activation::Silu | Activation::ClampedSwiGlu { .. } => x / (1.0 + (-x).exp()),
-        Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
-        Activation::GeluTanh => 0.5 * x * (1.0 + (0.797_884_6 * (x + 0.044_715 * x * x * x)).tanh()),
-        Activation::Relu => x.max(0.0),
-    }
-}
-
-/// The error function by its series near 0 and its continued fraction elsewhere; exact to f32.
-fn erf(x: f32) -> f32 {
-    let x = f64::from(x);
-    let magnitude = x.abs();
-    let value = if magnitude < 2.5 {
-        let (mut term, mut sum, mut n) = (magnitude, magnitude, 0.0);
-        while term.abs() > 1e-12 {
-            n += 1.0;
-            term *= -magnitude * magnitude / n;
-            sum += term / (2.0 * n + 1.0);
-        }
-        sum * std::f64::consts::FRAC_2_SQRT_PI
-    } else {
-        let fraction = (1..=40).rev().fold(magnitude, |rest, n| magnitude + f64::from(n) / 2.0 / rest);
-        1.0 - (-magnitude * magnitude).exp() / (fraction * std::f64::consts::PI.sqrt())
-    };
-    value.copysign(x) as f32
-}
-
 fn kv_shape(layout: &KvLayout, format: KvFormat) -> KvShape {
+    let format = match format {
+        KvFormat::F32 => kernels::KvFormat::F32,
+        KvFormat::Bf16 => kernels::KvFormat::Bf16,
+        KvFormat::Int8 => kernels::KvFormat::Int8,
+    };
     KvShape { kv_heads: layout.heads, k_dim: layout.k_dim, v_dim: layout.v_dim, v_in_k: layout.v_in_k, format }
 }
 
 impl Backend for NativeBackend {
     type Tensor = Rows;
     type Linear = Linear;
-    type Embedding = Arc<PackedMatrix<Storage>>;
+    type Embedding = Arc<PackedMatrix>;
     type Norm = NormWeights;
     type Ffn = Ffn;
     type Experts = Experts;
@@ -209,18 +186,12 @@ impl Backend for NativeBackend {
     }
 
     fn norm(&self, weights: &NormWeights, x: &Rows) -> Result<Rows> {
-        let width = weights.weight.len();
-        let mut values = x.values.clone();
-        for run in values.chunks_exact_mut(width) {
-            if weights.norm.kind == NormKind::Layer {
-                let mean = lane_sum(run, |x| x) / width as f32;
-                run.iter_mut().for_each(|x| *x -= mean);
-            }
-            let variance = lane_sum(run, |x| x * x) / width as f32;
-            let factor = 1.0 / (variance + weights.norm.eps).sqrt();
-            run.iter_mut().zip(&weights.weight).for_each(|(x, weight)| *x = *x * factor * weight);
-            if let Some(bias) = &weights.bias {
-                run.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+        let mut values = vec![0.0; x.values.len()];
+        let eps = weights.norm.eps;
+        match weights.norm.kind {
+            NormKind::Rms => elementwise::rms_norm(&x.values, &weights.weight, eps, &mut values),
+            NormKind::Layer => {
+                elementwise::layer_norm(&x.values, &weights.weight, weights.bias.as_deref(), eps, &mut values);
             }
         }
         Ok(Rows { values, cols: x.cols })
@@ -256,13 +227,7 @@ impl Backend for NativeBackend {
         let angles = rotation.cos.chunks_exact(pairs).zip(rotation.sin.chunks_exact(pairs));
         for (row, (cos, sin)) in x.values.chunks_exact_mut(x.cols).zip(angles) {
             for head in row.chunks_exact_mut(head_dim) {
-                let turning = &mut head[offset..offset + 2 * pairs];
-                for pair in 0..pairs {
-                    let (i, j) = if rotation.interleaved { (2 * pair, 2 * pair + 1) } else { (pair, pair + pairs) };
-                    let (a, b) = (turning[i], turning[j]);
-                    turning[i] = a * cos[pair] - b * sin[pair];
-                    turning[j] = b * cos[pair] + a * sin[pair];
-                }
+                elementwise::rotate(&mut head[offset..offset + 2 * pairs], cos, sin, rotation.interleaved);
             }
         }
         Ok(x)
@@ -325,7 +290,7 @@ impl Backend for NativeBackend {
             }
             Ffn::Plain { up, down, activation } => {
                 let mut inner = self.linear(up, x)?;
-                inner.values.iter_mut().for_each(|x| *x = activate(*activation, *x));
+                inner.values.iter_mut().for_each(|x| *x = kernel_activation(*activation).apply(*x));
                 self.linear(down, &inner)
             }
         }
@@ -333,21 +298,23 @@ impl Backend for NativeBackend {
 
     fn experts(&self, experts: &Experts, x: &Rows, routing: &Routing) -> Result<Rows> {
         let mut values = vec![0.0; x.values.len()];
-        self.kernels.moe(
-            &experts.weights,
-            kernel_activation(experts.activation),
-            &x.values,
-            experts.hidden,
-            &routing.offsets,
-            &routing.experts,
-            &routing.weights,
-            &mut values,
-        );
+        self.kernels
+            .moe(
+                &experts.weights,
+                kernel_activation(experts.activation),
+                &x.values,
+                experts.hidden,
+                &routing.offsets,
+                &routing.experts,
+                &routing.weights,
+                &mut values,
+            )
+            .map_err(|error| self.error(error.to_string()))?;
         Ok(Rows { values, cols: x.cols })
     }
 
     fn kv_block_bytes(&self, layers: &[KvLayout], format: KvFormat) -> usize {
-        layers.iter().map(|layout| kv_shape(layout, format).block_bytes()).sum()
+        layers.iter().map(|layout| kv_shape(layout, format).block_len()).sum()
     }
 
     fn allocate_kv(&self, layers: &[KvLayout], format: KvFormat, blocks: usize) -> Result<Kv> {
@@ -370,7 +337,7 @@ impl Backend for NativeBackend {
         let mut row = 0;
         for sequence in sequences {
             for position in sequence.start..sequence.start + sequence.rows {
-                let block = sequence.blocks[position / BLOCK_TOKENS] as usize;
+                let block = sequence.blocks[position / BLOCK_TOKENS];
                 let key = &k.values[row * k.cols..][..k.cols];
                 let value = v.map_or(&[][..], |v| &v.values[row * v.cols..][..v.cols]);
                 cache.write(block, position % BLOCK_TOKENS, key, value);
@@ -397,7 +364,7 @@ impl Backend for NativeBackend {
     fn export_block(&self, kv: &Kv, block: usize) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         for layer in &kv.layers {
-            layer.export(block, &mut bytes);
+            layer.export(block as u32, &mut bytes);
         }
         Ok(bytes)
     }
@@ -405,21 +372,10 @@ impl Backend for NativeBackend {
     fn import_block(&self, kv: &mut Kv, block: usize, bytes: &[u8]) -> Result<()> {
         let mut rest = bytes;
         for layer in &mut kv.layers {
-            let (part, after) = rest.split_at(layer.shape().block_bytes());
-            layer.import(block, part);
+            let (part, after) = rest.split_at(layer.block_len());
+            layer.import(block as u32, part).map_err(|error| self.error(error.to_string()))?;
             rest = after;
         }
         Ok(())
     }
-}
-
-/// The sum of `f` over values, in 8 lanes so that it vectorizes; the order depends on the length alone.
-fn lane_sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let chunks = values.chunks_exact(8);
-    let tail: f32 = chunks.remainder().iter().map(|&x| f(x)).sum();
-    let mut lanes = [0f32; 8];
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, &x)| *lane += f(x));
-    }
-    lanes.iter().sum::<f32>() + tail
 }

@@ -76,7 +76,7 @@ fn in_parallel<T: Send>(count: usize, threads: usize, work: &(dyn Fn(usize) -> R
 }
 
 impl<B: Backend> ExpertStore<B> {
-    /// Runs a layer's experts on `x`; experts that are not here add nothing.
+    /// Runs a layer's experts on `x`; an error if a token is routed to one that is not here.
     pub fn run(&self, layer: usize, x: &B::Tensor, routing: &Routing) -> Result<B::Tensor> {
         let experts = self
             .layers

@@ -99,7 +99,7 @@ pub fn load(path: &Path, kind: BackendKind, options: &LoadOptions<'_>) -> Result
         Ok(Box::new(load_decoder(source, spec, backend, options, pool)?))
     }
     let source = source::open(path)?;
-    let spec = spec::read(path)?;
+    let spec = spec::read(path, &*source)?;
     match kind {
         BackendKind::Native => with(&*source, spec, NativeBackend::new(options.threads), options),
         BackendKind::Candle => with(&*source, spec, CandleBackend::new()?, options),

@@ -50,10 +50,6 @@ impl<'a> Weights<'a> {
         self.spec
     }
 
-    /// Whether the file has a tensor.
-    pub fn has(&self, name: &str) -> bool {
-        self.source.info(name).is_some()
-    }
 
     fn dtype(&self, name: &str, shape: &[usize]) -> Result<Dtype> {
         let fail = |reason: String| {

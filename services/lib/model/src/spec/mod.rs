@@ -14,12 +14,13 @@ pub use names::{ExpertNames, Names};
 pub use rope::{Rope, RopeScaling};
 
 use crate::Result;
+use crate::source::WeightSource;
 use moesaic_types::TokenId;
 use std::path::Path;
 
-/// Reads the architecture of a Hugging Face folder or of a GGUF file.
-pub fn read(path: &Path) -> Result<ModelSpec> {
-    if path.is_dir() { read_folder(path) } else { gguf::read_file(path) }
+/// Reads the architecture of a Hugging Face folder, or of a GGUF file that `source` has open.
+pub fn read(path: &Path, source: &dyn WeightSource) -> Result<ModelSpec> {
+    if path.is_dir() { read_folder(path) } else { gguf::read_file(path, source) }
 }
 
 /// A model's architecture.

@@ -1,0 +1,129 @@
+//! Reading configurations: both forms, every option's bounds, and errors that name the file and the key.
+use moesaic_model::spec::{Attention, Ffn, GatePolicy, ModelSpec, Position, RopeScaling, alibi_slopes, from_config};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+fn golden(name: &str) -> Value {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../tests/goldens");
+    let root = std::env::var_os("MOESAIC_GOLDENS").map_or(path, PathBuf::from);
+    serde_json::from_slice(&std::fs::read(root.join(name).join("config.json")).unwrap()).unwrap()
+}
+
+fn with(name: &str, changes: Value) -> Value {
+    let mut config = golden(name);
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config
+}
+
+fn read(config: &Value) -> moesaic_model::Result<ModelSpec> {
+    from_config(Path::new("model/config.json"), config)
+}
+
+fn scaling(spec: &ModelSpec) -> RopeScaling {
+    match &spec.layers[0].attention {
+        Attention::Gqa(gqa) => match &gqa.position {
+            Position::Rope(rope) => rope.scaling,
+            Position::Alibi => panic!("no rope"),
+        },
+        Attention::Mla(mla) => mla.rope.scaling,
+    }
+}
+
+#[test]
+fn wrong_values_name_the_file_and_the_key() {
+    for (family, changes, key) in [
+        ("qwen3_moe", json!({"model_type": "gpt2"}), "model_type"),
+        ("qwen3_moe", json!({"model_type": null}), "model_type"),
+        ("qwen3_moe", json!({"hidden_size": 0}), "hidden_size"),
+        ("qwen3_moe", json!({"hidden_size": -64}), "hidden_size"),
+        ("qwen3_moe", json!({"hidden_size": 18446744073709551615u64}), "hidden_size"),
+        ("qwen3_moe", json!({"vocab_size": 1e30}), "vocab_size"),
+        ("qwen3_moe", json!({"num_hidden_layers": 60000000}), "num_hidden_layers"),
+        ("qwen3_moe", json!({"num_local_experts": 60000000}), "num_local_experts"),
+        ("qwen3_moe", json!({"num_experts_per_tok": 129}), "num_experts_per_tok"),
+        ("qwen3_moe", json!({"num_key_value_heads": 3}), "num_key_value_heads"),
+        ("qwen3_moe", json!({"head_dim": 15}), "head_dim"),
+        ("qwen3_moe", json!({"rms_norm_eps": "small"}), "rms_norm_eps"),
+        ("qwen3_moe", json!({"decoder_sparse_step": 0}), "decoder_sparse_step"),
+        ("qwen3_moe", json!({"eos_token_id": [-1]}), "eos_token_id"),
+        ("qwen3_moe", json!({"hidden_act": "tanhish"}), "hidden_act"),
+        ("qwen3_moe", json!({"moe_gate": "magic"}), "moe_gate"),
+        ("qwen3_moe", json!({"moe_gate": "dynamic_top_p", "moe_top_p": 1.5}), "moe_top_p"),
+        ("qwen3_moe", json!({"quantization_config": {"quant_method": "gptq"}}), "quantization_config"),
+        ("llama_dense", json!({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}), "rope_type"),
+        ("llama_dense", json!({"rope_parameters": {"rope_type": "spiral"}}), "rope_type"),
+        ("llama_dense", json!({"rope_parameters": {"rope_type": "linear"}}), "factor"),
+        ("llama_dense", json!({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}), "factor"),
+        ("llama_dense", json!({"rope_parameters": {"rope_theta": 0.5}}), "rope_theta"),
+        ("llama_dense", json!({"rope_parameters": 3}), "rope_parameters"),
+        ("gpt_oss", json!({"layer_types": ["sliding_attention"]}), "layer_types"),
+        ("deepseek_v3", json!({"n_group": 5}), "n_group"),
+        ("deepseek_v3", json!({"topk_group": 9}), "topk_group"),
+        ("deepseek_v2", json!({"topk_method": "noaux"}), "topk_method"),
+        ("bloom_alibi", json!({"n_head": 7}), "n_head"),
+    ] {
+        let error = read(&with(family, changes.clone())).map(|_| ()).expect_err(&changes.to_string()).to_string();
+        assert!(error.contains("config.json") && error.contains(&format!("'{key}'")), "{changes}: {error}");
+    }
+    assert!(read(&json!([1])).unwrap_err().to_string().contains("config.json"));
+}
+
+#[test]
+fn the_older_form_says_the_same_as_the_new_one() {
+    for family in ["deepseek_v3", "gpt_oss", "llama_rope_yarn", "llama_rope_linear", "glm4_moe"] {
+        let new = golden(family);
+        for key in ["type", "rope_type"] {
+            let mut old = new.clone();
+            let mut parameters = old.as_object_mut().unwrap().remove("rope_parameters").unwrap();
+            let parameters = parameters.as_object_mut().unwrap();
+            old["rope_theta"] = parameters.remove("rope_theta").unwrap();
+            if let Some(partial) = parameters.remove("partial_rotary_factor") {
+                old["partial_rotary_factor"] = partial;
+            }
+            let kind = parameters.remove("rope_type").unwrap();
+            old["rope_scaling"] = if kind == "default" {
+                Value::Null
+            } else {
+                parameters.insert(key.into(), kind);
+                Value::Object(parameters.clone())
+            };
+            assert_eq!(read(&old).unwrap(), read(&new).unwrap(), "{family} with {key}");
+        }
+    }
+}
+
+#[test]
+fn options_are_read() {
+    let experts = |config: &Value| -> Vec<bool> {
+        read(config).unwrap().layers.iter().map(|layer| matches!(layer.ffn, Ffn::Moe(_))).collect()
+    };
+    let four = json!({"num_hidden_layers": 4, "mlp_only_layers": [3], "decoder_sparse_step": 2});
+    assert_eq!(experts(&with("qwen3_moe", four)), [false, true, false, false]);
+    assert_eq!(experts(&with("deepseek_v3", json!({"first_k_dense_replace": 2}))), [false, false, true]);
+    let windows = |config: &Value| -> Vec<Option<usize>> {
+        let window = |layer: &moesaic_model::spec::LayerSpec| match &layer.attention {
+            Attention::Gqa(gqa) => gqa.window,
+            Attention::Mla(_) => None,
+        };
+        read(config).unwrap().layers.iter().map(window).collect()
+    };
+    assert_eq!(windows(&golden("gpt_oss")), [Some(64), None, Some(64), None]);
+    assert_eq!(windows(&with("gpt_oss", json!({"layer_types": null}))), [Some(64), None, Some(64), None]);
+    assert_eq!(windows(&with("mixtral", json!({"sliding_window": 48}))), [Some(48); 3]);
+    assert_eq!(windows(&with("qwen3_moe", json!({"sliding_window": 48}))), [None; 2]);
+    let top_p = json!({"moe_gate": "dynamic_top_p", "moe_top_p": 0.8, "moe_max_active": 30});
+    let spec = read(&with("qwen3_moe", top_p)).unwrap();
+    assert_eq!(spec.moe(0).unwrap().gate, GatePolicy::DynamicTopP { p: 0.8, max_active: 30 });
+    let attention = json!({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "attention_factor": 2.5});
+    let spec = read(&with("llama_dense", json!({"rope_parameters": attention}))).unwrap();
+    assert!(matches!(scaling(&spec), RopeScaling::Yarn { attention_factor: 2.5, original_context: 2048.0, .. }));
+}
+
+#[test]
+fn slopes_of_six_heads_are_those_of_four_and_every_second_of_eight() {
+    let expected = [0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125];
+    assert_eq!(alibi_slopes(6), expected);
+    assert_eq!(alibi_slopes(1), [1.0 / 256.0]);
+}

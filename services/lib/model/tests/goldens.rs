@@ -222,25 +222,31 @@ fn exported_blocks_continue_a_sequence_elsewhere() {
 }
 
 #[test]
-fn rounded_weights_stay_close() {
-    for kind in [BackendKind::Native, BackendKind::Candle] {
-        for name in ["qwen3_moe", "gpt_oss", "deepseek_v2", "bloom_alibi"] {
-            let path = folder(name);
-            let tokens = read(&path).cases[2].prompt_ids.clone();
-            let blocks = [3, 1];
-            let mut exact = open(&path, kind, WeightFormat::F32, KvFormat::F32);
-            let exact = run(&mut *exact, &tokens, tokens.len(), &blocks);
-            let formats = [(WeightFormat::Bf16, 0.02), (WeightFormat::Q8, 0.05), (WeightFormat::Q4 { group: 32 }, 1.5)];
-            for (format, limit) in formats {
-                let mut model = open(&path, kind, format, KvFormat::Bf16);
-                let vocab = model.spec().vocab;
-                let rounded = run(&mut *model, &tokens, tokens.len(), &blocks);
-                let mean = exact.chunks_exact(vocab).zip(rounded.chunks_exact(vocab)).map(|(p, q)| kl(p, q));
-                let mean = mean.sum::<f32>() / tokens.len() as f32;
-                println!("{name} on {kind:?} in {format}: mean KL {mean}");
-                assert!(mean < limit * 100.0, "{name} on {kind:?} in {format}: mean KL {mean}");
-            }
+fn rounded_weights_stay_close_and_alike_on_both_backends() {
+    for name in ["qwen3_moe", "gpt_oss", "deepseek_v2", "bloom_alibi"] {
+        let path = folder(name);
+        let tokens = read(&path).cases[2].prompt_ids.clone();
+        let logits = |kind, format, kv| {
+            let mut model = open(&path, kind, format, kv);
+            (run(&mut *model, &tokens, tokens.len(), &[3, 1]), model.spec().vocab)
+        };
+        let mean_kl = |p: &[f32], q: &[f32], vocab: usize| {
+            p.chunks_exact(vocab).zip(q.chunks_exact(vocab)).map(|(p, q)| kl(p, q)).sum::<f32>() / tokens.len() as f32
+        };
+        let (exact, vocab) = logits(BackendKind::Native, WeightFormat::F32, KvFormat::F32);
+        // Tiny random models: rounding moves tokens to other experts, so the limits are wide.
+        let formats = [(WeightFormat::Bf16, 0.02), (WeightFormat::Q8, 0.2), (WeightFormat::Q4 { group: 32 }, 3.0)];
+        for (format, limit) in formats {
+            let (native, _) = logits(BackendKind::Native, format, KvFormat::Bf16);
+            let (candle, _) = logits(BackendKind::Candle, format, KvFormat::Bf16);
+            let error = mean_kl(&exact, &native, vocab);
+            assert!(error < limit, "{name} in {format}: mean KL {error}");
+            let between = mean_kl(&native, &candle, vocab);
+            assert!(between < 5e-3, "{name} in {format}: mean KL {between} between the backends");
         }
+        let (int8, _) = logits(BackendKind::Native, WeightFormat::F32, KvFormat::Int8);
+        let error = mean_kl(&exact, &int8, vocab);
+        assert!(error < 0.2, "{name} with keys and values in int8: mean KL {error}");
     }
 }
 

@@ -50,7 +50,6 @@ impl<'a> Weights<'a> {
         self.spec
     }
 
-
     fn dtype(&self, name: &str, shape: &[usize]) -> Result<Dtype> {
         let fail = |reason: String| {
             Err(Error::Tensor { path: self.source.path().to_owned(), tensor: name.to_owned(), reason })

@@ -80,7 +80,8 @@ impl<'a> Reader<'a> {
     fn new(config: Config<'a>, family: &'static str) -> Result<Self> {
         let hidden = config.size("hidden_size", None)?;
         let eps = config.positive("rms_norm_eps", Some(1e-6))? as f32;
-        let rope = RopeConfig::read(&config, config.size("max_position_embeddings", Some(2048))?)?;
+        let partial = if family == "glm4_moe" { 0.5 } else { 1.0 };
+        let rope = RopeConfig::read(&config, config.size("max_position_embeddings", Some(2048))?, partial)?;
         let activation = if family == "gpt_oss" {
             Activation::ClampedSwiGlu {
                 alpha: config.number("swiglu_alpha", Some(1.702))? as f32,

@@ -141,7 +141,7 @@ pub(super) struct RopeConfig<'a> {
 }
 
 impl<'a> RopeConfig<'a> {
-    pub(super) fn read(config: &Config<'a>, max_context: usize) -> Result<Self> {
+    pub(super) fn read(config: &Config<'a>, max_context: usize, default_partial: f64) -> Result<Self> {
         let parameters = match config.object("rope_parameters")? {
             Some(parameters) => Some(parameters),
             None => config.object("rope_scaling")?,
@@ -153,7 +153,7 @@ impl<'a> RopeConfig<'a> {
             }
         };
         let theta = number("rope_theta", 10_000.0)?;
-        let partial = number("partial_rotary_factor", 1.0)?;
+        let partial = number("partial_rotary_factor", default_partial)?;
         let scaling = match &parameters {
             Some(parameters) => scaling(parameters, config, max_context)?,
             None => RopeScaling::None,

@@ -234,7 +234,7 @@ mod tests {
                 GatePolicy::DynamicTopP { p, max_active: top_k },
             ];
             let mut sorted: Vec<usize> = (0..12).collect();
-            sorted.sort_by(|&a, &b| logits[b].partial_cmp(&logits[a]).unwrap().then(a.cmp(&b)));
+            sorted.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
             for policy in &policies {
                 let chosen = policy.choose(&logits, None);
                 prop_assert!(!chosen.is_empty() && chosen.len() <= policy.max_active());

@@ -58,6 +58,14 @@ struct KvTensors {
     v: Option<Tensor>,
 }
 
+/// The rows' experts of one rank: which row, where its output is, and its weight.
+#[derive(Default)]
+struct Rank {
+    rows: Vec<u32>,
+    sources: Vec<u32>,
+    weights: Vec<f32>,
+}
+
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         Self::Backend { backend: "candle", reason: error.to_string() }
@@ -234,7 +242,7 @@ impl Backend for CandleBackend {
         Ok(experts)
     }
 
-    fn from_host(&self, values: Vec<f32>, cols: usize) -> Result<Tensor> {
+    fn to_device(&self, values: Vec<f32>, cols: usize) -> Result<Tensor> {
         let rows = values.len() / cols;
         Ok(Tensor::from_vec(values, (rows, cols), &self.device)?)
     }
@@ -356,7 +364,7 @@ impl Backend for CandleBackend {
             }
         }
         let mut outputs = Vec::with_capacity(by_expert.len());
-        let mut ranks: BTreeMap<usize, (Vec<u32>, Vec<u32>, Vec<f32>)> = BTreeMap::new();
+        let mut ranks: BTreeMap<usize, Rank> = BTreeMap::new();
         let mut computed = 0;
         for (expert, choices) in by_expert {
             let held = experts.get(expert as usize).and_then(Option::as_ref);
@@ -364,10 +372,10 @@ impl Backend for CandleBackend {
             let rows = self.indices(choices.iter().map(|choice| choice.0).collect())?;
             outputs.push(self.apply(ffn, &x.index_select(&rows, 0)?)?);
             for (row, rank, weight) in choices {
-                let (rows, sources, weights) = ranks.entry(rank).or_default();
-                rows.push(row);
-                sources.push(computed);
-                weights.push(weight);
+                let ranked = ranks.entry(rank).or_default();
+                ranked.rows.push(row);
+                ranked.sources.push(computed);
+                ranked.weights.push(weight);
                 computed += 1;
             }
         }
@@ -376,7 +384,7 @@ impl Backend for CandleBackend {
             return Ok(sum);
         }
         let outputs = Tensor::cat(&outputs, 0)?;
-        for (_, (rows, sources, weights)) in ranks {
+        for Rank { rows, sources, weights } in ranks.into_values() {
             let count = rows.len();
             let weights = Tensor::from_vec(weights, (count, 1), &self.device)?;
             let chosen = outputs.index_select(&self.indices(sources)?, 0)?.broadcast_mul(&weights)?;

@@ -188,7 +188,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn gather_experts(&self, experts: Vec<Option<Self::Ffn>>, hidden: usize) -> Result<Self::Experts>;
 
     /// Moves `[rows, cols]` values to the device.
-    fn from_host(&self, values: Vec<f32>, cols: usize) -> Result<Self::Tensor>;
+    fn to_device(&self, values: Vec<f32>, cols: usize) -> Result<Self::Tensor>;
     /// Moves values to the host.
     fn to_host(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
     /// Rows of the embedding.

@@ -168,7 +168,7 @@ impl Backend for NativeBackend {
         Ok(Experts { weights, activation, hidden })
     }
 
-    fn from_host(&self, values: Vec<f32>, cols: usize) -> Result<Rows> {
+    fn to_device(&self, values: Vec<f32>, cols: usize) -> Result<Rows> {
         Ok(Rows { values, cols })
     }
 

@@ -118,7 +118,7 @@ impl Reader<'_> {
     fn attention(&self, hidden: usize, norm: Norm, max_context: usize) -> Result<Gqa> {
         let heads = self.size("attention.head_count", None)?;
         let kv_heads = self.size("attention.head_count_kv", Some(heads))?;
-        if heads % kv_heads != 0 {
+        if !heads.is_multiple_of(kv_heads) {
             let key = self.key("attention.head_count_kv");
             return Err(self.config.error(&key, format!("{kv_heads} does not divide {heads} heads")));
         }
@@ -128,7 +128,7 @@ impl Reader<'_> {
             return Err(self.config.error(&key, format!("differs from the key's {head_dim}, which is not supported")));
         }
         let dims = self.size("rope.dimension_count", Some(head_dim))?;
-        if dims % 2 != 0 || dims > head_dim {
+        if !dims.is_multiple_of(2) || dims > head_dim {
             let key = self.key("rope.dimension_count");
             return Err(self.config.error(&key, format!("{dims} is odd or above the head's {head_dim}")));
         }

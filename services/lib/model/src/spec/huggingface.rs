@@ -152,12 +152,12 @@ impl<'a> Reader<'a> {
             return self.mla(heads);
         }
         let kv_heads = config.size("num_key_value_heads", Some(heads))?;
-        if heads % kv_heads != 0 {
+        if !heads.is_multiple_of(kv_heads) {
             return Err(config.error("num_key_value_heads", format!("{kv_heads} does not divide {heads} heads")));
         }
         let head_dim = match config.optional_size("head_dim")? {
             Some(head_dim) => head_dim,
-            None if self.hidden % heads == 0 => self.hidden / heads,
+            None if self.hidden.is_multiple_of(heads) => self.hidden / heads,
             None => return Err(config.error("num_attention_heads", format!("does not divide {}", self.hidden))),
         };
         let scale = match self.family {
@@ -217,7 +217,7 @@ impl<'a> Reader<'a> {
                 }
             },
             None => match self.family {
-                "gpt_oss" => layer % 2 == 0,
+                "gpt_oss" => layer.is_multiple_of(2),
                 "qwen2_moe" | "qwen3" => layer >= config.count("max_window_layers", Some(28))?,
                 _ => true,
             },
@@ -252,13 +252,13 @@ impl<'a> Reader<'a> {
             "qwen3" | "llama" => false,
             "qwen2_moe" | "qwen3_moe" => {
                 let dense = config.counts("mlp_only_layers")?.contains(&(layer as u32));
-                !dense && (layer + 1) % config.size("decoder_sparse_step", Some(1))? == 0
+                !dense && (layer + 1).is_multiple_of(config.size("decoder_sparse_step", Some(1))?)
             }
             "deepseek_v2" | "deepseek_v3" | "glm4_moe" => match config.list("mlp_layer_types")? {
                 Some(types) => types.get(layer).and_then(Value::as_str) == Some("sparse"),
                 None => {
                     let every = config.size("moe_layer_freq", Some(1))?;
-                    layer >= config.count("first_k_dense_replace", Some(0))? && layer % every == 0
+                    layer >= config.count("first_k_dense_replace", Some(0))? && layer.is_multiple_of(every)
                 }
             },
             _ => true,
@@ -356,7 +356,7 @@ impl<'a> Reader<'a> {
         let config = &self.config;
         let count = config.size("n_group", Some(1))?;
         let keep = config.size("topk_group", Some(count))?;
-        if experts % count != 0 {
+        if !experts.is_multiple_of(count) {
             return Err(config.error("n_group", format!("{count} does not divide {experts} experts")));
         }
         if keep > count || experts / count * keep < top_k {
@@ -371,7 +371,7 @@ fn bloom(config: &Config<'_>) -> Result<ModelSpec> {
     let hidden = config.size(hidden_key, None)?;
     let heads_key = config.first_of(&["n_head", "num_attention_heads"]);
     let heads = config.size(heads_key, None)?;
-    if hidden % heads != 0 {
+    if !hidden.is_multiple_of(heads) {
         return Err(config.error(heads_key, format!("{heads} does not divide {hidden}")));
     }
     let norm = Norm { kind: NormKind::Layer, eps: config.positive("layer_norm_epsilon", Some(1e-5))? as f32 };

@@ -163,7 +163,7 @@ impl<'a> RopeConfig<'a> {
 
     pub(super) fn rope(&self, config: &Config<'_>, head_dim: usize, interleaved: bool) -> Result<Rope> {
         let dims = (head_dim as f64 * self.partial) as usize;
-        if dims == 0 || dims % 2 != 0 || dims > head_dim {
+        if dims == 0 || !dims.is_multiple_of(2) || dims > head_dim {
             return Err(config.error(
                 "head_dim",
                 format!("{dims} rotary dimensions of a head of {head_dim} are impossible; they must be even"),

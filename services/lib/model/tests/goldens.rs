@@ -1,4 +1,5 @@
 //! Every reference checkpoint of `tests/goldens` on both backends, and the promises of exactness and determinism.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 use moesaic_model::backend::BackendKind;
 use moesaic_model::decoder::{LoadOptions, load};
 use moesaic_model::{LogitsWanted, Runner, SequenceChunk};

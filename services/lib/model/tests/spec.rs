@@ -1,4 +1,5 @@
 //! Reading configurations: both forms, every option's bounds, and errors that name the file and the key.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 use moesaic_model::spec::{Attention, Ffn, GatePolicy, ModelSpec, Position, RopeScaling, alibi_slopes, from_config};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
 //! Other layouts of the same tensors (GGUF's names, stacking and permutation), and files that are wrong.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 use moesaic_model::backend::native::NativeBackend;
 use moesaic_model::decoder::{LoadOptions, load_decoder, load_experts};
 use moesaic_model::source::{Dtype, TensorInfo, WeightSource, open};

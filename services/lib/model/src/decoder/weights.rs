@@ -68,7 +68,7 @@ impl<'a> Weights<'a> {
             Dtype::F32 | Dtype::F16 => WeightFormat::F32,
             Dtype::Bf16 => WeightFormat::Bf16,
             Dtype::Ggml("Q4_0") => WeightFormat::Q4 { group: 32 },
-            Dtype::Ggml(_) => WeightFormat::Q8,
+            Dtype::Ggml(_) | Dtype::Unsupported(_) => WeightFormat::Q8,
             Dtype::Packed(format) => format,
         };
         let format = self.format.unwrap_or_else(stored);

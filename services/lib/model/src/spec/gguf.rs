@@ -17,10 +17,15 @@ const MAX_LAYERS: usize = 4096;
 const MAX_EXPERTS: usize = 65_536;
 const ROPE_DIVISORS: &str = "rope_freqs.weight";
 
-/// Reads a `.gguf` file's metadata; `source` is that file, opened.
+/// Reads the metadata of the `.gguf` file that `source` has open.
 pub fn read_file(path: &Path, source: &dyn WeightSource) -> Result<ModelSpec> {
-    let _ = source;
-    Err(Error::Corrupt { path: path.to_owned(), reason: "is not a folder".into() })
+    match source.gguf() {
+        Some(metadata) => from_gguf(&metadata.to_json(), source),
+        None => Err(Error::Corrupt {
+            path: path.to_owned(),
+            reason: "is neither a folder with config.json nor a GGUF file".into(),
+        }),
+    }
 }
 
 /// The architecture that metadata (as a JSON object) and tensors describe.

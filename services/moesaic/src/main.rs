@@ -1,2 +1,22 @@
-//! The all-in-one binary.
-fn main() {}
+//! `moesaic`: all services in one process, and the tools.
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line program speaks to its terminal")]
+
+mod args;
+mod commands;
+mod demo;
+mod progress;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args = args::Args::parse();
+    match commands::run(args) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("moesaic: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -11,11 +11,15 @@ pub mod decoder;
 pub mod error;
 pub mod expert_pool;
 pub mod gate;
+pub mod generation_config;
 pub mod golden;
+pub mod quantize;
 pub mod runner;
 pub mod source;
 pub mod spec;
 pub mod tokenizer;
 
+pub use backend::BackendKind;
+pub use decoder::{LoadOptions, load};
 pub use error::{Error, Result};
 pub use runner::{LogitsWanted, Runner, SequenceChunk};

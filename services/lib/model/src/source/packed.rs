@@ -1,0 +1,177 @@
+//! Folders that `moesaic quantize` wrote: packed matrices and plain tensors in one data file, mapped into memory.
+//!
+//! `moesaic.index.json` holds `{"format": "moesaic-packed-1", "tensors": [{"name", "shape", "format", "offset",
+//! "len"}]}`; each entry lies in `moesaic.pack` on a 64-byte bound. `format` is a weight format for matrices in the
+//! panel layout of `moesaic-kernels` (a stacked tensor `[count, rows, cols]` is `count` matrices one after another),
+//! or `raw-f32` for plain values.
+use super::{Dtype, TensorInfo, WeightSource, check_range, corrupt, elements, map, read_json, tensor_error};
+use crate::Result;
+use crate::backend::kernel_format;
+use moesaic_kernels::{MappedFile, PackedMatrix, Storage};
+use moesaic_types::WeightFormat;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Name of the index file.
+pub const INDEX: &str = "moesaic.index.json";
+/// Name of the data file.
+pub const DATA: &str = "moesaic.pack";
+/// The version that this build reads and writes.
+pub const VERSION: &str = "moesaic-packed-1";
+/// The format of plain values.
+pub const RAW: &str = "raw-f32";
+
+/// The index file.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Index {
+    /// [`VERSION`].
+    pub format: String,
+    /// The tensors.
+    pub tensors: Vec<Entry>,
+}
+
+/// One tensor of the index.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Entry {
+    /// Its name.
+    pub name: String,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// A weight format, or [`RAW`].
+    pub format: String,
+    /// First byte in the data file; a multiple of 64.
+    pub offset: usize,
+    /// Bytes.
+    pub len: usize,
+}
+
+/// An opened folder.
+pub struct PackedSource {
+    path: PathBuf,
+    file: Arc<MappedFile>,
+    tensors: Vec<TensorInfo>,
+    places: Vec<(usize, usize)>,
+}
+
+impl PackedSource {
+    /// Opens a folder and checks every entry against the data file.
+    ///
+    /// # Errors
+    /// `Io`, `Corrupt` or `Tensor`, naming the file and the tensor.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join(INDEX);
+        let index: Index = serde_json::from_value(read_json(&path)?)
+            .map_err(|error| corrupt(&path, format!("is not an index of packed weights: {error}")))?;
+        if index.format != VERSION {
+            return Err(corrupt(&path, format!("has format '{}'; this build reads {VERSION}", index.format)));
+        }
+        let file = map(&folder.join(DATA))?;
+        let mut entries = index.tensors;
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut source = Self { path: folder.to_owned(), file, tensors: Vec::new(), places: Vec::new() };
+        for entry in entries {
+            source.add(&path, entry)?;
+        }
+        Ok(source)
+    }
+
+    fn add(&mut self, path: &Path, entry: Entry) -> Result<()> {
+        let wrong = |reason: String| tensor_error(path, &entry.name, reason);
+        if self.tensors.last().is_some_and(|last| last.name == entry.name) {
+            return Err(wrong("stands twice in the index".into()));
+        }
+        let end = entry.offset.checked_add(entry.len);
+        if end.is_none_or(|end| end > self.file.bytes().len()) {
+            let have = self.file.bytes().len();
+            return Err(wrong(format!("ends after the {have} bytes of {DATA}: the file is truncated")));
+        }
+        if !entry.offset.is_multiple_of(64) {
+            return Err(wrong(format!("starts at byte {}, which is no multiple of 64", entry.offset)));
+        }
+        let (dtype, expected) = if entry.format == RAW {
+            (Dtype::F32, elements(&entry.shape).and_then(|n| n.checked_mul(4)))
+        } else {
+            let format: WeightFormat = entry.format.parse().map_err(wrong)?;
+            let (count, rows, cols) = stack(&entry.shape).ok_or_else(|| wrong("is no matrix".into()))?;
+            if elements(&entry.shape).is_none_or(|n| n > 1 << 40) {
+                return Err(wrong(format!("has an impossible shape {:?}", entry.shape)));
+            }
+            let one = PackedMatrix::packed_len(kernel_format(format), rows, cols);
+            (Dtype::Packed(format), one.checked_mul(count))
+        };
+        if expected != Some(entry.len) {
+            return Err(wrong(format!("has {} bytes for shape {:?} in {}", entry.len, entry.shape, entry.format)));
+        }
+        self.places.push((entry.offset, entry.len));
+        self.tensors.push(TensorInfo { name: entry.name, shape: entry.shape, dtype });
+        Ok(())
+    }
+
+    fn find(&self, name: &str) -> Result<(&TensorInfo, usize, usize)> {
+        match self.tensors.binary_search_by(|t| t.name.as_str().cmp(name)) {
+            Ok(i) => Ok((&self.tensors[i], self.places[i].0, self.places[i].1)),
+            Err(_) => Err(tensor_error(&self.path, name, "is missing")),
+        }
+    }
+}
+
+/// `(count, rows, cols)` of a matrix or a stack of matrices.
+pub(crate) fn stack(shape: &[usize]) -> Option<(usize, usize, usize)> {
+    match *shape {
+        [rows, cols] => Some((1, rows, cols)),
+        [count, rows, cols] => Some((count, rows, cols)),
+        _ => None,
+    }
+}
+
+impl WeightSource for PackedSource {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    fn read_f32(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
+        let (info, offset, len) = self.find(name)?;
+        check_range(&self.path, info, start, out.len())?;
+        let Dtype::Packed(_) = info.dtype else {
+            let bytes = &self.file.bytes()[offset..offset + len][start * 4..(start + out.len()) * 4];
+            super::plain_to_f32(Dtype::F32, bytes, out);
+            return Ok(());
+        };
+        let (_, rows, cols) = stack(&info.shape).expect("checked when it was added");
+        let mut row = vec![0.0; cols];
+        let mut matrix = None;
+        let mut done = 0;
+        while done < out.len() {
+            let (line, col) = ((start + done) / cols, (start + done) % cols);
+            let index = line / rows;
+            if matrix.as_ref().is_none_or(|(current, _)| *current != index) {
+                matrix = self.packed(name, index)?.map(|m| (index, m));
+            }
+            let (_, packed) = matrix.as_ref().expect("the dtype is packed");
+            packed.dequantize_row(line % rows, &mut row);
+            let part = (cols - col).min(out.len() - done);
+            out[done..done + part].copy_from_slice(&row[col..col + part]);
+            done += part;
+        }
+        Ok(())
+    }
+
+    fn packed(&self, name: &str, index: usize) -> Result<Option<PackedMatrix<Storage>>> {
+        let (info, offset, _) = self.find(name)?;
+        let Dtype::Packed(format) = info.dtype else { return Ok(None) };
+        let (count, rows, cols) = stack(&info.shape).expect("checked when it was added");
+        if index >= count {
+            return Err(tensor_error(&self.path, name, format!("has {count} matrices, not a number {index}")));
+        }
+        let format = kernel_format(format);
+        let len = PackedMatrix::packed_len(format, rows, cols);
+        let storage = Storage::Mapped { file: self.file.clone(), offset: offset + index * len, len };
+        let matrix = PackedMatrix::from_storage(format, rows, cols, storage);
+        matrix.map(Some).map_err(|error| tensor_error(&self.path, name, error.to_string()))
+    }
+}

@@ -1,0 +1,166 @@
+//! Text to tokens and back.
+use crate::{Error, Result};
+use moesaic_types::TokenId;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A tokenizer of `tokenizer.json`; cheap to clone.
+#[derive(Clone)]
+pub struct Tokenizer {
+    inner: Arc<tokenizers::Tokenizer>,
+    bytes: Arc<Vec<Vec<u8>>>,
+    special: Arc<Vec<bool>>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a folder.
+    ///
+    /// # Errors
+    /// `Io` or `Corrupt`, naming the file.
+    pub fn from_dir(folder: &Path) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+        let inner = tokenizers::Tokenizer::from_bytes(bytes)
+            .map_err(|e| Error::Corrupt { path, reason: format!("is not a tokenizer: {e}") })?;
+        Ok(Self::new(inner))
+    }
+
+    /// Wraps a tokenizer.
+    pub fn new(inner: tokenizers::Tokenizer) -> Self {
+        let added = inner.get_added_tokens_decoder();
+        let len = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
+        let byte_level = serde_json::to_string(&inner.get_decoder()).is_ok_and(|json| json.contains("\"ByteLevel\""));
+        let decode_char = byte_level_decoder();
+        let bytes = (0..len as u32)
+            .map(|id| {
+                let Some(text) = inner.id_to_token(id) else { return Vec::new() };
+                if added.contains_key(&id) {
+                    text.into_bytes()
+                } else if byte_level {
+                    text.chars()
+                        .flat_map(|c| decode_char(c).map_or_else(|| c.to_string().into_bytes(), |b| vec![b]))
+                        .collect()
+                } else {
+                    sentencepiece_bytes(&text)
+                }
+            })
+            .collect();
+        let special = (0..len as u32).map(|id| added.get(&id).is_some_and(|token| token.special)).collect();
+        Self { inner: Arc::new(inner), bytes: Arc::new(bytes), special: Arc::new(special) }
+    }
+
+    /// The tokens of a text; `add_special` adds what the tokenizer puts around a text (a beginning-of-sequence token).
+    ///
+    /// # Errors
+    /// `Text` when the tokenizer cannot encode it.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>> {
+        let encoding = self.inner.encode_fast(text, add_special).map_err(|e| Error::Text(e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of some tokens.
+    ///
+    /// # Errors
+    /// `Text` when the tokenizer cannot decode them.
+    pub fn decode(&self, tokens: &[TokenId], skip_special: bool) -> Result<String> {
+        self.inner.decode(tokens, skip_special).map_err(|e| Error::Text(e.to_string()))
+    }
+
+    /// A token's bytes; empty for a number that is no token.
+    pub fn token_bytes(&self, token: TokenId) -> &[u8] {
+        self.bytes.get(token as usize).map_or(&[], Vec::as_slice)
+    }
+
+    /// All tokens' bytes, by id.
+    pub fn all_token_bytes(&self) -> &[Vec<u8>] {
+        &self.bytes
+    }
+
+    /// Whether a token is special (its text is not part of the answer).
+    pub fn is_special(&self, token: TokenId) -> bool {
+        self.special.get(token as usize).copied().unwrap_or(false)
+    }
+
+    /// The number of a token by its text.
+    pub fn token_id(&self, text: &str) -> Option<TokenId> {
+        self.inner.token_to_id(text)
+    }
+
+    /// One more than the largest token's number.
+    pub fn vocab_size(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// GPT-2's map of printable characters to bytes, reversed.
+fn byte_level_decoder() -> impl Fn(char) -> Option<u8> {
+    let printable = |b: u32| (33..=126).contains(&b) || (161..=172).contains(&b) || (174..=255).contains(&b);
+    let shifted: Vec<u8> = (0..=255u8).filter(|b| !printable(u32::from(*b))).collect();
+    move |c| {
+        let code = c as u32;
+        if printable(code) {
+            return u8::try_from(code).ok();
+        }
+        code.checked_sub(256).and_then(|i| shifted.get(i as usize).copied())
+    }
+}
+
+/// `<0x0A>` is a byte; U+2581 is a space.
+fn sentencepiece_bytes(text: &str) -> Vec<u8> {
+    let byte = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>')).and_then(|t| u8::from_str_radix(t, 16).ok());
+    byte.map_or_else(|| text.replace('\u{2581}', " ").into_bytes(), |b| vec![b])
+}
+
+/// Turns tokens into text one at a time and never gives half a character.
+pub struct DecodeStream {
+    tokenizer: Tokenizer,
+    skip_special: bool,
+    pending: Vec<u8>,
+}
+
+impl DecodeStream {
+    /// An empty stream.
+    pub fn new(tokenizer: Tokenizer, skip_special: bool) -> Self {
+        Self { tokenizer, skip_special, pending: Vec::new() }
+    }
+
+    /// The text that this token completes; may be empty.
+    pub fn push(&mut self, token: TokenId) -> String {
+        if !(self.skip_special && self.tokenizer.is_special(token)) {
+            self.pending.extend_from_slice(self.tokenizer.token_bytes(token));
+        }
+        self.take(false)
+    }
+
+    /// What is left: bytes that never became a character are replacement characters.
+    pub fn flush(&mut self) -> String {
+        self.take(true)
+    }
+
+    fn take(&mut self, all: bool) -> String {
+        let mut text = String::new();
+        let mut kept = 0;
+        for chunk in self.pending.utf8_chunks() {
+            text.push_str(chunk.valid());
+            let invalid = chunk.invalid();
+            let at_end = kept + chunk.valid().len() + invalid.len() == self.pending.len();
+            kept += chunk.valid().len();
+            if invalid.is_empty() {
+                continue;
+            }
+            // the start of a character whose other bytes may still come
+            if at_end && !all && may_continue(invalid) {
+                break;
+            }
+            text.push(char::REPLACEMENT_CHARACTER);
+            kept += invalid.len();
+        }
+        self.pending.drain(..kept);
+        text
+    }
+}
+
+/// Whether bytes are a proper prefix of some UTF-8 character.
+fn may_continue(bytes: &[u8]) -> bool {
+    std::str::from_utf8(bytes).is_err_and(|e| e.error_len().is_none())
+}

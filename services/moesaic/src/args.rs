@@ -1,0 +1,126 @@
+//! The command line.
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use moesaic_types::{KvFormat, WeightFormat};
+use std::path::PathBuf;
+
+/// Serves mixture-of-experts language models.
+#[derive(Debug, Parser)]
+#[command(name = "moesaic", version, about, arg_required_else_help = true)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The tools.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Compare a model's outputs with reference outputs; exit status 1 beyond tolerance.
+    Check(Check),
+    /// Measure prompt processing and generation rates.
+    Bench(Bench),
+    /// Write a folder with packed 4-bit or 8-bit weights that loads by memory map.
+    Quantize(Quantize),
+    /// Perplexity and task accuracy of the demo model's evaluation sets.
+    Eval(Eval),
+}
+
+/// Which model, and how it runs.
+#[derive(Clone, Debug, Default, ClapArgs)]
+pub struct ModelArgs {
+    /// A Hugging Face folder, a folder of `moesaic quantize`, or a .gguf file.
+    #[arg(long, value_name = "DIR|FILE.gguf")]
+    pub model: Option<PathBuf>,
+    /// native (our CPU kernels) or candle.
+    #[arg(long)]
+    pub backend: Option<BackendName>,
+    /// f32, bf16, q8, q4, q4-g64 or q4-g128; as stored where not given.
+    #[arg(long)]
+    pub weights: Option<WeightFormat>,
+    /// Format of cached keys and values: f32, bf16 or int8.
+    #[arg(long)]
+    pub kv: Option<KvFormat>,
+    /// Threads of the maths; all cores where not given.
+    #[arg(long)]
+    pub threads: Option<usize>,
+}
+
+/// The two backends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BackendName {
+    /// Our CPU kernels.
+    Native,
+    /// candle: CPU here, CUDA and Metal by cargo features.
+    Candle,
+}
+
+/// `moesaic check`.
+#[derive(Debug, ClapArgs)]
+pub struct Check {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The reference outputs.
+    #[arg(long, value_name = "FILE")]
+    pub golden: PathBuf,
+    /// An adapter (comes with the LoRA issue; refused until then).
+    #[arg(long, value_name = "DIR")]
+    pub lora: Option<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `moesaic bench`.
+#[derive(Debug, ClapArgs)]
+pub struct Bench {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Prompt lengths to process.
+    #[arg(long, value_delimiter = ',', default_value = "512")]
+    pub pp: Vec<usize>,
+    /// Tokens to generate, one after another.
+    #[arg(long, value_delimiter = ',', default_value = "128")]
+    pub tg: Vec<usize>,
+    /// Tokens in the context before the measurement starts.
+    #[arg(long, value_delimiter = ',', default_value = "0")]
+    pub depth: Vec<usize>,
+    /// Counted runs of each test, after one warm-up.
+    #[arg(long, default_value_t = 5)]
+    pub runs: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `moesaic quantize`.
+#[derive(Debug, ClapArgs)]
+pub struct Quantize {
+    /// The folder or file to read.
+    #[arg(long, value_name = "DIR|FILE.gguf")]
+    pub model: PathBuf,
+    /// The folder to write; must not exist or be empty.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// q4 or q8.
+    #[arg(long)]
+    pub weights: WeightFormat,
+    /// Values that share a scale in q4: 32, 64 or 128.
+    #[arg(long)]
+    pub group: Option<u16>,
+}
+
+/// `moesaic eval`.
+#[derive(Debug, ClapArgs)]
+pub struct Eval {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Folder with `*_eval.jsonl`; the demo model's where not given.
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Samples of each set at most.
+    #[arg(long)]
+    pub limit: Option<usize>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}

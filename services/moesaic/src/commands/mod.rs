@@ -1,0 +1,54 @@
+//! One file for each tool.
+mod bench;
+mod check;
+mod eval;
+mod quantize;
+
+use crate::args::{Args, BackendName, Command, ModelArgs};
+use crate::{demo, progress::Bar};
+use anyhow::{Context, Result};
+use moesaic_model::{Runner, backend::BackendKind};
+use std::process::ExitCode;
+
+/// Runs the command; the exit status is the command's.
+pub fn run(args: Args) -> Result<ExitCode> {
+    match args.command {
+        Command::Check(args) => check::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Quantize(args) => quantize::run(args),
+        Command::Eval(args) => eval::run(args),
+    }
+}
+
+/// All cores.
+pub fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+impl From<BackendName> for BackendKind {
+    fn from(name: BackendName) -> Self {
+        match name {
+            BackendName::Native => Self::Native,
+            BackendName::Candle => Self::Candle,
+        }
+    }
+}
+
+/// Loads a model for the tools that drive it step by step.
+fn load_runner(args: &ModelArgs) -> Result<Box<dyn Runner>> {
+    let path = match &args.model {
+        Some(path) => path.clone(),
+        None => demo::find()?,
+    };
+    let bar = Bar::new("load");
+    let options = moesaic_model::LoadOptions {
+        weights: args.weights,
+        kv: args.kv.unwrap_or_default(),
+        threads: args.threads.unwrap_or_else(default_threads),
+        progress: Some(&|p| bar.set(p.done, p.total)),
+    };
+    let kind = args.backend.unwrap_or(BackendName::Native).into();
+    let runner = moesaic_model::load(&path, kind, &options).with_context(|| format!("load {}", path.display()))?;
+    bar.finish();
+    Ok(runner)
+}

@@ -1,0 +1,42 @@
+//! Progress bars on stderr; silent where stderr is no terminal, but for a line at the start and the end.
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::IsTerminal;
+use std::time::Instant;
+
+/// A bar over bytes.
+pub struct Bar {
+    bar: Option<ProgressBar>,
+    what: String,
+    started: Instant,
+}
+
+impl Bar {
+    /// Starts a bar that says what is done.
+    pub fn new(what: &str) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(0);
+            let style = ProgressStyle::with_template("{msg} [{wide_bar}] {bytes}/{total_bytes} {eta}")
+                .expect("the template is a constant that parses");
+            bar.set_style(style.progress_chars("=> "));
+            bar.set_message(what.to_owned());
+            bar
+        });
+        Self { bar, what: what.to_owned(), started: Instant::now() }
+    }
+
+    /// `done` of `total` bytes.
+    pub fn set(&self, done: u64, total: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+            bar.set_position(done);
+        }
+    }
+
+    /// Ends the bar.
+    pub fn finish(self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+        tracing::info!(what = self.what, seconds = self.started.elapsed().as_secs_f32(), "done");
+    }
+}

@@ -1,5 +1,6 @@
 //! Progress bars on stderr; silent where stderr is no terminal, but for a line at the start and the end.
 use indicatif::{ProgressBar, ProgressStyle};
+use moesaic_model::decoder::{Part, Progress};
 use std::io::IsTerminal;
 use std::time::Instant;
 
@@ -29,6 +30,20 @@ impl Bar {
         if let Some(bar) = &self.bar {
             bar.set_length(total);
             bar.set_position(done);
+        }
+    }
+
+    /// Layers that are loaded.
+    pub fn layers(&self, progress: Progress) {
+        let part = match progress.part {
+            Part::Decoder => "load layers",
+            Part::Experts => "load experts",
+        };
+        if let Some(bar) = &self.bar {
+            bar.set_style(ProgressStyle::with_template("{msg} [{wide_bar}] {pos}/{len}").expect("a constant parses"));
+            bar.set_message(part);
+            bar.set_length(progress.layers_total as u64);
+            bar.set_position(progress.layers_done as u64);
         }
     }
 

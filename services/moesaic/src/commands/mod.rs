@@ -45,7 +45,7 @@ fn load_runner(args: &ModelArgs) -> Result<Box<dyn Runner>> {
         weights: args.weights,
         kv: args.kv.unwrap_or_default(),
         threads: args.threads.unwrap_or_else(default_threads),
-        progress: Some(&|p| bar.set(p.done, p.total)),
+        progress: Some(&|p| bar.layers(p)),
     };
     let kind = args.backend.unwrap_or(BackendName::Native).into();
     let runner = moesaic_model::load(&path, kind, &options).with_context(|| format!("load {}", path.display()))?;

@@ -1,9 +1,6 @@
 //! Block formats of ggml: sizes and exact dequantization, with ggml's own formulas (`ggml-quants.c`).
 use half::f16;
 
-/// Values of the largest block.
-pub const MAX_BLOCK: usize = 256;
-
 /// `(values, bytes)` of a block.
 pub fn block(name: &str) -> Option<(usize, usize)> {
     Some(match name {

@@ -281,11 +281,12 @@ fn attend_body(
     }
     out.fill(0.0);
     let oldest = call.window.map_or(0, |window| (position + 1).saturating_sub(window));
-    for index in oldest / BLOCK..=position / BLOCK {
-        let base = index * BLOCK;
+    let first = oldest / BLOCK;
+    for (index, block) in blocks[first..=position / BLOCK].iter().enumerate() {
+        let base = (first + index) * BLOCK;
         let from = oldest.saturating_sub(base);
         let to = (position + 1 - base).min(BLOCK);
-        let bytes = kv.block(blocks[index]);
+        let bytes = kv.block(*block);
         let (keys, values) = bytes.split_at(shape.k_bytes());
         load_rows(&shape, keys, kv_head, shape.k_dim, from, to, rows);
         for head in 0..group {

@@ -95,7 +95,7 @@ impl PackedMatrix<Storage> {
             return Err(Error::Length { rows, cols, expected, actual });
         }
         let offset = storage.bytes().as_ptr() as usize;
-        if offset % crate::storage::ALIGNMENT != 0 {
+        if !offset.is_multiple_of(crate::storage::ALIGNMENT) {
             return Err(Error::Alignment { offset: offset % 4096 });
         }
         Ok(Self { format, rows, cols, storage })

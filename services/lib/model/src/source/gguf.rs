@@ -8,6 +8,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// Tensors by name, each with its first byte.
+type Places = BTreeMap<String, (TensorInfo, usize)>;
+
 /// First bytes of a file.
 pub const MAGIC: &[u8; 4] = b"GGUF";
 /// Elements of a metadata array at most; vocabularies have some hundred thousand.
@@ -322,7 +325,7 @@ impl<'a> Parser<'a> {
         })
     }
 
-    fn file(mut self) -> Result<(Metadata, BTreeMap<String, (TensorInfo, usize)>)> {
+    fn file(mut self) -> Result<(Metadata, Places)> {
         if &self.array::<4>("the magic number")? != MAGIC {
             return Err(corrupt(self.path, "is no GGUF file"));
         }
@@ -401,7 +404,7 @@ impl<'a> Parser<'a> {
     fn place(&self, info: &TensorInfo, offset: u64, data: usize, alignment: usize) -> Result<(usize, usize)> {
         let fail = |reason: String| tensor_error(self.path, &info.name, reason);
         let count = elements(&info.shape).ok_or_else(|| fail(format!("has an impossible shape {:?}", info.shape)))?;
-        if offset % alignment as u64 != 0 {
+        if !offset.is_multiple_of(alignment as u64) {
             return Err(fail(format!("starts at {offset}, which is no multiple of {alignment}")));
         }
         let start = usize::try_from(offset).ok().and_then(|offset| data.checked_add(offset));

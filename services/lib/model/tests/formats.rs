@@ -83,10 +83,10 @@ fn file(header: &str, data: usize) -> Vec<u8> {
 #[test]
 fn broken_safetensors_are_refused_by_name() {
     let cases: [(Vec<u8>, &str); 8] = [
-        (vec![], "truncated"),
-        (vec![1, 2, 3], "truncated"),
-        (u64::MAX.to_le_bytes().to_vec(), "header of"),
-        (file("{", 0), "not valid JSON"),
+        (vec![], "is 0 bytes long"),
+        (vec![1, 2, 3], "is 3 bytes long"),
+        (u64::MAX.to_le_bytes().to_vec(), "says its header has"),
+        (file("{", 0), "header is not JSON"),
         (file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 4), "'a'"),
         (file(r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#, 8), "'a'"),
         (file(r#"{"a":{"dtype":"F32","shape":[18446744073709551615,8],"data_offsets":[0,8]}}"#, 8), "'a'"),
@@ -101,7 +101,7 @@ fn broken_safetensors_are_refused_by_name() {
     for (bytes, expected) in cases {
         let folder = folder_with(&bytes);
         let error = source::open(folder.path()).err().expect("a broken file is refused").to_string();
-        assert!(error.contains("model.safetensors"), "{error}");
+        assert!(error.contains(expected) && error.contains("model.safetensors"), "{error} lacks {expected}");
     }
 }
 

@@ -80,7 +80,7 @@ impl<A: Actor<Context = Context<A>>, F: Fn() -> A> Supervisor<A, F> {
             let (end, remains) = match built {
                 Ok(actor) => {
                     let mut life = Context::with_receiver(mailbox).into_future(actor);
-                    (live(&mut life, &mut self.stop).await, Remains::Life(life))
+                    (live(&mut life, &mut self.stop).await, Remains::Life(Box::new(life)))
                 }
                 Err(panic) => (End::Panicked(panic_message(&*panic)), Remains::Mailbox(mailbox)),
             };
@@ -166,7 +166,7 @@ async fn drive<A: Actor<Context = Context<A>>>(life: &mut ContextFut<A, Context<
 
 /// What is left of a life, mailbox included.
 enum Remains<A: Actor<Context = Context<A>>> {
-    Life(ContextFut<A, Context<A>>),
+    Life(Box<ContextFut<A, Context<A>>>),
     Mailbox(AddressReceiver<A>),
 }
 

@@ -1,5 +1,6 @@
 //! Supervision of real actix actors: panics, bounds, ends.
 #![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used)] // A test fails by panicking, in its helpers too.
 use actix::{Actor, AsyncContext, Context, Handler, Message, ResponseFuture};
 use moesaic_actors::{AskError, Backoff, Handle, Supervised};
 use std::sync::atomic::{AtomicUsize, Ordering};

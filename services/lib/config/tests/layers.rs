@@ -1,5 +1,6 @@
 //! Loading through all layers.
 #![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used)] // A test fails by panicking, in its helpers too.
 use moesaic_config::{ByteSize, Error, HumanDuration, Sources, dump, load};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

@@ -1,1 +1,17 @@
-//! moesaic-telemetry
+//! Logs, traces and metrics: set up once by each process, named once for all.
+//!
+//! - [`init`] installs the subscriber: human or JSON logs, and OTLP traces where an endpoint is set.
+//! - [`metrics`] has every metric's name, and renders them for Prometheus.
+//! - [`propagation`] carries the trace through HTTP headers and gRPC metadata.
+#![forbid(unsafe_code)]
+
+mod config;
+mod error;
+mod json;
+pub mod metrics;
+pub mod propagation;
+mod setup;
+
+pub use config::{LogFormat, TelemetryConfig};
+pub use error::Error;
+pub use setup::{Guard, init};

@@ -1,0 +1,141 @@
+//! Every metric's name, and the recorder that Prometheus reads.
+//!
+//! Code records with the macros of the `metrics` crate and these names; labels stand in the descriptions. The names
+//! that begin with `vllm:` are those that vLLM's dashboards and autoscalers read.
+use crate::Error;
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+macro_rules! names {
+    ($($kind:ident $constant:ident = $name:literal, $help:literal;)*) => {
+        $(#[doc = $help] pub const $constant: &str = $name;)*
+
+        /// All metrics: name, kind (`counter`, `gauge` or `histogram`) and meaning.
+        pub const ALL: &[(&str, &str, &str)] = &[$(($name, stringify!($kind), $help)),*];
+
+        fn describe() {
+            $(names!(@describe $kind $constant $help);)*
+        }
+    };
+    (@describe counter $constant:ident $help:literal) => { metrics::describe_counter!($constant, $help) };
+    (@describe gauge $constant:ident $help:literal) => { metrics::describe_gauge!($constant, $help) };
+    (@describe histogram $constant:ident $help:literal) => { metrics::describe_histogram!($constant, $help) };
+}
+
+names! {
+    gauge NUM_REQUESTS_RUNNING = "vllm:num_requests_running", "Sequences in the running batch.";
+    gauge NUM_REQUESTS_WAITING = "vllm:num_requests_waiting", "Sequences that wait for the batch.";
+    gauge KV_CACHE_USAGE_PERC = "vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.";
+    counter PREFIX_CACHE_QUERIES = "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.";
+    counter PREFIX_CACHE_HITS = "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.";
+    counter PROMPT_TOKENS_TOTAL = "vllm:prompt_tokens_total", "Prompt tokens processed.";
+    counter GENERATION_TOKENS_TOTAL = "vllm:generation_tokens_total", "Tokens generated.";
+    histogram TIME_TO_FIRST_TOKEN_SECONDS = "vllm:time_to_first_token_seconds", "From arrival to the first token.";
+    histogram INTER_TOKEN_LATENCY_SECONDS = "vllm:inter_token_latency_seconds", "Between two tokens of a sequence.";
+    histogram E2E_REQUEST_LATENCY_SECONDS = "vllm:e2e_request_latency_seconds", "From arrival to the last token.";
+    histogram REQUEST_QUEUE_TIME_SECONDS = "vllm:request_queue_time_seconds", "From arrival to the batch.";
+
+    counter REQUEST_SUCCESS_TOTAL = "moesaic_request_success_total", "Sequences finished, by `finished_reason`.";
+    counter PREEMPTIONS_TOTAL = "moesaic_preemptions_total", "Sequences put back because KV blocks ran out.";
+    histogram STEP_SECONDS = "moesaic_step_seconds", "Duration of an engine step.";
+    histogram STEP_TOKENS = "moesaic_step_tokens", "Tokens of an engine step.";
+
+    counter HTTP_REQUESTS_TOTAL = "moesaic_http_requests_total", "HTTP requests, by `route` and `status`.";
+    histogram HTTP_REQUEST_SECONDS = "moesaic_http_request_seconds", "Until the response's head, by `route`.";
+    counter GRPC_REQUESTS_TOTAL = "moesaic_grpc_requests_total", "gRPC requests, by `method` and `code`.";
+    counter MIGRATIONS_TOTAL = "moesaic_migrations_total", "Requests that went on at another replica.";
+
+    counter ROUTER_PLACEMENTS_TOTAL = "moesaic_router_placements_total", "Requests placed, by `replica`.";
+    counter ROUTER_REFUSALS_TOTAL = "moesaic_router_refusals_total", "Requests that no replica was ready for.";
+    counter ROUTER_OVERLAP_BLOCKS_TOTAL = "moesaic_router_overlap_blocks_total",
+        "Prompt blocks that the chosen replicas were believed to have.";
+    gauge ROUTER_REPLICAS_READY = "moesaic_router_replicas_ready", "Replicas that can take requests.";
+    gauge ROUTER_INDEX_BLOCKS = "moesaic_router_index_blocks", "Entries of the prefix index.";
+    counter ROUTER_EVENT_GAPS_TOTAL = "moesaic_router_event_gaps_total",
+        "Gaps in KV events; each clears what is known of the replica's blocks.";
+
+    counter KV_STORE_HITS_TOTAL = "moesaic_kv_store_hits_total", "Blocks asked for and found.";
+    counter KV_STORE_MISSES_TOTAL = "moesaic_kv_store_misses_total", "Blocks asked for and not found.";
+    counter KV_STORE_EVICTIONS_TOTAL = "moesaic_kv_store_evictions_total", "Blocks dropped to make room.";
+    gauge KV_STORE_BYTES = "moesaic_kv_store_bytes", "Bytes of the stored blocks.";
+    gauge KV_STORE_BLOCKS = "moesaic_kv_store_blocks", "Stored blocks.";
+
+    counter EXPERT_TOKENS_TOTAL = "moesaic_expert_tokens_total", "Tokens computed, by `layer` and `expert`.";
+    histogram EXPERT_DISPATCH_SECONDS = "moesaic_expert_dispatch_seconds", "Duration of one layer's experts.";
+    gauge EXPERT_LOAD_IMBALANCE = "moesaic_expert_load_imbalance",
+        "Tokens of a layer's busiest expert over the mean, in the last window, by `layer`.";
+    gauge PLACEMENT_EPOCH = "moesaic_placement_epoch", "Epoch of the placement that a shard follows.";
+
+    counter ACTOR_RESTARTS_TOTAL = "moesaic_actor_restarts_total", "Actors built again after a failure, by `actor`.";
+}
+
+/// Counters whose names vLLM declares without `_total`, which Prometheus clients add: dashboards read the longer name.
+const ALSO_WITH_TOTAL: &[&str] = &[PREFIX_CACHE_QUERIES, PREFIX_CACHE_HITS];
+
+/// Buckets of durations, from a token's to a long answer's.
+const SECONDS: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0,
+];
+
+/// Buckets of everything else: powers of two.
+const COUNTS: &[f64] =
+    &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+
+/// Histograms keep each sample until someone collects it; this often we do, whether or not Prometheus comes.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
+
+/// Starts the recording of metrics in this process. A second call changes nothing.
+pub fn install() -> Result<(), Error> {
+    static INSTALLING: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
+    if RECORDER.get().is_some() {
+        return Ok(());
+    }
+    let recorder = PrometheusBuilder::new()
+        .set_buckets(COUNTS)
+        .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS))
+        .map_err(Error::Buckets)?
+        .build_recorder();
+    let handle = recorder.handle();
+    metrics::set_global_recorder(recorder).map_err(|_| Error::AlreadySet("a metrics recorder"))?;
+    describe();
+    let upkeep = handle.clone();
+    std::thread::Builder::new()
+        .name("metrics-upkeep".into())
+        .spawn(move || {
+            loop {
+                std::thread::sleep(UPKEEP);
+                upkeep.run_upkeep();
+            }
+        })
+        .map_err(Error::Thread)?;
+    RECORDER.get_or_init(|| handle);
+    Ok(())
+}
+
+/// All metrics in Prometheus's text format; empty before [`install`].
+pub fn render() -> String {
+    let mut text = RECORDER.get().map(PrometheusHandle::render).unwrap_or_default();
+    for name in ALSO_WITH_TOTAL {
+        let again: Vec<String> = text
+            .lines()
+            .filter(|line| is_of(line, name))
+            .map(|line| line.replacen(name, &format!("{name}_total"), 1))
+            .collect();
+        for line in again {
+            text.push_str(&line);
+            text.push('\n');
+        }
+    }
+    text
+}
+
+/// Whether a line is a sample or a comment of this metric.
+fn is_of(line: &str, name: &str) -> bool {
+    let line = line.strip_prefix("# HELP ").or_else(|| line.strip_prefix("# TYPE ")).unwrap_or(line);
+    line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']))
+}

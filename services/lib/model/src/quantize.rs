@@ -1,7 +1,7 @@
 //! Packs a model's matrices, one at a time, into a folder that loads by memory map.
 use crate::backend::kernel_format;
-use crate::source::packed::{DATA, Entry, INDEX, Index, RAW, VERSION, stack};
-use crate::source::{self, WeightSource, corrupt, elements};
+use crate::source::packed::{DATA, Entry, INDEX, Index, RAW, RAW_BF16, VERSION, stack};
+use crate::source::{self, Dtype, WeightSource, corrupt, elements};
 use crate::{Error, Result};
 use moesaic_kernels::PackedMatrix;
 use moesaic_types::WeightFormat;
@@ -11,6 +11,8 @@ use std::path::Path;
 
 /// Values that are read at a time from a tensor that stays plain.
 const CHUNK: usize = 1 << 16;
+/// The output matrix: its error goes into every logit.
+const OUTPUT: &str = "lm_head.weight";
 
 /// What was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +27,8 @@ pub struct Report {
     pub bytes_out: u64,
 }
 
-/// Writes `out`: matrices of attention, networks and experts in `format`, everything else in f32, and the model's small
-/// files as they are. Memory: one matrix at a time. `progress(done, total, tensor)` counts bytes read.
+/// Writes `out`: matrices of attention, networks and experts in `format`, the output matrix in `format` but never below
+/// q8, everything else as it is (f16 as f32), and the model's small files. Memory: one matrix at a time. `progress(done, total, tensor)` counts bytes read.
 ///
 /// # Errors
 /// `Corrupt` when `out` is not empty or the model is a GGUF file; what the source says; `Io` for the files written.
@@ -52,11 +54,16 @@ pub fn quantize(model: &Path, out: &Path, format: WeightFormat, progress: &dyn F
         let offset = writer.align().map_err(io(&partial))?;
         let stored = if let Some(shape) = matrices(&info.name, &info.shape) {
             packed += 1;
+            let format = match format {
+                WeightFormat::Q4 { .. } if info.name == OUTPUT => WeightFormat::Q8,
+                format => format,
+            };
             pack(&*source, &info.name, shape, format, &mut writer, &partial)?;
             format.to_string()
         } else {
-            copy(&*source, &info.name, elements(&info.shape).unwrap_or(0), &mut writer, &partial)?;
-            RAW.to_owned()
+            let bf16 = info.dtype == Dtype::Bf16;
+            copy(&*source, &info.name, elements(&info.shape).unwrap_or(0), bf16, &mut writer, &partial)?;
+            if bf16 { RAW_BF16 } else { RAW }.to_owned()
         };
         let (name, shape) = (info.name.clone(), info.shape.clone());
         entries.push(Entry { name, shape, format: stored, offset, len: writer.offset - offset });
@@ -75,11 +82,11 @@ pub fn quantize(model: &Path, out: &Path, format: WeightFormat, progress: &dyn F
     Ok(report)
 }
 
-/// The matrices of a tensor that is packed: a projection of attention, a network or an expert. Embeddings, outputs,
-/// norms, gates and the transposed stacks of GPT-OSS stay as they are.
+/// The matrices of a tensor that is packed: a projection of attention, a network or an expert. Embeddings, norms,
+/// gates and the transposed stacks of GPT-OSS stay as they are.
 fn matrices(name: &str, shape: &[usize]) -> Option<(usize, usize, usize)> {
     let leaf = name.strip_suffix(".weight")?;
-    let plain = ["embed", "lm_head", "norm", "gate", "router", "kv_b_proj"];
+    let plain = ["embed", "norm", "gate", "router", "kv_b_proj"];
     let last = leaf.rsplit('.').next().unwrap_or(leaf);
     let is_gate_proj = last == "gate_proj";
     if !is_gate_proj && plain.iter().any(|word| last.contains(word) || leaf.contains("router")) {
@@ -131,12 +138,16 @@ fn pack(
     Ok(())
 }
 
-fn copy(source: &dyn WeightSource, name: &str, len: usize, writer: &mut Writer, path: &Path) -> Result<()> {
+fn copy(source: &dyn WeightSource, name: &str, len: usize, bf16: bool, writer: &mut Writer, path: &Path) -> Result<()> {
     let mut values = vec![0.0; CHUNK.min(len)];
     for start in (0..len).step_by(CHUNK) {
         let values = &mut values[..CHUNK.min(len - start)];
         source.read_f32(name, start, values)?;
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let bytes: Vec<u8> = if bf16 {
+            values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()
+        } else {
+            values.iter().flat_map(|v| v.to_le_bytes()).collect()
+        };
         writer.write(&bytes).map_err(|source| Error::Io { path: path.to_owned(), source })?;
     }
     Ok(())

@@ -1,18 +1,41 @@
 //! Text to tokens and back.
+mod gguf;
+
+use crate::source::gguf::{GgufSource, Metadata};
 use crate::{Error, Result};
 use moesaic_types::TokenId;
 use std::path::Path;
 use std::sync::Arc;
 
-/// A tokenizer of `tokenizer.json`; cheap to clone.
+/// A tokenizer of `tokenizer.json` or of GGUF metadata; cheap to clone.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
     bytes: Arc<Vec<Vec<u8>>>,
     special: Arc<Vec<bool>>,
+    /// The decoder drops one space at the start of a text, as SentencePiece's do.
+    strips_first_space: bool,
 }
 
 impl Tokenizer {
+    /// Reads the tokenizer of a model: a folder or a `.gguf` file.
+    ///
+    /// # Errors
+    /// As [`Self::from_dir`] and [`Self::from_gguf`].
+    pub fn open(model: &Path) -> Result<Self> {
+        if model.is_dir() { Self::from_dir(model) } else { Self::from_gguf(model, GgufSource::open(model)?.metadata()) }
+    }
+
+    /// Builds the tokenizer that GGUF metadata describes; `path` is for messages.
+    ///
+    /// # Errors
+    /// `Config` or `Corrupt`, naming the file and the key.
+    pub fn from_gguf(path: &Path, metadata: &Metadata) -> Result<Self> {
+        let json = gguf::to_json(path, metadata)?.to_string();
+        let corrupt = |e| Error::Corrupt { path: path.to_owned(), reason: format!("its tokenizer is broken: {e}") };
+        Ok(Self::new(tokenizers::Tokenizer::from_bytes(json).map_err(corrupt)?))
+    }
+
     /// Reads `tokenizer.json` of a folder.
     ///
     /// # Errors
@@ -29,7 +52,9 @@ impl Tokenizer {
     pub fn new(inner: tokenizers::Tokenizer) -> Self {
         let added = inner.get_added_tokens_decoder();
         let len = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
-        let byte_level = serde_json::to_string(&inner.get_decoder()).is_ok_and(|json| json.contains("\"ByteLevel\""));
+        let decoder = serde_json::to_value(inner.get_decoder()).unwrap_or_default();
+        let byte_level = decoder.to_string().contains("\"ByteLevel\"");
+        let strips_first_space = strips_first_space(&decoder);
         let decode_char = byte_level_decoder();
         let bytes = (0..len as u32)
             .map(|id| {
@@ -46,7 +71,8 @@ impl Tokenizer {
             })
             .collect();
         let special = (0..len as u32).map(|id| added.get(&id).is_some_and(|token| token.special)).collect();
-        Self { inner: Arc::new(inner), bytes: Arc::new(bytes), special: Arc::new(special) }
+        let (inner, bytes, special) = (Arc::new(inner), Arc::new(bytes), Arc::new(special));
+        Self { inner, bytes, special, strips_first_space }
     }
 
     /// The tokens of a text; `add_special` adds what the tokenizer puts around a text (a beginning-of-sequence token).
@@ -92,6 +118,16 @@ impl Tokenizer {
     }
 }
 
+/// Whether a decoder, as JSON, drops a space at the start of a text.
+fn strips_first_space(decoder: &serde_json::Value) -> bool {
+    match decoder["type"].as_str() {
+        Some("Strip") => decoder["content"] == " " && decoder["start"] == 1,
+        Some("Metaspace") => decoder["prepend_scheme"] != "never",
+        Some("Sequence") => decoder["decoders"].as_array().is_some_and(|list| list.iter().any(strips_first_space)),
+        _ => false,
+    }
+}
+
 /// GPT-2's map of printable characters to bytes, reversed.
 fn byte_level_decoder() -> impl Fn(char) -> Option<u8> {
     let printable = |b: u32| (33..=126).contains(&b) || (161..=172).contains(&b) || (174..=255).contains(&b);
@@ -115,19 +151,31 @@ fn sentencepiece_bytes(text: &str) -> Vec<u8> {
 pub struct DecodeStream {
     tokenizer: Tokenizer,
     skip_special: bool,
+    /// Drop a space if it comes first.
+    strip: bool,
     pending: Vec<u8>,
 }
 
 impl DecodeStream {
-    /// An empty stream.
+    /// An empty stream, for a text of its own: the answer of a chat.
     pub fn new(tokenizer: Tokenizer, skip_special: bool) -> Self {
-        Self { tokenizer, skip_special, pending: Vec::new() }
+        Self { skip_special, strip: tokenizer.strips_first_space, pending: Vec::new(), tokenizer }
+    }
+
+    /// An empty stream for tokens that go on with a text (a completion): a space at the start is part of it.
+    pub fn continuing(tokenizer: Tokenizer, skip_special: bool) -> Self {
+        Self { strip: false, ..Self::new(tokenizer, skip_special) }
     }
 
     /// The text that this token completes; may be empty.
     pub fn push(&mut self, token: TokenId) -> String {
         if !(self.skip_special && self.tokenizer.is_special(token)) {
-            self.pending.extend_from_slice(self.tokenizer.token_bytes(token));
+            let mut bytes = self.tokenizer.token_bytes(token);
+            if self.strip && !bytes.is_empty() {
+                bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
+                self.strip = false;
+            }
+            self.pending.extend_from_slice(bytes);
         }
         self.take(false)
     }

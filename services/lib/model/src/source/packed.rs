@@ -3,7 +3,7 @@
 //! `moesaic.index.json` holds `{"format": "moesaic-packed-1", "tensors": [{"name", "shape", "format", "offset",
 //! "len"}]}`; each entry lies in `moesaic.pack` on a 64-byte bound. `format` is a weight format for matrices in the
 //! panel layout of `moesaic-kernels` (a stacked tensor `[count, rows, cols]` is `count` matrices one after another),
-//! or `raw-f32` for plain values.
+//! or `raw-f32` or `raw-bf16` for plain values.
 use super::{Dtype, TensorInfo, WeightSource, check_range, corrupt, elements, map, read_json, tensor_error};
 use crate::Result;
 use crate::backend::kernel_format;
@@ -21,6 +21,10 @@ pub const DATA: &str = "moesaic.pack";
 pub const VERSION: &str = "moesaic-packed-1";
 /// The format of plain values.
 pub const RAW: &str = "raw-f32";
+/// The format of plain bfloat16 values.
+pub const RAW_BF16: &str = "raw-bf16";
+/// Rows, columns and elements of a tensor at most; keeps the arithmetic of sizes from overflowing.
+const MAX_SIZE: usize = 1 << 40;
 
 /// The index file.
 #[derive(Debug, Serialize, Deserialize)]
@@ -38,7 +42,7 @@ pub struct Entry {
     pub name: String,
     /// Row-major shape.
     pub shape: Vec<usize>,
-    /// A weight format, or [`RAW`].
+    /// A weight format, [`RAW`] or [`RAW_BF16`].
     pub format: String,
     /// First byte in the data file; a multiple of 64.
     pub offset: usize,
@@ -89,12 +93,16 @@ impl PackedSource {
         if !entry.offset.is_multiple_of(64) {
             return Err(wrong(format!("starts at byte {}, which is no multiple of 64", entry.offset)));
         }
+        let bytes = |size| elements(&entry.shape).and_then(|n| n.checked_mul(size));
         let (dtype, expected) = if entry.format == RAW {
-            (Dtype::F32, elements(&entry.shape).and_then(|n| n.checked_mul(4)))
+            (Dtype::F32, bytes(4))
+        } else if entry.format == RAW_BF16 {
+            (Dtype::Bf16, bytes(2))
         } else {
             let format: WeightFormat = entry.format.parse().map_err(wrong)?;
             let (count, rows, cols) = stack(&entry.shape).ok_or_else(|| wrong("is no matrix".into()))?;
-            if elements(&entry.shape).is_none_or(|n| n > 1 << 40) {
+            let whole = elements(&entry.shape).is_some_and(|n| n > 0 && n <= MAX_SIZE);
+            if !whole {
                 return Err(wrong(format!("has an impossible shape {:?}", entry.shape)));
             }
             let one = PackedMatrix::packed_len(kernel_format(format), rows, cols);
@@ -138,8 +146,9 @@ impl WeightSource for PackedSource {
         let (info, offset, len) = self.find(name)?;
         check_range(&self.path, info, start, out.len())?;
         let Dtype::Packed(_) = info.dtype else {
-            let bytes = &self.file.bytes()[offset..offset + len][start * 4..(start + out.len()) * 4];
-            super::plain_to_f32(Dtype::F32, bytes, out);
+            let size = super::plain_size(info.dtype).expect("an entry is plain or packed");
+            let bytes = &self.file.bytes()[offset..offset + len][start * size..(start + out.len()) * size];
+            super::plain_to_f32(info.dtype, bytes, out);
             return Ok(());
         };
         let (_, rows, cols) = stack(&info.shape).expect("checked when it was added");

@@ -102,7 +102,7 @@ impl Subject {
     fn new(mut runner: Box<dyn Runner>, folder: &Path) -> Result<Self> {
         let blocks: Vec<u32> = (0..(CONTEXT / BLOCK_TOKENS) as u32).collect();
         runner.allocate_kv(blocks.len())?;
-        let (tokenizer, template) = (Tokenizer::from_dir(folder)?, ChatTemplate::from_dir(folder)?);
+        let (tokenizer, template) = (Tokenizer::open(folder)?, ChatTemplate::open(folder)?);
         Ok(Self { runner, tokenizer, template, blocks, logits: Vec::new() })
     }
 

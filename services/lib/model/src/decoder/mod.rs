@@ -94,7 +94,6 @@ pub fn load(path: &Path, kind: BackendKind, options: &LoadOptions<'_>) -> Result
         options: &LoadOptions<'_>,
     ) -> Result<Box<dyn Runner>> {
         let backend = Arc::new(backend);
-        // The decoder first: a wrong shape shows before the long part.
         let pool = Arc::new(load_experts(source, &spec, backend.clone(), options, &|_, _| true)?);
         Ok(Box::new(load_decoder(source, spec, backend, options, pool)?))
     }

@@ -1,7 +1,7 @@
 //! JSON log lines with the ids of the trace that they belong to.
 use opentelemetry::Context;
 use opentelemetry::trace::TraceContextExt;
-use std::fmt::{self, Write};
+use std::fmt;
 use tracing::{Event, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::fmt::format::{Format, Json, JsonFields, Writer};

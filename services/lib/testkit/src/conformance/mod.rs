@@ -1,0 +1,17 @@
+//! What each boundary trait promises.
+mod event_bus;
+mod metadata;
+mod prefix_store;
+
+pub use event_bus::event_bus;
+pub use metadata::metadata;
+pub use prefix_store::{block, prefix_store};
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A word that no other run uses, for implementations that outlive a test.
+fn unique() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    format!("{}-{}-{}", std::process::id(), since.as_nanos(), NEXT.fetch_add(1, Ordering::Relaxed))
+}

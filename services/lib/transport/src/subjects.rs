@@ -1,0 +1,132 @@
+//! The names of events: `moesaic.v1.<plane>.<service>.<instance>.<event>`, built here and nowhere else.
+use std::fmt::Write;
+
+/// What an event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Plane {
+    /// Which KV blocks a replica holds; the payload is a `KvEvent`.
+    Kv,
+    /// How busy a replica or shard is.
+    Load,
+    /// Who is there.
+    Membership,
+}
+
+impl Plane {
+    const ALL: [Self; 3] = [Self::Kv, Self::Load, Self::Membership];
+
+    /// As it stands in a subject.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kv => "kv",
+            Self::Load => "load",
+            Self::Membership => "membership",
+        }
+    }
+
+    /// The start of all the plane's subjects, for a subscription.
+    pub fn prefix(self) -> String {
+        format!("moesaic.v1.{}.", self.name())
+    }
+}
+
+/// A subject, taken apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subject {
+    /// What it is about.
+    pub plane: Plane,
+    /// The sender's service, such as `scheduler`.
+    pub service: String,
+    /// The sender's id, such as a replica's.
+    pub instance: String,
+    /// What happened.
+    pub event: String,
+}
+
+impl Subject {
+    /// The KV events of a replica.
+    pub fn kv(replica: &str) -> Self {
+        Self::new(Plane::Kv, "scheduler", replica, "blocks")
+    }
+
+    /// A replica's load.
+    pub fn load(replica: &str) -> Self {
+        Self::new(Plane::Load, "scheduler", replica, "load")
+    }
+
+    /// Any subject.
+    pub fn new(plane: Plane, service: &str, instance: &str, event: &str) -> Self {
+        Self { plane, service: service.into(), instance: instance.into(), event: event.into() }
+    }
+
+    /// Reads a subject; `None` if it is not one of ours.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.strip_prefix("moesaic.v1.")?.split('.');
+        let plane = parts.next()?;
+        let plane = Plane::ALL.into_iter().find(|known| known.name() == plane)?;
+        let (service, instance, event) = (unescape(parts.next()?)?, unescape(parts.next()?)?, unescape(parts.next()?)?);
+        parts.next().is_none().then_some(Self { plane, service, instance, event })
+    }
+}
+
+impl std::fmt::Display for Subject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (service, instance, event) = (escape(&self.service), escape(&self.instance), escape(&self.event));
+        write!(f, "moesaic.v1.{}.{service}.{instance}.{event}", self.plane.name())
+    }
+}
+
+/// Ids may hold dots and wildcards, subjects' parts may not: such bytes become `=` and two hex digits.
+fn escape(part: &str) -> String {
+    let mut escaped = String::with_capacity(part.len());
+    for byte in part.bytes() {
+        if byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_' {
+            escaped.push(char::from(byte));
+        } else {
+            let _ = write!(escaped, "={byte:02x}");
+        }
+    }
+    escaped
+}
+
+fn unescape(part: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(part.len());
+    let mut rest = part.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'=' => {
+                let digits = [rest.next()?, rest.next()?];
+                u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?
+            }
+            byte => byte,
+        });
+    }
+    (!bytes.is_empty()).then(|| String::from_utf8(bytes).ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subjects_are_read_back_whatever_the_id() {
+        assert_eq!(Subject::kv("r0").to_string(), "moesaic.v1.kv.scheduler.r0.blocks");
+        for id in ["r0", "host.example:9020", "a*b>c d", "=2e", "é"] {
+            let subject = Subject::load(id);
+            let text = subject.to_string();
+            assert!(text.starts_with(&Plane::Load.prefix()));
+            assert_eq!(text.split('.').count(), 6, "{text}");
+            assert_eq!(Subject::parse(&text), Some(subject));
+        }
+    }
+
+    #[test]
+    fn other_subjects_are_refused() {
+        for text in ["", "moesaic.v1.kv", "moesaic.v1.kv.s.i", "moesaic.v1.kv.s.i.e.x", "moesaic.v1.x.s.i.e"] {
+            assert_eq!(Subject::parse(text), None, "{text}");
+        }
+        for text in ["moesaic.v2.kv.s.i.e", "moesaic.v1.kv.s.=.e", "moesaic.v1.kv..i.e", "moesaic.v1.kv.s.=ff.e"] {
+            assert_eq!(Subject::parse(text), None, "{text}");
+        }
+    }
+}

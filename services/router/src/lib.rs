@@ -1,1 +1,17 @@
-//! moesaic-router
+//! The router: decides which replica takes a request, by prefix overlap and load. It holds no request data.
+//!
+//! [`Router::start`] wires two actors: the replica table (load, readiness, circuit breakers) and the prefix index
+//! (which replica is believed to have which KV blocks, fed by numbered events). The decision itself is
+//! [`policy::choose`], a pure function.
+#![forbid(unsafe_code)]
+
+pub mod actors;
+mod app;
+pub mod breaker;
+pub mod config;
+pub mod index;
+mod metrics;
+pub mod policy;
+
+pub use app::Router;
+pub use config::Config;

@@ -1,0 +1,218 @@
+//! The router behind its boundary: readiness, prefixes, failures.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used)] // A test fails by panicking, in its helpers too.
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use moesaic_config::HumanDuration;
+use moesaic_router::{Config, Router};
+use moesaic_testkit::until;
+use moesaic_transport::MemoryBus;
+use moesaic_transport::subjects::Subject;
+use moesaic_types::boundary::{DeltaStream, EventBus, KvEvent, PlaceRequest, Placed, Placer, Replica, ReplicaLoad};
+use moesaic_types::{BLOCK_TOKENS, BlockHash, Error, ErrorCode, GenerateRequest, ReplicaId, RequestId, Result};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// A replica of which only the load matters here.
+struct Fake {
+    load: Mutex<Result<ReplicaLoad>>,
+    polls: AtomicUsize,
+    panics: AtomicUsize,
+}
+
+impl Fake {
+    fn new(running: usize) -> Arc<Self> {
+        let load = Ok(ReplicaLoad { running, max_context: 1000, ..ReplicaLoad::default() });
+        Arc::new(Self { load: Mutex::new(load), polls: AtomicUsize::new(0), panics: AtomicUsize::new(0) })
+    }
+
+    fn set(&self, load: Result<ReplicaLoad>) {
+        *self.load.lock().unwrap() = load;
+    }
+}
+
+impl Replica for Fake {
+    fn generate(&self, _: GenerateRequest) -> BoxFuture<'_, Result<DeltaStream>> {
+        async { Err(Error::internal("no test generates")) }.boxed()
+    }
+
+    fn load(&self) -> BoxFuture<'_, Result<ReplicaLoad>> {
+        async {
+            self.polls.fetch_add(1, Ordering::SeqCst);
+            let panics = self.panics.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+            assert!(panics.is_err(), "asked to panic");
+            self.load.lock().unwrap().clone()
+        }
+        .boxed()
+    }
+}
+
+fn config() -> Config {
+    Config { poll_interval: HumanDuration::from_millis(10), ..Config::default() }
+}
+
+fn id(name: &str) -> ReplicaId {
+    ReplicaId::new(name)
+}
+
+fn request(blocks: &[u8]) -> PlaceRequest {
+    PlaceRequest {
+        id: RequestId::new("r"),
+        blocks: blocks.iter().map(|number| BlockHash([*number; 16])).collect(),
+        prompt_tokens: (blocks.len() * BLOCK_TOKENS).max(1),
+        max_tokens: 16,
+        exclude: Vec::new(),
+    }
+}
+
+async fn publish(bus: &MemoryBus, replica: &str, event: KvEvent) {
+    let payload = Bytes::from(serde_json::to_vec(&event).unwrap());
+    bus.publish("life", &Subject::kv(replica).to_string(), payload).await.unwrap();
+}
+
+fn stored(blocks: &[u8]) -> KvEvent {
+    KvEvent::Stored { blocks: blocks.iter().map(|number| BlockHash([*number; 16])).collect() }
+}
+
+/// Waits until the replica's load has been read by the table.
+async fn polled(fake: &Fake) {
+    let before = fake.polls.load(Ordering::SeqCst);
+    until("two more polls", || async { fake.polls.load(Ordering::SeqCst) >= before + 2 }).await;
+}
+
+#[tokio::test]
+async fn without_a_ready_replica_a_request_is_refused() {
+    let router = Router::start(&config(), Arc::new(MemoryBus::new())).unwrap();
+    let error = router.place(request(&[])).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Unavailable);
+    assert!(error.retry_after.is_some());
+
+    let fake = Fake::new(0);
+    router.register(id("a"), fake.clone());
+    let placed = router.place(request(&[])).await;
+    assert_eq!(placed, Ok(Placed { replica: id("a"), overlap_blocks: 0 }), "before the first poll too");
+
+    fake.set(Err(Error::unavailable("loading weights")));
+    until("the replica is known to be not ready", || async { router.place(request(&[])).await.is_err() }).await;
+    let error = router.place(request(&[])).await.unwrap_err();
+    assert!(error.message.contains("loading weights"), "{error}");
+    assert!(!router.replicas().await.unwrap()[0].ready);
+
+    fake.set(Ok(ReplicaLoad::default()));
+    until("the replica is back", || async { router.place(request(&[])).await.is_ok() }).await;
+    assert!(router.deregister(&id("a")));
+    assert_eq!(router.place(request(&[])).await.unwrap_err().code, ErrorCode::Unavailable);
+}
+
+#[tokio::test]
+async fn requests_go_where_their_prefix_is_unless_load_outweighs_it() {
+    let bus = Arc::new(MemoryBus::new());
+    let router = Router::start(&config(), bus.clone()).unwrap();
+    let (a, b) = (Fake::new(0), Fake::new(0));
+    router.register(id("a"), a.clone());
+    router.register(id("b"), b.clone());
+    let prompt = request(&[1, 2, 3, 4]);
+    // The router subscribes in its own time: publish until it has heard.
+    until("the index knows b's blocks", || async {
+        publish(&bus, "b", stored(&[1, 2, 3])).await;
+        router.place(prompt.clone()).await.unwrap() == Placed { replica: id("b"), overlap_blocks: 3 }
+    })
+    .await;
+    polled(&b).await;
+    assert_eq!(router.place(prompt.clone()).await.unwrap().replica, id("b"));
+    b.set(Ok(ReplicaLoad { kv_blocks_used: 500, running: 40, ..ReplicaLoad::default() }));
+    polled(&b).await;
+    assert_eq!(router.place(prompt.clone()).await.unwrap().replica, id("a"));
+    b.set(Ok(ReplicaLoad::default()));
+    polled(&b).await;
+    publish(&bus, "b", KvEvent::Evicted { blocks: vec![BlockHash([2; 16])] }).await;
+    until("the index has heard of the eviction", || async {
+        polled(&b).await;
+        let mut only_b = prompt.clone();
+        only_b.exclude = vec![id("a"), id("gone")];
+        router.place(only_b).await.unwrap().overlap_blocks == 1
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn excluded_replicas_are_left_out_and_end_in_the_breaker() {
+    let config = Config { breaker_failures: 2, breaker_pause: HumanDuration::from_secs(60), ..config() };
+    let router = Router::start(&config, Arc::new(MemoryBus::new())).unwrap();
+    let (a, b) = (Fake::new(0), Fake::new(30));
+    router.register(id("a"), a.clone());
+    router.register(id("b"), b.clone());
+    polled(&b).await;
+    let failed_at_a = PlaceRequest { exclude: vec![id("a")], ..request(&[]) };
+    for _ in 0..2 {
+        assert_eq!(router.place(failed_at_a.clone()).await.unwrap().replica, id("b"));
+    }
+    let statuses = router.replicas().await.unwrap();
+    assert_eq!(
+        statuses.iter().map(|status| (status.id.clone(), status.ready)).collect::<Vec<_>>(),
+        [(id("a"), false), (id("b"), true)]
+    );
+    assert_eq!(router.place(request(&[])).await.unwrap().replica, id("b"), "a is left alone for a minute");
+    let both = PlaceRequest { exclude: vec![id("a"), id("b")], ..request(&[]) };
+    assert_eq!(router.place(both).await.unwrap_err().code, ErrorCode::Unavailable);
+}
+
+#[tokio::test]
+async fn a_prompt_goes_where_its_context_fits() {
+    let router = Router::start(&config(), Arc::new(MemoryBus::new())).unwrap();
+    let (small, large) = (Fake::new(0), Fake::new(50));
+    large.set(Ok(ReplicaLoad { running: 50, kv_blocks_used: 900, max_context: 32_768, ..ReplicaLoad::default() }));
+    router.register(id("small"), small.clone());
+    router.register(id("large"), large.clone());
+    polled(&small).await;
+    polled(&large).await;
+    let prompt = |prompt_tokens| PlaceRequest { prompt_tokens, ..request(&[]) };
+    assert_eq!(router.place(prompt(100)).await.unwrap().replica, id("small"));
+    assert_eq!(router.place(prompt(1000)).await.unwrap().replica, id("large"));
+    assert!(router.place(prompt(100_000)).await.is_ok(), "the replica's own refusal names the limit");
+}
+
+#[tokio::test]
+async fn a_burst_between_polls_spreads() {
+    let config = Config { poll_interval: HumanDuration::from_secs(60), ..config() };
+    let router = Router::start(&config, Arc::new(MemoryBus::new())).unwrap();
+    let fakes: Vec<_> = (0..4).map(|_| Fake::new(0)).collect();
+    for (number, fake) in fakes.iter().enumerate() {
+        router.register(id(&number.to_string()), fake.clone());
+    }
+    // Each registration polls the new replica once; the next poll is a minute away.
+    until("all replicas have answered", || async {
+        router.replicas().await.unwrap().iter().filter(|status| status.load.is_some()).count() == 4
+    })
+    .await;
+    let mut counts = [0; 4];
+    for _ in 0..40 {
+        let placed = router.place(request(&[])).await.unwrap();
+        counts[placed.replica.0.parse::<usize>().unwrap()] += 1;
+    }
+    assert_eq!(counts, [10; 4]);
+}
+
+#[tokio::test]
+async fn a_table_that_panics_comes_back_with_the_registered_replicas() {
+    let router = Router::start(&config(), Arc::new(MemoryBus::new())).unwrap();
+    let (sound, broken) = (Fake::new(0), Fake::new(0));
+    router.register(id("sound"), sound.clone());
+    polled(&sound).await;
+    broken.panics.store(1, Ordering::SeqCst);
+    router.register(id("broken"), broken.clone());
+    until("the table has failed", || async { broken.panics.load(Ordering::SeqCst) == 0 }).await;
+    // In flight while it fails: a clear error. After: it works again, with both replicas.
+    until("the table is back and has heard of both", || async {
+        match router.replicas().await {
+            Ok(statuses) => statuses.len() == 2 && statuses.iter().all(|s| s.ready && s.load.is_some()),
+            Err(error) => {
+                assert_eq!(error.code, ErrorCode::Unavailable);
+                false
+            }
+        }
+    })
+    .await;
+    assert!(router.place(request(&[])).await.is_ok());
+}

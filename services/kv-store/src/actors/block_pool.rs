@@ -50,6 +50,8 @@ impl Handler<Fetch> for BlockPool {
 
     fn handle(&mut self, Fetch(chain): Fetch, _: &mut Context<Self>) -> Self::Result {
         let found: Vec<Bytes> = chain.iter().map_while(|hash| self.lru.get(hash)).collect();
+        // A block is of no use without those before it: the chain's end goes first.
+        chain[..found.len()].iter().rev().for_each(|hash| drop(self.lru.get(hash)));
         ::metrics::counter!(metrics::HITS_TOTAL).increment(found.len() as u64);
         ::metrics::counter!(metrics::MISSES_TOTAL).increment(u64::from(found.len() < chain.len()));
         MessageResult(found)

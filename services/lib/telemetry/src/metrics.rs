@@ -56,16 +56,13 @@ names! {
         "Gaps in KV events; each clears what is known of the replica's blocks.";
 
     counter KV_STORE_HITS_TOTAL = "moesaic_kv_store_hits_total", "Blocks asked for and found.";
-    counter KV_STORE_MISSES_TOTAL = "moesaic_kv_store_misses_total", "Blocks asked for and not found.";
+    counter KV_STORE_MISSES_TOTAL = "moesaic_kv_store_misses_total", "Chains asked for that ended early.";
     counter KV_STORE_EVICTIONS_TOTAL = "moesaic_kv_store_evictions_total", "Blocks dropped to make room.";
     gauge KV_STORE_BYTES = "moesaic_kv_store_bytes", "Bytes of the stored blocks.";
-    gauge KV_STORE_BLOCKS = "moesaic_kv_store_blocks", "Stored blocks.";
 
-    counter EXPERT_TOKENS_TOTAL = "moesaic_expert_tokens_total", "Tokens computed, by `layer` and `expert`.";
+    counter EXPERT_TOKENS_TOTAL = "moesaic_expert_tokens_total", "Tokens sent to experts, a token once for each, by `layer`.";
     histogram EXPERT_DISPATCH_SECONDS = "moesaic_expert_dispatch_seconds", "Duration of one layer's experts.";
-    gauge EXPERT_LOAD_IMBALANCE = "moesaic_expert_load_imbalance",
-        "Tokens of a layer's busiest expert over the mean, in the last window, by `layer`.";
-    gauge PLACEMENT_EPOCH = "moesaic_placement_epoch", "Epoch of the placement that a shard follows.";
+    counter EXPERT_FAILURES_TOTAL = "moesaic_expert_failures_total", "Dispatches that failed, by `layer`.";
 
     counter ACTOR_RESTARTS_TOTAL = "moesaic_actor_restarts_total", "Actors built again after a failure, by `actor`.";
 }

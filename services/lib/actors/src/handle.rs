@@ -4,10 +4,14 @@ use actix::dev::channel::AddressSender;
 use actix::dev::{SendError, ToEnvelope};
 use actix::{Actor, Context, Handler, Message};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
+
+/// Longest wait for the supervisor to see a failure. It runs on the actor's thread, so it is next; only a handler that
+/// drops its reply without failing is waited for in vain.
+const SUPERVISION: Duration = Duration::from_secs(1);
 
 /// State that all handles of one actor and its supervisor share.
 pub(crate) struct Shared<A: Actor> {
@@ -16,7 +20,8 @@ pub(crate) struct Shared<A: Actor> {
     /// mailbox seen under this lock means that the actor is stopped for good. One sender for all handles, because
     /// actix allows each sender one message beyond the bound.
     sender: Mutex<AddressSender<A>>,
-    restarts: AtomicU64,
+    /// How often the actor was built again; changes together with the sender.
+    restarts: watch::Sender<u64>,
     /// True once the supervisor is about to end.
     stopped: AtomicBool,
     /// True asks the supervisor to stop; so does the drop of this sender with the last handle.
@@ -35,7 +40,7 @@ impl<A: Actor> Shared<A> {
         Self {
             name,
             sender: Mutex::new(sender),
-            restarts: AtomicU64::new(0),
+            restarts: watch::Sender::new(0),
             stopped: AtomicBool::new(false),
             stop,
             ended,
@@ -46,16 +51,25 @@ impl<A: Actor> Shared<A> {
         self.sender.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn replace_sender(&self, sender: AddressSender<A>) {
-        *self.sender() = sender;
-    }
-
-    pub(crate) fn count_restart(&self) -> u64 {
-        self.restarts.fetch_add(1, Ordering::Relaxed) + 1
+    /// Begins a new life with this mailbox, and counts the restart.
+    pub(crate) fn renew(&self, sender: AddressSender<A>) -> u64 {
+        let mut current = self.sender();
+        *current = sender;
+        self.restarts.send_modify(|restarts| *restarts += 1);
+        *self.restarts.borrow()
     }
 
     pub(crate) fn mark_stopped(&self) {
         self.stopped.store(true, Ordering::Release);
+        // Wakes who waits for this life's end.
+        self.restarts.send_modify(|_| {});
+    }
+
+    /// Waits until the life after `life` has begun, or none will.
+    async fn life_ended(&self, life: u64) {
+        let mut restarts = self.restarts.subscribe();
+        // The sender is in `self`: it cannot be gone.
+        let _ = restarts.wait_for(|now| *now != life || self.stopped.load(Ordering::Acquire)).await;
     }
 }
 
@@ -87,15 +101,22 @@ impl<A: Actor<Context = Context<A>>> Handle<A> {
         M::Result: Send,
     {
         let name = self.shared.name;
-        let reply = match self.shared.sender().send(message) {
-            Ok(reply) => reply,
-            Err(SendError::Full(_)) => return Err(AskError::Full(name)),
-            Err(SendError::Closed(_)) => return Err(AskError::Closed(name)),
+        let (life, reply) = {
+            let sender = self.shared.sender();
+            let reply = sender.send(message).map_err(|error| match error {
+                SendError::Full(_) => AskError::Full(name),
+                SendError::Closed(_) => AskError::Closed(name),
+            })?;
+            (*self.shared.restarts.borrow(), reply)
         };
         match tokio::time::timeout(deadline, reply).await {
             Ok(Ok(result)) => Ok(result),
-            Ok(Err(_)) if self.is_stopped() => Err(AskError::Closed(name)),
-            Ok(Err(_)) => Err(AskError::Restarting(name)),
+            Ok(Err(_)) => {
+                // The reply went with the panic, a moment before the supervisor sees it. Whoever is told of the
+                // failure can count on it that the next message goes to fresh state.
+                let _ = tokio::time::timeout(SUPERVISION, self.shared.life_ended(life)).await;
+                Err(if self.is_stopped() { AskError::Closed(name) } else { AskError::Restarting(name) })
+            }
             Err(_) => Err(AskError::Timeout(name)),
         }
     }
@@ -123,7 +144,7 @@ impl<A: Actor> Handle<A> {
 
     /// How often the actor was built again.
     pub fn restarts(&self) -> u64 {
-        self.shared.restarts.load(Ordering::Relaxed)
+        *self.shared.restarts.borrow()
     }
 
     /// Stops the actor for good; messages still queued are dropped. Await [`Handle::stopped`] for the end.

@@ -94,12 +94,11 @@ impl<A: Actor<Context = Context<A>>, F: Fn() -> A> Supervisor<A, F> {
                 return;
             }
             let (sender, next_mailbox) = channel(self.capacity);
-            shared.replace_sender(sender);
             mailbox = next_mailbox;
             let wait = self.backoff.next(pause, born.elapsed());
             pause = Some(wait);
-            // Counted before the old mailbox is dropped: who sees its ask fail sees the restart counted.
-            let restarts = shared.count_restart();
+            // Before the old mailbox is dropped: whoever sees an ask fail finds the new one.
+            let restarts = shared.renew(sender);
             metrics::counter!(RESTARTS_TOTAL, "actor" => self.name).increment(1);
             drop(shared);
             remains.bury();

@@ -1,1 +1,24 @@
-//! moesaic-scheduler
+//! The scheduler: one replica. Continuous batching over a paged KV cache with prefix reuse, sampling, structured
+//! output, preemption, priorities and deadlines.
+//!
+//! [`Scheduler`] is the door. [`planner`], [`pool`] and [`sampler`] are pure; [`engine`] is the thread that joins
+//! them with a model; [`actors`] keep that thread alive.
+#![forbid(unsafe_code)]
+
+pub mod actors;
+pub mod admission;
+mod app;
+pub mod config;
+pub mod engine;
+pub mod grammar;
+pub mod metrics;
+pub mod planner;
+pub mod pool;
+pub mod prefix;
+pub mod sampler;
+mod vocabulary;
+
+pub use app::Scheduler;
+pub use config::Config;
+pub use engine::{Info, RunnerFactory, Snapshot};
+pub use vocabulary::Vocabulary;

@@ -1,0 +1,2 @@
+//! The scheduler's actors.
+pub mod engine_control;

@@ -1,0 +1,271 @@
+//! Puts a replica together: the engine under its control, the door for requests, the publisher of KV events.
+use crate::actors::engine_control::{EngineControl, Slot, Status};
+use crate::admission;
+use crate::config::Config;
+use crate::engine::{Command, Info, Parts, RunnerFactory, Snapshot, Submission};
+use crate::grammar::Compiler;
+use crate::vocabulary::Vocabulary;
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::stream::StreamExt;
+use moesaic_actors::{Handle, Supervised};
+use moesaic_types::boundary::{DeltaStream, EventBus, KvEvent, PrefixStore, Replica, ReplicaLoad};
+use moesaic_types::{BlockHasher, Delta, Error, ErrorCode, GenerateRequest, Result};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::TrySendError;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::{Semaphore, mpsc, watch};
+
+/// Batches of KV events that wait for the bus.
+const EVENT_BATCHES: usize = 64;
+/// When a refused request may try again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// One replica.
+pub struct Scheduler {
+    parts: Arc<Parts>,
+    slot: Arc<Slot>,
+    status: watch::Receiver<Status>,
+    compiler: Arc<Compiler>,
+    places: Arc<Semaphore>,
+    in_flight: Arc<()>,
+    draining: AtomicBool,
+    control: Handle<EngineControl>,
+}
+
+impl Scheduler {
+    /// Loads the model through `runner_factory` and starts the engine; returns when it takes requests.
+    ///
+    /// `runner_factory` is called again whenever the engine crashed. Must be called on a tokio runtime, which must
+    /// outlive the scheduler.
+    pub async fn start(
+        config: Config,
+        runner_factory: RunnerFactory,
+        vocabulary: Vocabulary,
+        hasher: BlockHasher,
+        prefix_store: Option<Arc<dyn PrefixStore>>,
+        events: Option<Arc<dyn EventBus>>,
+    ) -> Result<Arc<Self>> {
+        config.validate()?;
+        let max_grammar_bytes = config.max_grammar_bytes;
+        let eos = vocabulary.eos.clone();
+        let compiler = tokio::task::spawn_blocking(move || Compiler::new(&vocabulary, max_grammar_bytes))
+            .await
+            .map_err(|error| Error::internal(format!("prepare the vocabulary for grammars: {error}")))??;
+        let events = events.map(|bus| {
+            let (sender, batches) = mpsc::channel(EVENT_BATCHES);
+            tokio::spawn(publish(bus, config.clone(), batches));
+            sender
+        });
+        let places = Arc::new(Semaphore::new(config.max_waiting));
+        // Blocks of the store are found by the names that the prefix cache uses.
+        let store = prefix_store.filter(|_| config.prefix_cache);
+        let parts = Arc::new(Parts {
+            config,
+            runner_factory,
+            hasher,
+            store,
+            events,
+            eos,
+            runtime: tokio::runtime::Handle::current(),
+            snapshot: watch::Sender::new(Snapshot::default()),
+        });
+        let slot = Arc::new(Slot::default());
+        let mut status = slot.status();
+        let (for_parts, for_slot) = (Arc::clone(&parts), Arc::clone(&slot));
+        let control = Supervised::spawn("engine-control", 64, move || {
+            EngineControl::new(Arc::clone(&for_parts), Arc::clone(&for_slot))
+        });
+        let first = status.wait_for(|status| *status != Status::Starting).await;
+        let first = first.map(|status| status.clone()).unwrap_or(Status::Starting);
+        if let Status::Failed(error) = first {
+            control.stop();
+            return Err(error);
+        }
+        Ok(Arc::new(Self {
+            parts,
+            slot,
+            status,
+            compiler: Arc::new(compiler),
+            places,
+            in_flight: Arc::new(()),
+            draining: AtomicBool::new(false),
+            control,
+        }))
+    }
+
+    /// The state as of the engine's last step.
+    pub fn snapshot(&self) -> Snapshot {
+        self.parts.snapshot.borrow().clone()
+    }
+
+    /// Follows the state.
+    pub fn watch(&self) -> watch::Receiver<Snapshot> {
+        self.parts.snapshot.subscribe()
+    }
+
+    /// What the model and the pool allow; an error while no engine runs.
+    pub fn info(&self) -> Result<Info> {
+        match &*self.status.borrow() {
+            Status::Ready(info) => Ok(*info),
+            Status::Starting => Err(Error::unavailable("the engine is starting")),
+            Status::Failed(error) => Err(error.clone()),
+        }
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.parts.config
+    }
+
+    /// Requests accepted and not answered yet.
+    pub fn in_flight(&self) -> usize {
+        Arc::strong_count(&self.in_flight) - 1
+    }
+
+    /// Refuses new requests and waits for those in flight; whether all were answered by the deadline.
+    pub async fn drain(&self, deadline: Instant) -> bool {
+        self.draining.store(true, Ordering::Release);
+        let mut snapshot = self.parts.snapshot.subscribe();
+        let until = tokio::time::Instant::from_std(deadline);
+        // Answers that a slow reader has not taken leave after the engine's last change.
+        let mut tick = tokio::time::interval(Duration::from_millis(50));
+        while self.in_flight() > 0 {
+            tokio::select! {
+                changed = snapshot.changed() => if changed.is_err() { return false },
+                _ = tick.tick() => {}
+                () = tokio::time::sleep_until(until) => return self.in_flight() == 0,
+            }
+        }
+        true
+    }
+
+    /// Stops the engine; requests in flight fail with `Unavailable`.
+    pub fn stop(&self) {
+        self.draining.store(true, Ordering::Release);
+        self.control.stop();
+    }
+
+    /// Makes the engine's thread panic at its next command.
+    #[cfg(any(test, feature = "fault-injection"))]
+    pub fn panic_engine(&self) {
+        if let Some(sender) = self.slot.sender() {
+            let _ = sender.try_send(Command::Panic);
+        }
+    }
+
+    /// Makes the actor that owns the engine panic.
+    #[cfg(any(test, feature = "fault-injection"))]
+    pub async fn panic_control(&self) {
+        let _ = self.control.ask(crate::actors::engine_control::Fail, RETRY_AFTER).await;
+    }
+
+    /// How often the actor that owns the engine was built again.
+    pub fn control_restarts(&self) -> u64 {
+        self.control.restarts()
+    }
+
+    async fn submit(&self, request: GenerateRequest) -> Result<DeltaStream> {
+        let submitted = Instant::now();
+        if self.draining.load(Ordering::Acquire) {
+            return Err(Error::unavailable("the scheduler is shutting down; send the request again"));
+        }
+        let in_flight = Arc::clone(&self.in_flight);
+        admission::validate(&request, &self.info()?)?;
+        if request.deadline.is_some_and(|deadline| deadline <= submitted) {
+            return Err(Error::new(ErrorCode::DeadlineExceeded, "the deadline passed before the request was queued"));
+        }
+        let max_waiting = self.parts.config.max_waiting;
+        let full = || Error::exhausted(format!("the queue is full: {max_waiting} requests wait already"), RETRY_AFTER);
+        let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| full())?;
+        let grammar = match request.grammar.clone() {
+            None => None,
+            Some(grammar) => {
+                let (compiler, prompt, resumed) =
+                    (Arc::clone(&self.compiler), Arc::clone(&request.prompt), request.resumed_tokens);
+                let compiled =
+                    tokio::task::spawn_blocking(move || compiler.compile(&grammar, &prompt[prompt.len() - resumed..]));
+                let failed = |_| Error::invalid("response_format", "the grammar cannot be compiled");
+                Some(compiled.await.map_err(failed)??)
+            }
+        };
+        let chain = match self.parts.config.prefix_cache {
+            true => self.parts.hasher.chain(&request.salt, &request.prompt),
+            false => Vec::new(),
+        };
+        let (deltas, answers) = mpsc::channel(self.parts.config.delivery_capacity);
+        let submission = Submission { request, grammar, chain, deltas, place, in_flight, submitted };
+        let sender = self.slot.sender().ok_or_else(|| Error::unavailable("the engine is starting"))?;
+        sender.try_send(Command::Submit(Box::new(submission))).map_err(|error| match error {
+            TrySendError::Full(_) => full(),
+            TrySendError::Disconnected(_) => engine_restarted(),
+        })?;
+        Ok(answer(answers))
+    }
+}
+
+impl Drop for Scheduler {
+    fn drop(&mut self) {
+        self.control.stop();
+    }
+}
+
+fn engine_restarted() -> Error {
+    Error::unavailable("the engine restarted; send the request again")
+}
+
+/// The answer's pieces up to the last one; a channel that closes before means that the engine is gone.
+fn answer(answers: mpsc::Receiver<Result<Delta>>) -> DeltaStream {
+    futures::stream::unfold(Some(answers), |answers| async {
+        let mut answers = answers?;
+        let delta = answers.recv().await.unwrap_or_else(|| Err(engine_restarted()));
+        let last = !matches!(&delta, Ok(delta) if delta.finish.is_none());
+        Some((delta, (!last).then_some(answers)))
+    })
+    .boxed()
+}
+
+/// Publishes KV events in order. Ends with the scheduler. A failed batch is tried again, so that no reader of the
+/// bus believes in blocks that are gone.
+async fn publish(bus: Arc<dyn EventBus>, config: Config, mut batches: mpsc::Receiver<Vec<KvEvent>>) {
+    let life = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
+    let (source, subject) = (format!("scheduler.{}.{life}", config.replica), config.kv_subject());
+    while let Some(batch) = batches.recv().await {
+        for event in batch {
+            let payload = Bytes::from(serde_json::to_vec(&event).expect("KV events are plain data"));
+            let mut pause = Duration::from_millis(config.restart_backoff_ms.max(1));
+            while let Err(error) = bus.publish(&source, &subject, payload.clone()).await {
+                if batches.is_closed() {
+                    return;
+                }
+                tracing::warn!(%error, subject, "publish a KV event");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(30));
+            }
+        }
+    }
+}
+
+impl Replica for Scheduler {
+    fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<DeltaStream>> {
+        Box::pin(self.submit(request))
+    }
+
+    fn load(&self) -> BoxFuture<'_, Result<ReplicaLoad>> {
+        Box::pin(async move {
+            if self.draining.load(Ordering::Acquire) {
+                return Err(Error::unavailable("the scheduler is shutting down"));
+            }
+            self.info()?;
+            let snapshot = self.snapshot();
+            Ok(ReplicaLoad {
+                running: snapshot.running,
+                waiting: snapshot.waiting,
+                kv_blocks_total: snapshot.kv_blocks_total,
+                kv_blocks_used: snapshot.kv_blocks_used,
+                max_context: snapshot.max_context,
+            })
+        })
+    }
+}

@@ -1,0 +1,114 @@
+//! What an operator can set.
+use moesaic_types::{BLOCK_TOKENS, Error, ReplicaId, Result};
+use serde::{Deserialize, Serialize};
+
+/// The configuration of one replica.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The replica's name; part of event subjects. Letters, digits, `-` and `_`.
+    pub replica: String,
+    /// The `model_name` label of the metrics.
+    pub model_name: String,
+    /// Tokens of one step at most, over all sequences; at least `max_running`.
+    pub token_budget: usize,
+    /// Prompt tokens that one sequence may take of a step.
+    pub max_chunk: usize,
+    /// Sequences in the batch at most.
+    pub max_running: usize,
+    /// Requests that may wait for their first step; further ones are refused.
+    pub max_waiting: usize,
+    /// KV blocks of 64 tokens. `None`: as many as `kv_memory_bytes` holds.
+    pub kv_blocks: Option<usize>,
+    /// Bytes for the KV pool where `kv_blocks` is not set.
+    pub kv_memory_bytes: u64,
+    /// Reuse blocks of earlier requests that start with the same tokens.
+    pub prefix_cache: bool,
+    /// How long a request waits for blocks of the prefix store, in milliseconds.
+    pub prefix_store_timeout_ms: u64,
+    /// Evicted blocks that may be on their way to the prefix store at once; more are dropped.
+    pub prefix_store_offers: usize,
+    /// Deltas that wait for a slow reader before its tokens are gathered into one.
+    pub delivery_capacity: usize,
+    /// A request that waits longer than this is admitted before those of higher priority, in milliseconds.
+    pub promote_after_ms: u64,
+    /// Longest schema, regular expression or grammar, in bytes.
+    pub max_grammar_bytes: usize,
+    /// The first pause before a crashed engine is started again, in milliseconds; doubles up to 30 s.
+    pub restart_backoff_ms: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            replica: "0".into(),
+            model_name: "moesaic".into(),
+            token_budget: 512,
+            max_chunk: 512,
+            max_running: 64,
+            max_waiting: 1024,
+            kv_blocks: None,
+            kv_memory_bytes: 512 << 20,
+            prefix_cache: true,
+            prefix_store_timeout_ms: 2_000,
+            prefix_store_offers: 16,
+            delivery_capacity: 32,
+            promote_after_ms: 60_000,
+            max_grammar_bytes: 64 << 10,
+            restart_backoff_ms: 100,
+        }
+    }
+}
+
+impl Config {
+    /// Checks bounds; the error names the key and the limit.
+    pub fn validate(&self) -> Result<()> {
+        let positive = [
+            ("max_chunk", self.max_chunk),
+            ("max_running", self.max_running),
+            ("max_waiting", self.max_waiting),
+            ("delivery_capacity", self.delivery_capacity),
+        ];
+        for (key, value) in positive {
+            if value == 0 {
+                return Err(Error::invalid(key, format!("{key} must be at least 1")));
+            }
+        }
+        if self.token_budget < self.max_running {
+            let message =
+                format!("token_budget {} must be at least max_running {}", self.token_budget, self.max_running);
+            return Err(Error::invalid("token_budget", message));
+        }
+        if self.kv_blocks == Some(0) {
+            return Err(Error::invalid("kv_blocks", "kv_blocks must be at least 1"));
+        }
+        let named = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if self.replica.is_empty() || !self.replica.chars().all(named) {
+            return Err(Error::invalid("replica", "replica must be letters, digits, '-' and '_'"));
+        }
+        Ok(())
+    }
+
+    /// How many blocks the pool has, when a block takes this many bytes.
+    pub fn blocks(&self, block_bytes: usize) -> Result<usize> {
+        let blocks = self.kv_blocks.unwrap_or((self.kv_memory_bytes / block_bytes.max(1) as u64) as usize);
+        if blocks == 0 {
+            let message = format!(
+                "kv_memory_bytes {} holds no block of {BLOCK_TOKENS} tokens, which takes {block_bytes} bytes",
+                self.kv_memory_bytes
+            );
+            return Err(Error::invalid("kv_memory_bytes", message));
+        }
+        Ok(blocks.min(u32::MAX as usize))
+    }
+
+    /// The replica's id.
+    pub fn replica_id(&self) -> ReplicaId {
+        ReplicaId::new(self.replica.as_str())
+    }
+
+    /// The subject of this replica's KV events.
+    pub fn kv_subject(&self) -> String {
+        format!("moesaic.v1.kv.scheduler.{}.blocks", self.replica)
+    }
+}

@@ -1,0 +1,290 @@
+//! The engine: one thread that owns the model, the block pool and the sequences.
+//!
+//! It takes commands from a bounded queue, plans a step, runs it, and sleeps on the queue when nothing can run.
+mod sequence;
+mod step;
+mod store;
+
+pub use sequence::{Phase, Sequence, Submission};
+
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::pool::{BlockIndex, BlockPool};
+use bytes::Bytes;
+use moesaic_model::Runner;
+use moesaic_types::boundary::{KvEvent, PrefixStore};
+use moesaic_types::{BlockHasher, Error, ErrorCode, FinishReason, Result, TokenId};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
+use std::time::{Duration, Instant};
+use tokio::sync::{Semaphore, mpsc, watch};
+
+/// Sleep when sequences run but no chunk fits; another reference must go away first.
+const STALLED: Duration = Duration::from_millis(5);
+
+/// Builds a model, once for every life of the engine.
+pub type RunnerFactory = Arc<dyn Fn() -> Result<Box<dyn Runner>, moesaic_model::Error> + Send + Sync>;
+
+/// What outlives an engine.
+pub struct Parts {
+    /// The configuration.
+    pub config: Config,
+    /// Builds the model.
+    pub runner_factory: RunnerFactory,
+    /// Names blocks.
+    pub hasher: BlockHasher,
+    /// Blocks shared with other replicas.
+    pub store: Option<Arc<dyn PrefixStore>>,
+    /// To the task that publishes KV events.
+    pub events: Option<mpsc::Sender<Vec<KvEvent>>>,
+    /// Tokens that end an answer.
+    pub eos: Vec<TokenId>,
+    /// Where tasks run.
+    pub runtime: tokio::runtime::Handle,
+    /// What everyone may look at.
+    pub snapshot: watch::Sender<Snapshot>,
+}
+
+/// What a model and its pool allow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Info {
+    /// Tokens of the vocabulary.
+    pub vocab: usize,
+    /// The longest context, in tokens.
+    pub max_context: usize,
+    /// KV blocks.
+    pub kv_blocks: usize,
+}
+
+/// The engine's state as of its last step.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Snapshot {
+    /// Whether an engine runs.
+    pub ready: bool,
+    /// Sequences in the batch.
+    pub running: usize,
+    /// Sequences that wait, for a place or for the prefix store.
+    pub waiting: usize,
+    /// KV blocks in all.
+    pub kv_blocks_total: usize,
+    /// Blocks that sequences refer to.
+    pub kv_blocks_used: usize,
+    /// Unreferenced blocks that hold reusable tokens.
+    pub kv_blocks_cached: usize,
+    /// Blocks that hold nothing.
+    pub kv_blocks_free: usize,
+    /// The longest context, in tokens.
+    pub max_context: usize,
+    /// Preemptions in this life.
+    pub preemptions: u64,
+    /// How often the engine was started again.
+    pub restarts: u64,
+}
+
+/// What the engine is asked.
+pub enum Command {
+    /// Generate.
+    Submit(Box<Submission>),
+    /// The prefix store answered.
+    Fetched {
+        /// For this sequence.
+        key: u64,
+        /// Index of the first block.
+        first: usize,
+        /// The blocks' bytes, in order.
+        blocks: Vec<Bytes>,
+    },
+    /// Look around: something outside changed.
+    Wake,
+    /// Panic, to test recovery.
+    #[cfg(any(test, feature = "fault-injection"))]
+    Panic,
+}
+
+/// One life of the engine.
+pub struct Engine {
+    parts: Arc<Parts>,
+    info: Info,
+    runner: Box<dyn Runner>,
+    pool: BlockPool,
+    sequences: BTreeMap<u64, Sequence>,
+    arrivals: u64,
+    commands: Receiver<Command>,
+    replies: SyncSender<Command>,
+    stop: Arc<AtomicBool>,
+    offers: Arc<Semaphore>,
+    metrics: Metrics,
+    logits: Vec<f32>,
+    preemptions: u64,
+}
+
+impl Engine {
+    /// Builds the model and its pool.
+    pub fn new(
+        parts: Arc<Parts>,
+        commands: Receiver<Command>,
+        replies: SyncSender<Command>,
+        stop: Arc<AtomicBool>,
+    ) -> Result<Self> {
+        let failed = |what: &str, error: moesaic_model::Error| Error::unavailable(format!("{what}: {error}"));
+        let mut runner = (parts.runner_factory)().map_err(|error| failed("load the model", error))?;
+        let kv_blocks = parts.config.blocks(runner.kv_block_bytes())?;
+        runner.allocate_kv(kv_blocks).map_err(|error| failed("allocate the KV pool", error))?;
+        let info = Info { vocab: runner.spec().vocab, max_context: runner.spec().max_context, kv_blocks };
+        let metrics = Metrics::new(&parts.config.model_name, &parts.config.replica);
+        let offers = Arc::new(Semaphore::new(parts.config.prefix_store_offers));
+        Ok(Self {
+            info,
+            runner,
+            pool: BlockPool::new(kv_blocks),
+            sequences: BTreeMap::new(),
+            arrivals: 0,
+            commands,
+            replies,
+            stop,
+            offers,
+            metrics,
+            logits: Vec::new(),
+            preemptions: 0,
+            parts,
+        })
+    }
+
+    /// What the model and the pool allow.
+    pub fn info(&self) -> Info {
+        self.info
+    }
+
+    /// Runs until it is told to stop.
+    pub fn run(&mut self) {
+        self.publish();
+        while !self.stop.load(Ordering::Acquire) {
+            while let Ok(command) = self.commands.try_recv() {
+                self.handle(command);
+            }
+            self.remove_overdue_and_abandoned();
+            let advanced = self.step();
+            self.deliver();
+            self.publish_events();
+            self.publish();
+            if !advanced && !self.sleep() {
+                break;
+            }
+        }
+        let error = Error::unavailable("the scheduler is shutting down; send the request again");
+        let keys: Vec<u64> = self.sequences.keys().copied().collect();
+        keys.into_iter().for_each(|key| self.fail(key, error.clone()));
+        self.publish();
+    }
+
+    /// Waits for a command or the next deadline; false if nobody can send any longer.
+    fn sleep(&mut self) -> bool {
+        let now = Instant::now();
+        let mut until = self.sequences.values().filter_map(|s| s.request.deadline).min();
+        if self.sequences.values().any(|s| s.phase != Phase::Fetching) {
+            until = Some(until.map_or(now + STALLED, |deadline| deadline.min(now + STALLED)));
+        }
+        let command = match until {
+            Some(until) => self.commands.recv_timeout(until.saturating_duration_since(now)),
+            None => self.commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        match command {
+            Ok(command) => self.handle(command),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return false,
+        }
+        true
+    }
+
+    fn handle(&mut self, command: Command) {
+        match command {
+            Command::Submit(submission) => {
+                let key = self.arrivals;
+                self.arrivals += 1;
+                self.sequences.insert(key, Sequence::new(*submission));
+                self.start_fetch(key);
+            }
+            Command::Fetched { key, first, blocks } => {
+                if let Some(sequence) = self.sequences.get_mut(&key).filter(|s| s.phase == Phase::Fetching) {
+                    sequence.phase = Phase::Waiting;
+                    sequence.fetched = (!blocks.is_empty()).then_some((first, blocks));
+                }
+            }
+            Command::Wake => {}
+            #[cfg(any(test, feature = "fault-injection"))]
+            Command::Panic => panic!("the engine was told to panic"),
+        }
+    }
+
+    fn remove_overdue_and_abandoned(&mut self) {
+        let now = Instant::now();
+        let abandoned: Vec<u64> =
+            self.sequences.iter().filter(|(_, s)| s.is_abandoned()).map(|(key, _)| *key).collect();
+        for key in abandoned {
+            tracing::debug!(request = %self.sequences[&key].request.id, "nobody reads the answer any longer");
+            self.metrics.cancelled.increment(1);
+            self.remove(key);
+        }
+        let overdue = |s: &Sequence| s.request.deadline.is_some_and(|deadline| deadline <= now);
+        let overdue: Vec<u64> = self.sequences.iter().filter(|(_, s)| overdue(s)).map(|(key, _)| *key).collect();
+        for key in overdue {
+            let generated = self.sequences[&key].generated();
+            let message = format!("the deadline passed after {generated} generated tokens");
+            self.fail(key, Error::new(ErrorCode::DeadlineExceeded, message));
+        }
+    }
+
+    fn deliver(&mut self) {
+        self.sequences.values_mut().for_each(Sequence::deliver);
+    }
+
+    fn release(&mut self, blocks: Vec<BlockIndex>) {
+        blocks.into_iter().rev().for_each(|block| self.pool.release(block));
+    }
+
+    fn remove(&mut self, key: u64) -> Option<Sequence> {
+        let mut sequence = self.sequences.remove(&key)?;
+        self.release(std::mem::take(&mut sequence.blocks));
+        Some(sequence)
+    }
+
+    fn fail(&mut self, key: u64, error: Error) {
+        if let Some(sequence) = self.remove(key) {
+            sequence.fail(error, &self.parts.runtime);
+        }
+    }
+
+    fn finish(&mut self, key: u64, reason: FinishReason) {
+        if let Some(sequence) = self.remove(key) {
+            self.metrics.answered(sequence.submitted.elapsed());
+            sequence.finish(reason, &self.parts.runtime);
+        }
+    }
+
+    fn publish(&self) {
+        let running = self.sequences.values().filter(|s| s.phase == Phase::Running).count();
+        let (used, cached) = (self.pool.used(), self.pool.cached());
+        let restarts = self.parts.snapshot.borrow().restarts;
+        let snapshot = Snapshot {
+            ready: !self.stop.load(Ordering::Acquire),
+            running,
+            waiting: self.sequences.len() - running,
+            kv_blocks_total: self.pool.total(),
+            kv_blocks_used: used,
+            kv_blocks_cached: cached,
+            kv_blocks_free: self.pool.total() - used - cached,
+            max_context: self.info.max_context,
+            preemptions: self.preemptions,
+            restarts,
+        };
+        self.metrics.observe(&snapshot);
+        self.parts.snapshot.send_if_modified(|current| {
+            let changed = *current != snapshot;
+            *current = snapshot;
+            changed
+        });
+    }
+}

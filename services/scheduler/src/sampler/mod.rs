@@ -1,0 +1,176 @@
+//! From a row of logits to a token. The order is that of `SamplingParams`: bias, penalties, grammar mask,
+//! temperature, top-k, top-p, min-p, draw. Everything is a function of the row, the parameters, the tokens so far
+//! and the position, so that neither batching nor preemption can change a draw. Ties go to the lowest id.
+mod rng;
+
+use moesaic_types::{Error, Result, SampledToken, SamplingParams, TokenId};
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Candidates that are sorted first when looking for the nucleus.
+const NUCLEUS_GUESS: usize = 1024;
+
+/// Tokens seen so far, as far as penalties need them.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    anywhere: BTreeSet<TokenId>,
+    output: BTreeMap<TokenId, u32>,
+}
+
+impl Seen {
+    /// Of a prompt, whose last `resumed` tokens are output.
+    pub fn new(prompt: &[TokenId], resumed: usize) -> Self {
+        let mut seen = Self { anywhere: prompt.iter().copied().collect(), output: BTreeMap::new() };
+        prompt[prompt.len() - resumed..].iter().for_each(|&token| seen.push(token));
+        seen
+    }
+
+    /// Another token of output.
+    pub fn push(&mut self, token: TokenId) {
+        self.anywhere.insert(token);
+        *self.output.entry(token).or_default() += 1;
+    }
+
+    /// Whether these parameters look at the tokens so far.
+    pub fn needed(params: &SamplingParams) -> bool {
+        params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0
+    }
+}
+
+/// Checks that a row is usable: no NaN, no +infinity, something above -infinity.
+pub fn check(logits: &[f32]) -> Result<()> {
+    if logits.iter().any(|l| l.is_nan() || *l == f32::INFINITY) {
+        return Err(Error::internal("the model returned logits that are not numbers"));
+    }
+    if logits.iter().all(|l| *l == f32::NEG_INFINITY) {
+        return Err(Error::internal("the model returned no finite logit"));
+    }
+    Ok(())
+}
+
+/// A token with its log-probability and the `top` likeliest tokens, under the raw logits.
+pub fn log_probabilities(logits: &[f32], token: TokenId, top: usize) -> SampledToken {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+    let total = logits.iter().map(|&l| (l as f64 - largest).exp()).sum::<f64>().ln() + largest;
+    let logprob = |id: TokenId| (logits[id as usize] as f64 - total) as f32;
+    let mut best: Vec<TokenId> = Vec::new();
+    if top > 0 {
+        best = (0..logits.len() as TokenId).collect();
+        let order = |a: &TokenId, b: &TokenId| by_logit(logits, *a, *b);
+        if top < best.len() {
+            best.select_nth_unstable_by(top - 1, order);
+            best.truncate(top);
+        }
+        best.sort_unstable_by(order);
+    }
+    SampledToken {
+        id: token,
+        logprob: Some(logprob(token)),
+        top_logprobs: best.into_iter().map(|id| (id, logprob(id))).collect(),
+    }
+}
+
+fn by_logit(logits: &[f32], a: TokenId, b: TokenId) -> Ordering {
+    logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b))
+}
+
+/// Chooses the token at `position`. `mask` has a bit per token that the grammar allows. Changes `logits`.
+pub fn sample(
+    logits: &mut [f32],
+    params: &SamplingParams,
+    seen: Option<&Seen>,
+    mask: Option<&[u32]>,
+    position: usize,
+) -> Result<TokenId> {
+    for (&token, &bias) in &params.logit_bias {
+        if let Some(logit) = logits.get_mut(token as usize) {
+            *logit += bias;
+        }
+    }
+    if let Some(seen) = seen {
+        penalize(logits, params, seen);
+    }
+    if let Some(mask) = mask {
+        for (id, logit) in logits.iter_mut().enumerate() {
+            if mask.get(id / 32).is_none_or(|word| word >> (id % 32) & 1 == 0) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+    let greedy = (0..logits.len() as TokenId)
+        .min_by(|a, b| by_logit(logits, *a, *b))
+        .filter(|&id| logits[id as usize] > f32::NEG_INFINITY)
+        .ok_or_else(|| Error::internal("no token is allowed here by the grammar and the model"))?;
+    if params.temperature == 0.0 {
+        return Ok(greedy);
+    }
+    let largest = logits[greedy as usize] as f64;
+    let temperature = params.temperature as f64;
+    let weight = |id: TokenId| ((logits[id as usize] as f64 - largest) / temperature).exp();
+    let candidates = candidates(logits, params, weight);
+    let total: f64 = candidates.iter().map(|&id| weight(id)).sum();
+    let mut left = rng::uniform(params.seed, position as u64) * total;
+    for &id in &candidates {
+        let w = weight(id);
+        if w > 0.0 && left < w {
+            return Ok(id);
+        }
+        left -= w;
+    }
+    // Rounding can leave a rest after the last candidate.
+    Ok(candidates.iter().rev().copied().find(|&id| weight(id) > 0.0).unwrap_or(greedy))
+}
+
+fn penalize(logits: &mut [f32], params: &SamplingParams, seen: &Seen) {
+    if params.repetition_penalty != 1.0 {
+        for &token in &seen.anywhere {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                let penalty = params.repetition_penalty;
+                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            }
+        }
+    }
+    for (&token, &count) in &seen.output {
+        if let Some(logit) = logits.get_mut(token as usize) {
+            *logit -= params.presence_penalty + params.frequency_penalty * count as f32;
+        }
+    }
+}
+
+/// The tokens left by top-k, top-p and min-p; best first if one of them cuts, else by id.
+fn candidates(logits: &[f32], params: &SamplingParams, weight: impl Fn(TokenId) -> f64) -> Vec<TokenId> {
+    let mut ids: Vec<TokenId> =
+        (0..logits.len() as TokenId).filter(|&id| logits[id as usize] > f32::NEG_INFINITY).collect();
+    let order = |a: &TokenId, b: &TokenId| by_logit(logits, *a, *b);
+    let top_k = params.top_k.map_or(ids.len(), |k| k as usize).max(1);
+    if top_k < ids.len() {
+        ids.select_nth_unstable_by(top_k - 1, order);
+        ids.truncate(top_k);
+        ids.sort_unstable_by(order);
+    }
+    if params.top_p < 1.0 {
+        let mass = params.top_p as f64 * ids.iter().map(|&id| weight(id)).sum::<f64>();
+        if ids.len() > NUCLEUS_GUESS {
+            ids.select_nth_unstable_by(NUCLEUS_GUESS - 1, order);
+        }
+        let guess = NUCLEUS_GUESS.min(ids.len());
+        ids[..guess].sort_unstable_by(order);
+        if ids[..guess].iter().map(|&id| weight(id)).sum::<f64>() < mass {
+            ids[guess..].sort_unstable_by(order);
+        }
+        let mut reached = 0.0;
+        let keep = ids.iter().position(|&id| {
+            reached += weight(id);
+            reached >= mass
+        });
+        ids.truncate(keep.map_or(ids.len(), |last| last + 1));
+    }
+    if params.min_p > 0.0 {
+        // The likeliest token's weight is 1.
+        ids.retain(|&id| weight(id) >= params.min_p as f64);
+    }
+    ids
+}
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::StreamExt;
 use moesaic_actors::{Handle, Supervised};
+use moesaic_telemetry::propagation;
 use moesaic_types::boundary::{DeltaStream, EventBus, KvEvent, PrefixStore, Replica, ReplicaLoad};
 use moesaic_types::{BlockHasher, Delta, Error, ErrorCode, GenerateRequest, Result};
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::TrySendError;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, mpsc, watch};
+use tracing::Span;
 
 /// Batches of KV events that wait for the bus.
 const EVENT_BATCHES: usize = 64;
@@ -166,6 +168,26 @@ impl Scheduler {
         self.control.restarts()
     }
 
+    /// The request's span, a child of the trace that the request belongs to.
+    fn span(&self, request: &GenerateRequest) -> Span {
+        let span = tracing::info_span!(
+            "generate",
+            gen_ai.operation.name = "text_completion",
+            gen_ai.request.model = self.parts.config.model_name,
+            gen_ai.request.max_tokens = request.stop.max_tokens,
+            gen_ai.usage.input_tokens = tracing::field::Empty,
+            gen_ai.usage.output_tokens = tracing::field::Empty,
+            "error.type" = tracing::field::Empty,
+            moesaic.request = %request.id,
+            moesaic.replica = self.parts.config.replica,
+            moesaic.cached_tokens = tracing::field::Empty,
+        );
+        if let Some(traceparent) = &request.traceparent {
+            propagation::set_parent(&span, propagation::from_traceparent(traceparent));
+        }
+        span
+    }
+
     async fn submit(&self, request: GenerateRequest) -> Result<DeltaStream> {
         let submitted = Instant::now();
         if self.draining.load(Ordering::Acquire) {
@@ -194,8 +216,9 @@ impl Scheduler {
             true => self.parts.hasher.chain(&request.salt, &request.prompt),
             false => Vec::new(),
         };
+        let span = self.span(&request);
         let (deltas, answers) = mpsc::channel(self.parts.config.delivery_capacity);
-        let submission = Submission { request, grammar, chain, deltas, place, in_flight, submitted };
+        let submission = Submission { request, grammar, chain, deltas, place, in_flight, submitted, span };
         let sender = self.slot.sender().ok_or_else(|| Error::unavailable("the engine is starting"))?;
         sender.try_send(Command::Submit(Box::new(submission))).map_err(|error| match error {
             TrySendError::Full(_) => full(),

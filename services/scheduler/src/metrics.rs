@@ -1,6 +1,8 @@
 //! The scheduler's metrics: the names that vLLM's dashboards and autoscalers read, and Moesaic's own.
 use crate::engine::Snapshot;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use moesaic_telemetry::metrics as names;
+use moesaic_types::FinishReason;
 use std::time::Duration;
 
 /// Handles of one replica's metrics.
@@ -22,6 +24,8 @@ pub struct Metrics {
     end_to_end: Histogram,
     queue: Histogram,
     step: Histogram,
+    stopped: Counter,
+    cut: Counter,
     /// Tokens computed in a step.
     pub step_tokens: Histogram,
     /// Sequences that lost their blocks.
@@ -40,22 +44,28 @@ impl Metrics {
     /// Registers the metrics under `model_name` and `replica`.
     pub fn new(model: &str, replica: &str) -> Self {
         let l = [("model_name", model.to_owned()), ("replica", replica.to_owned())];
+        let success = |reason: &str| {
+            let reason = ("finished_reason", reason.to_owned());
+            counter!(names::REQUEST_SUCCESS_TOTAL, &l.iter().cloned().chain([reason]).collect::<Vec<_>>())
+        };
         Self {
-            running: gauge!("vllm:num_requests_running", &l),
-            waiting: gauge!("vllm:num_requests_waiting", &l),
-            kv_usage: gauge!("vllm:kv_cache_usage_perc", &l),
+            running: gauge!(names::NUM_REQUESTS_RUNNING, &l),
+            waiting: gauge!(names::NUM_REQUESTS_WAITING, &l),
+            kv_usage: gauge!(names::KV_CACHE_USAGE_PERC, &l),
             kv_cached: gauge!("moesaic_kv_blocks_cached", &l),
-            prefix_queries: counter!("vllm:prefix_cache_queries", &l),
-            prefix_hits: counter!("vllm:prefix_cache_hits", &l),
-            prompt_tokens: counter!("vllm:prompt_tokens_total", &l),
-            generation_tokens: counter!("vllm:generation_tokens_total", &l),
-            first_token: histogram!("vllm:time_to_first_token_seconds", &l),
-            inter_token: histogram!("vllm:inter_token_latency_seconds", &l),
-            end_to_end: histogram!("vllm:e2e_request_latency_seconds", &l),
-            queue: histogram!("vllm:request_queue_time_seconds", &l),
-            step: histogram!("moesaic_step_seconds", &l),
-            step_tokens: histogram!("moesaic_step_tokens", &l),
-            preemptions: counter!("moesaic_preemptions_total", &l),
+            prefix_queries: counter!(names::PREFIX_CACHE_QUERIES, &l),
+            prefix_hits: counter!(names::PREFIX_CACHE_HITS, &l),
+            prompt_tokens: counter!(names::PROMPT_TOKENS_TOTAL, &l),
+            generation_tokens: counter!(names::GENERATION_TOKENS_TOTAL, &l),
+            first_token: histogram!(names::TIME_TO_FIRST_TOKEN_SECONDS, &l),
+            inter_token: histogram!(names::INTER_TOKEN_LATENCY_SECONDS, &l),
+            end_to_end: histogram!(names::E2E_REQUEST_LATENCY_SECONDS, &l),
+            queue: histogram!(names::REQUEST_QUEUE_TIME_SECONDS, &l),
+            step: histogram!(names::STEP_SECONDS, &l),
+            step_tokens: histogram!(names::STEP_TOKENS, &l),
+            stopped: success("stop"),
+            cut: success("length"),
+            preemptions: counter!(names::PREEMPTIONS_TOTAL, &l),
             cancelled: counter!("moesaic_requests_cancelled_total", &l),
             store_fetched: counter!("moesaic_prefix_store_fetched_blocks_total", &l),
             store_offered: counter!("moesaic_prefix_store_offered_blocks_total", &l),
@@ -83,7 +93,8 @@ impl Metrics {
     }
 
     /// A request was answered.
-    pub fn answered(&self, time: Duration) {
+    pub fn answered(&self, reason: FinishReason, time: Duration) {
+        if reason == FinishReason::Stop { &self.stopped } else { &self.cut }.increment(1);
         self.end_to_end.record(time.as_secs_f64());
     }
 

@@ -73,11 +73,6 @@ struct Ended {
     lived: Duration,
 }
 
-/// How often the engine was started again.
-#[derive(Message)]
-#[rtype(result = "u64")]
-pub struct Restarts;
-
 /// Makes the actor panic, to test that it comes back.
 #[cfg(any(test, feature = "fault-injection"))]
 #[derive(Message)]
@@ -189,14 +184,6 @@ impl Handler<Ended> for EngineControl {
             control.parts.snapshot.send_modify(|snapshot| snapshot.restarts += 1);
             control.launch(context);
         });
-    }
-}
-
-impl Handler<Restarts> for EngineControl {
-    type Result = u64;
-
-    fn handle(&mut self, _: Restarts, _: &mut Self::Context) -> u64 {
-        self.parts.snapshot.borrow().restarts
     }
 }
 

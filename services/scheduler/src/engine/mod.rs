@@ -259,7 +259,7 @@ impl Engine {
 
     fn finish(&mut self, key: u64, reason: FinishReason) {
         if let Some(sequence) = self.remove(key) {
-            self.metrics.answered(sequence.submitted.elapsed());
+            self.metrics.answered(reason, sequence.submitted.elapsed());
             sequence.finish(reason, &self.parts.runtime);
         }
     }

@@ -10,6 +10,7 @@ use moesaic_types::{
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tracing::Span;
 
 /// A request on its way into the engine.
 pub struct Submission {
@@ -27,6 +28,8 @@ pub struct Submission {
     pub in_flight: Arc<()>,
     /// When it came.
     pub submitted: Instant,
+    /// Open until the request ends.
+    pub span: Span,
 }
 
 /// What a sequence is doing.
@@ -68,6 +71,8 @@ pub struct Sequence {
     pub cached_tokens: Option<usize>,
     /// When it came.
     pub submitted: Instant,
+    /// Open until the request ends.
+    pub span: Span,
     last_token: Option<Instant>,
     deltas: mpsc::Sender<Result<Delta>>,
     pending: Delta,
@@ -78,7 +83,7 @@ pub struct Sequence {
 impl Sequence {
     /// From a submission, with no block.
     pub fn new(submission: Submission) -> Self {
-        let Submission { request, grammar, chain, deltas, place, in_flight, submitted } = submission;
+        let Submission { request, grammar, chain, deltas, place, in_flight, submitted, span } = submission;
         let seen = Seen::needed(&request.sampling).then(|| Seen::new(&request.prompt, request.resumed_tokens));
         // A migrated request's prompt log-probabilities went out with its first token.
         let prompt_logprobs = (request.prompt_logprobs && request.resumed_tokens == 0).then(Vec::new);
@@ -95,6 +100,7 @@ impl Sequence {
             prompt_logprobs,
             cached_tokens: None,
             submitted,
+            span,
             last_token: None,
             deltas,
             pending: Delta::default(),
@@ -186,13 +192,19 @@ impl Sequence {
             cached_tokens: self.cached_tokens.unwrap_or(0).min(prompt_tokens),
             completion_tokens: self.request.resumed_tokens + self.generated(),
         };
+        self.span.record("gen_ai.usage.input_tokens", usage.prompt_tokens);
+        self.span.record("gen_ai.usage.output_tokens", usage.completion_tokens);
+        self.span.record("moesaic.cached_tokens", usage.cached_tokens);
         let mut delta = std::mem::take(&mut self.pending);
+        // An empty answer: the grammar was complete before its first token.
+        delta.prompt_logprobs = delta.prompt_logprobs.or(self.prompt_logprobs.take());
         delta.finish = Some((reason, usage));
         self.send_last(vec![Ok(delta)], runtime);
     }
 
     /// Tokens not handed over yet, then the error.
     pub fn fail(mut self, error: Error, runtime: &tokio::runtime::Handle) {
+        self.span.record("error.type", error.code.name());
         let delta = std::mem::take(&mut self.pending);
         let mut last = vec![Err(error)];
         if !delta.tokens.is_empty() {

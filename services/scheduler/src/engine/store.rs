@@ -6,6 +6,7 @@ use moesaic_types::boundary::PrefixStore;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
+use tracing::Instrument;
 
 impl Engine {
     /// Asks the prefix store for the blocks that follow those that are here.
@@ -21,7 +22,8 @@ impl Engine {
         sequence.phase = Phase::Fetching;
         let timeout = Duration::from_millis(self.parts.config.prefix_store_timeout_ms);
         let replies = self.replies.clone();
-        self.parts.runtime.spawn(async move {
+        let span = tracing::info_span!(parent: &sequence.span, "fetch blocks", blocks = chain.len());
+        let task = async move {
             let blocks = match tokio::time::timeout(timeout, fetch(&*store, &chain)).await {
                 Ok(Ok(blocks)) => blocks,
                 Ok(Err(error)) => {
@@ -34,7 +36,8 @@ impl Engine {
                 }
             };
             reply(&replies, Command::Fetched { key, first, blocks }).await;
-        });
+        };
+        self.parts.runtime.spawn(task.instrument(span));
     }
 
     /// Offers evicted blocks to the prefix store; their contents still stand.

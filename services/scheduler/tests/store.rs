@@ -52,7 +52,7 @@ impl EventBus for Bus {
     fn publish(&self, _source: &str, subject: &str, payload: Bytes) -> BoxFuture<'_, Result<()>> {
         let mut published = self.published.lock().unwrap();
         published.0 += 1;
-        if published.0 % 3 == 0 {
+        if published.0.is_multiple_of(3) {
             return Box::pin(async { Err(Error::unavailable("the bus is away")) });
         }
         published.1.push(subject.to_owned());

@@ -1,0 +1,2 @@
+//! One file an actor.
+pub mod admission;

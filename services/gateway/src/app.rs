@@ -1,0 +1,167 @@
+//! Composition: the doors are bound first, then the model loads, then they answer.
+use crate::config::Config;
+use crate::core::Core;
+use crate::{grpc, http};
+use axum::serve::Listener;
+use moesaic_proto::FILE_DESCRIPTOR_SET;
+use moesaic_proto::inference::v1::inference_service_server::InferenceServiceServer;
+use moesaic_types::{Error, Result};
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio_io_timeout::TimeoutStream;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic_health::ServingStatus;
+
+/// How often the gRPC health status follows readiness.
+const HEALTH_INTERVAL: Duration = Duration::from_millis(500);
+
+/// A gateway whose ports are bound.
+pub struct Gateway {
+    core: Arc<Core>,
+    http: TcpListener,
+    grpc: TcpListener,
+}
+
+async fn bind(field: &str, address: &str) -> Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        Error::invalid(field, format!("{field} is '{address}', which cannot be bound: {error}; use another ADDR:PORT"))
+    })
+}
+
+fn address(listener: &TcpListener) -> Result<SocketAddr> {
+    listener.local_addr().map_err(|error| Error::internal(format!("read the bound address: {error}")))
+}
+
+impl Gateway {
+    /// Checks the configuration and binds both ports.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field.
+    pub async fn bind(config: Config) -> Result<Self> {
+        config.validate()?;
+        let http = bind("gateway.http", &config.http).await?;
+        let grpc = bind("gateway.grpc", &config.grpc).await?;
+        Ok(Self { core: Arc::new(Core::new(config)), http, grpc })
+    }
+
+    /// The core; give it the model with [`Core::serve`].
+    pub fn core(&self) -> Arc<Core> {
+        self.core.clone()
+    }
+
+    /// Where HTTP is answered.
+    ///
+    /// # Errors
+    /// `Internal` when the system does not say.
+    pub fn http_address(&self) -> Result<SocketAddr> {
+        address(&self.http)
+    }
+
+    /// Where gRPC is answered.
+    ///
+    /// # Errors
+    /// `Internal` when the system does not say.
+    pub fn grpc_address(&self) -> Result<SocketAddr> {
+        address(&self.grpc)
+    }
+
+    /// Answers until `stop` changes; then takes no more connections and lets running requests finish, up to the drain
+    /// timeout.
+    ///
+    /// # Errors
+    /// `Internal` when a door fails.
+    pub async fn run(self, mut stop: watch::Receiver<bool>) -> Result<()> {
+        let Self { core, http, grpc } = self;
+        let (drain, patience) = (core.config.drain_timeout.get(), core.config.write_timeout.get());
+        let stopped = |mut stop: watch::Receiver<bool>| async move {
+            // an error means that the sender is gone, which is a stop too
+            let _gone = stop.wait_for(|stop| *stop).await;
+        };
+        let listener = PatientListener { listener: http, patience };
+        let http = axum::serve(listener, http::router(core.clone())).with_graceful_shutdown(stopped(stop.clone()));
+        let grpc = serve_grpc(core, grpc, stopped(stop.clone()));
+        let http = async move { http.await.map_err(|error| Error::internal(format!("serve HTTP: {error}"))) };
+        let doors = async { tokio::try_join!(http, grpc).map(|_| ()) };
+        tokio::pin!(doors);
+        tokio::select! {
+            result = &mut doors => return result,
+            _ = stop.wait_for(|stop| *stop) => {}
+        }
+        match tokio::time::timeout(drain, doors).await {
+            Ok(result) => result,
+            Err(_) => {
+                tracing::warn!(drain_s = drain.as_secs_f32(), "requests still ran at the end of the drain; cut off");
+                Ok(())
+            }
+        }
+    }
+}
+
+async fn serve_grpc(core: Arc<Core>, listener: TcpListener, stopped: impl Future<Output = ()>) -> Result<()> {
+    let internal = |what: &str, error: &dyn std::fmt::Display| Error::internal(format!("{what}: {error}"));
+    let limit = core.config.body_limit.as_usize();
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let follow = tokio::spawn(follow_readiness(core.clone(), reporter));
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let v1 = reflection().build_v1().map_err(|error| internal("build reflection", &error))?;
+    let v1alpha = reflection().build_v1alpha().map_err(|error| internal("build reflection", &error))?;
+    let service = InferenceServiceServer::new(grpc::Inference::new(core)).max_decoding_message_size(limit);
+    let result = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .add_service(service)
+        .add_service(health)
+        .add_service(v1)
+        .add_service(v1alpha)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped)
+        .await;
+    follow.abort();
+    result.map_err(|error| internal("serve gRPC", &error))
+}
+
+/// Keeps the standard health service at what readiness is. Ends with the server; nothing is lost on cancel.
+async fn follow_readiness(core: Arc<Core>, reporter: tonic_health::server::HealthReporter) {
+    let mut interval = tokio::time::interval(HEALTH_INTERVAL);
+    loop {
+        interval.tick().await;
+        let status = match core.ready().await {
+            Ok(()) => ServingStatus::Serving,
+            Err(_) => ServingStatus::NotServing,
+        };
+        for service in ["", "moesaic.inference.v1.InferenceService"] {
+            reporter.set_service_status(service, status).await;
+        }
+    }
+}
+
+/// Accepts connections whose writes fail when the client takes nothing for too long.
+struct PatientListener {
+    listener: TcpListener,
+    patience: Duration,
+}
+
+impl Listener for PatientListener {
+    type Io = Pin<Box<TimeoutStream<TcpStream>>>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
+        let (stream, address) = Listener::accept(&mut self.listener).await;
+        // a token must not wait for the next one
+        let _best_effort = stream.set_nodelay(true);
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(self.patience));
+        (Box::pin(stream), address)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}

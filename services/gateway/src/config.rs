@@ -1,0 +1,74 @@
+//! The `[gateway]` section.
+use moesaic_config::{ByteSize, HumanDuration};
+use moesaic_types::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+/// Settings of a gateway.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Address of the HTTP door.
+    pub http: String,
+    /// Address of the gRPC door.
+    pub grpc: String,
+    /// Longest body of a request.
+    pub body_limit: ByteSize,
+    /// Requests that are answered at a time; more are refused with 429. 1..=1000000.
+    pub max_in_flight: usize,
+    /// Answers to one request (`n`) at most; 1..=128.
+    pub max_n: usize,
+    /// Stop texts of one request at most.
+    pub max_stop: usize,
+    /// A client that takes nothing of its answer for so long is cut off.
+    pub write_timeout: HumanDuration,
+    /// Deadline of a request that does not set its own; 0s is none.
+    pub default_deadline: HumanDuration,
+    /// How long running requests may go on after the signal to stop.
+    pub drain_timeout: HumanDuration,
+    /// Replicas that a request is tried on, the first one included; 1..=16.
+    pub attempts: usize,
+    /// Tenants share prefix blocks; without it each API key has blocks of its own.
+    pub share_prefixes: bool,
+    /// Keeps tenants' salts from being guessed; random at each start where it is empty.
+    pub salt_secret: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            http: "127.0.0.1:8000".into(),
+            grpc: "127.0.0.1:9000".into(),
+            body_limit: ByteSize::mib(10),
+            max_in_flight: 1024,
+            max_n: 16,
+            max_stop: 16,
+            write_timeout: HumanDuration::from_secs(30),
+            default_deadline: HumanDuration::from_secs(0),
+            drain_timeout: HumanDuration::from_secs(30),
+            attempts: 3,
+            share_prefixes: false,
+            salt_secret: String::new(),
+        }
+    }
+}
+
+impl Config {
+    /// Checks the bounds.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field and its limits.
+    pub fn validate(&self) -> Result<()> {
+        let within = |field: &str, value: usize, low: usize, high: usize| {
+            if (low..=high).contains(&value) {
+                return Ok(());
+            }
+            let name = format!("gateway.{field}");
+            Err(Error::invalid(name.clone(), format!("{name} is {value}; use {low} to {high}")))
+        };
+        within("max_in_flight", self.max_in_flight, 1, 1_000_000)?;
+        within("max_n", self.max_n, 1, 128)?;
+        within("max_stop", self.max_stop, 0, 1024)?;
+        within("attempts", self.attempts, 1, 16)?;
+        within("body_limit", self.body_limit.as_usize(), 1024, 1 << 30)
+    }
+}

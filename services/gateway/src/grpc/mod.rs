@@ -1,0 +1,7 @@
+//! The gRPC door.
+mod convert;
+mod service;
+mod status;
+
+pub use service::Inference;
+pub use status::status;

@@ -1,0 +1,45 @@
+//! What is served, and how the gateway is.
+use super::error::HttpError;
+use crate::core::Core;
+use crate::served::ServedModel;
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+fn describe(model: &ServedModel) -> Value {
+    json!({
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "moesaic",
+        "max_model_len": model.max_context,
+    })
+}
+
+pub(super) async fn models(State(core): State<Arc<Core>>) -> Json<Value> {
+    let data: Vec<Value> = core.models().iter().map(|model| describe(model)).collect();
+    Json(json!({"object": "list", "data": data}))
+}
+
+pub(super) async fn model(State(core): State<Arc<Core>>, Path(id): Path<String>) -> Result<Json<Value>, HttpError> {
+    Ok(Json(describe(&*core.model(&id)?)))
+}
+
+/// 200 when a request would be answered, else 503 with the reason.
+pub(super) async fn ready(State(core): State<Arc<Core>>) -> Result<Json<Value>, HttpError> {
+    core.ready().await?;
+    Ok(Json(json!({"status": "ready", "in_flight": core.admission.in_flight()})))
+}
+
+/// 200 while the process can answer at all.
+pub(super) async fn live() -> Json<Value> {
+    Json(json!({"status": "live"}))
+}
+
+pub(super) async fn metrics() -> Response {
+    let text = moesaic_telemetry::metrics::render();
+    (StatusCode::OK, [(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+}

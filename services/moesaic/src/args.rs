@@ -15,6 +15,10 @@ pub struct Args {
 /// The tools.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Serve a model: all services in one process (the demo model where none is named).
+    Up(Up),
+    /// Answer one message in the terminal.
+    Chat(Chat),
     /// Compare a model's outputs with reference outputs; exit status 1 beyond tolerance.
     Check(Check),
     /// Measure prompt processing and generation rates.
@@ -23,6 +27,8 @@ pub enum Command {
     Quantize(Quantize),
     /// Perplexity and task accuracy of the demo model's evaluation sets.
     Eval(Eval),
+    /// Print the effective configuration.
+    Config(Config),
 }
 
 /// Which model, and how it runs.
@@ -46,7 +52,8 @@ pub struct ModelArgs {
 }
 
 /// The two backends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum BackendName {
     /// Our CPU kernels.
     Native,
@@ -123,4 +130,66 @@ pub struct Eval {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Where settings come from.
+#[derive(Clone, Debug, Default, ClapArgs)]
+pub struct SettingsArgs {
+    /// Configuration file; `moesaic.toml` in the working folder is read where it exists.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Set one value, as `--set scheduler.token_budget=256`; may be repeated.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// `moesaic up`.
+#[derive(Debug, ClapArgs)]
+pub struct Up {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub settings: SettingsArgs,
+    /// HTTP address, `127.0.0.1:8000` by default.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub http: Option<String>,
+    /// gRPC address, `127.0.0.1:9000` by default.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub grpc: Option<String>,
+    /// Print the effective configuration and exit.
+    #[arg(long)]
+    pub dump_config: bool,
+}
+
+/// `moesaic chat`.
+#[derive(Debug, ClapArgs)]
+pub struct Chat {
+    /// The message.
+    pub text: String,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub settings: SettingsArgs,
+    /// A system message before it.
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Longest answer, in tokens.
+    #[arg(long, default_value_t = 512)]
+    pub max_tokens: u64,
+    /// 0 is greedy; the model's own default where not given.
+    #[arg(long)]
+    pub temperature: Option<f64>,
+    /// Makes the answer repeatable.
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+/// `moesaic config`.
+#[derive(Debug, ClapArgs)]
+pub struct Config {
+    #[command(flatten)]
+    pub settings: SettingsArgs,
+    /// One section only: model, gateway, router, scheduler, expert_shard, kv_store or telemetry.
+    #[arg(long, value_name = "NAME")]
+    pub service: Option<String>,
 }

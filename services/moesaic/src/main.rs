@@ -4,7 +4,9 @@
 
 mod args;
 mod commands;
+mod config;
 mod demo;
+mod embedded;
 mod progress;
 
 use clap::Parser;

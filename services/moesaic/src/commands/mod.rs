@@ -1,8 +1,11 @@
 //! One file for each tool.
 mod bench;
+mod chat;
 mod check;
+mod config;
 mod eval;
 mod quantize;
+mod up;
 
 use crate::args::{Args, BackendName, Command, ModelArgs};
 use crate::{demo, progress::Bar};
@@ -13,10 +16,13 @@ use std::process::ExitCode;
 /// Runs the command; the exit status is the command's.
 pub fn run(args: Args) -> Result<ExitCode> {
     match args.command {
+        Command::Up(args) => up::run(args),
+        Command::Chat(args) => chat::run(args),
         Command::Check(args) => check::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Config(args) => config::run(args),
     }
 }
 

@@ -1,0 +1,47 @@
+//! `moesaic chat`: one answer in the terminal, through the same services as `up`, without ports that last.
+use crate::{args, config, embedded};
+use anyhow::{Context, Result};
+use futures::StreamExt;
+use moesaic_gateway::Gateway;
+use moesaic_gateway::core::{SamplingInput, conversation};
+use moesaic_types::RequestId;
+use serde_json::json;
+use std::io::Write;
+use std::process::ExitCode;
+
+pub fn run(args: args::Chat) -> Result<ExitCode> {
+    let mut flags = args.model.overrides();
+    // any free port: nobody but this process uses it
+    flags.extend(["http", "grpc"].map(|door| (format!("gateway.{door}"), "127.0.0.1:0".to_owned())));
+    let config = config::load(&args.settings, flags)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
+    runtime.block_on(answer(args, config))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn answer(args: args::Chat, config: config::Config) -> Result<()> {
+    let gateway = Gateway::bind(config.gateway.clone()).await?;
+    let services = embedded::start(&config, &gateway).await?;
+    let core = gateway.core();
+    let model = core.model("")?;
+    let mut messages: Vec<_> = args.system.iter().map(|text| json!({"role": "system", "content": text})).collect();
+    messages.push(json!({"role": "user", "content": args.text}));
+    let prompt = conversation::render(&model, &messages, None, true, &Default::default())?;
+    let tokens = model.tokenizer.encode(&prompt, false)?;
+    let input = SamplingInput {
+        temperature: args.temperature,
+        seed: args.seed,
+        max_tokens: Some(args.max_tokens),
+        ..SamplingInput::default()
+    };
+    let job = input.into_job(RequestId::new("chat"), model, tokens, &core.limits(), core.salt(None))?;
+    let mut pieces = core.answer(job).await?;
+    let mut out = std::io::stdout().lock();
+    while let Some(piece) = pieces.next().await {
+        write!(out, "{}", piece?.text)?;
+        out.flush()?;
+    }
+    writeln!(out)?;
+    services.scheduler.stop();
+    Ok(())
+}

@@ -27,8 +27,9 @@ def channel(server):
 
 
 def test_health_and_reflection(channel):
-    status = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10).status
-    assert status == health_pb2.HealthCheckResponse.SERVING
+    # the status follows readiness: the watch tells when
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=10)
+    assert any(update.status == health_pb2.HealthCheckResponse.SERVING for update in watch)
     assert "moesaic.inference.v1.InferenceService" in ProtoReflectionDescriptorDatabase(channel).get_services()
 
 

@@ -131,7 +131,11 @@ async fn serve_grpc(core: Arc<Core>, listener: TcpListener, stopped: impl Future
 async fn follow_readiness(core: Arc<Core>, reporter: tonic_health::server::HealthReporter) {
     let mut interval = tokio::time::interval(HEALTH_INTERVAL);
     loop {
-        interval.tick().await;
+        // both are cancel-safe
+        tokio::select! {
+            _ = interval.tick() => {}
+            () = core.served() => {}
+        }
         let status = match core.ready().await {
             Ok(()) => ServingStatus::Serving,
             Err(_) => ServingStatus::NotServing,

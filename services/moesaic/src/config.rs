@@ -30,15 +30,12 @@ pub struct Config {
 #[serde(deny_unknown_fields, default)]
 pub struct Model {
     /// Folder or .gguf file; empty: the demo model.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
     /// The name that clients use; empty: the folder's or file's name.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// `native` or `candle`.
     pub backend: BackendName,
     /// f32, bf16, q8, q4, q4-g64, q4-g128; empty: as stored.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub weights: Option<WeightFormat>,
     /// Cached keys and values: f32, bf16 or int8.
     pub kv: KvFormat,

@@ -4,7 +4,8 @@ use crate::config::Config;
 use crate::{commands, demo, progress::Bar};
 use anyhow::{Context, Result};
 use moesaic_expert_shard::ExpertShard;
-use moesaic_gateway::{Gateway, ServedModel};
+use moesaic_gateway::ServedModel;
+use moesaic_gateway::core::Core;
 use moesaic_kv_store::KvStore;
 use moesaic_model::backend::Backend;
 use moesaic_model::backend::candle::CandleBackend;
@@ -31,7 +32,7 @@ pub struct Services {
 }
 
 /// Loads the model and starts every service; the gateway answers from then on.
-pub async fn start(config: &Config, gateway: &Gateway) -> Result<Services> {
+pub async fn start(config: &Config, gateway: &Core) -> Result<Services> {
     let path = match &config.model.path {
         Some(path) => path.clone(),
         None => demo::find()?,
@@ -69,7 +70,7 @@ pub async fn start(config: &Config, gateway: &Gateway) -> Result<Services> {
     // a prompt and its answer must fit the KV pool as well as the model
     served.max_context = served.max_context.min(scheduler.info()?.kv_blocks * BLOCK_TOKENS);
     let lookup = router.clone();
-    gateway.core().serve(vec![Arc::new(served)], router, Arc::new(move |id| lookup.replica(id)));
+    gateway.serve(vec![Arc::new(served)], router, Arc::new(move |id| lookup.replica(id)));
     Ok(Services { scheduler })
 }
 

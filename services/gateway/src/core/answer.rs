@@ -24,6 +24,7 @@ pub struct Core {
     /// The door's keeper.
     pub admission: Admission,
     backend: OnceLock<Backend>,
+    served: tokio::sync::Notify,
     secret: Vec<u8>,
 }
 
@@ -61,12 +62,18 @@ impl Core {
             secret => secret.as_bytes().to_vec(),
         };
         let admission = Admission::start(config.max_in_flight);
-        Self { config, admission, backend: OnceLock::new(), secret }
+        Self { config, admission, backend: OnceLock::new(), served: tokio::sync::Notify::new(), secret }
     }
 
     /// Sets what is served; the gateway is ready from then on. The first call counts.
     pub fn serve(&self, models: Vec<Arc<ServedModel>>, placer: Arc<dyn Placer>, replicas: ReplicaLookup) {
         let _first_counts = self.backend.set(Backend { models, placer, replicas });
+        self.served.notify_one();
+    }
+
+    /// Waits until [`Self::serve`] was called (once; for the one task that follows readiness).
+    pub(crate) async fn served(&self) {
+        self.served.notified().await;
     }
 
     fn backend(&self) -> Result<&Backend> {

@@ -1,28 +1,24 @@
-//! `moesaic chat`: one answer in the terminal, through the same services as `up`, without ports that last.
+//! `moesaic chat`: one answer in the terminal, through the same services as `up`, without its doors.
 use crate::{args, config, embedded};
 use anyhow::{Context, Result};
 use futures::StreamExt;
-use moesaic_gateway::Gateway;
-use moesaic_gateway::core::{SamplingInput, conversation};
+use moesaic_gateway::core::{Core, SamplingInput, conversation};
 use moesaic_types::RequestId;
 use serde_json::json;
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 pub fn run(args: args::Chat) -> Result<ExitCode> {
-    let mut flags = args.model.overrides();
-    // any free port: nobody but this process uses it
-    flags.extend(["http", "grpc"].map(|door| (format!("gateway.{door}"), "127.0.0.1:0".to_owned())));
-    let config = config::load(&args.settings, flags)?;
+    let config = config::load(&args.settings, args.model.overrides())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(answer(args, config))?;
     Ok(ExitCode::SUCCESS)
 }
 
 async fn answer(args: args::Chat, config: config::Config) -> Result<()> {
-    let gateway = Gateway::bind(config.gateway.clone()).await?;
-    let services = embedded::start(&config, &gateway).await?;
-    let core = gateway.core();
+    let core = Arc::new(Core::new(config.gateway.clone()));
+    let services = embedded::start(&config, &core).await?;
     let model = core.model("")?;
     let mut messages: Vec<_> = args.system.iter().map(|text| json!({"role": "system", "content": text})).collect();
     messages.push(json!({"role": "user", "content": args.text}));

@@ -31,7 +31,8 @@ async fn serve(config: config::Config) -> Result<()> {
     let (stop, stopped) = watch::channel(false);
     tracing::info!(%http, %grpc, "ports are bound; loading the model");
     // the doors answer (not ready) while the model loads
-    let loading = embedded::start(&config, &gateway);
+    let mut running = tokio::spawn(gateway.run(stopped));
+    let loading = embedded::start(&config, &core);
     let doors = async {
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
         tokio::select! {
@@ -45,7 +46,6 @@ async fn serve(config: config::Config) -> Result<()> {
         services = loading => services?,
         signal = &mut doors => return signal.map(|_| ()),
     };
-    let mut running = tokio::spawn(gateway.run(stopped));
     if let [model] = core.models() {
         tracing::info!(model = model.id, max_context = model.max_context, "ready: http://{http}/v1, grpc {grpc}");
     }

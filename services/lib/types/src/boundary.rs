@@ -132,3 +132,34 @@ pub trait Metadata: Send + Sync + 'static {
     /// Keys that start with `prefix`, sorted.
     fn keys(&self, prefix: &str) -> BoxFuture<'_, Result<Vec<String>>>;
 }
+
+/// A job that was pulled under a lease.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    /// The queue that it is in.
+    pub queue: Arc<str>,
+    /// Unique among the jobs of the queue that are not done.
+    pub id: Arc<str>,
+    /// What to do.
+    pub payload: Bytes,
+    /// How often it was pulled, this time included.
+    pub deliveries: u32,
+    /// Names the lease; a job whose lease ran out is pulled again under another.
+    pub lease: u64,
+}
+
+/// A durable queue of work: a job is there until it is acknowledged, and with one worker at a time.
+pub trait JobQueue: Send + Sync + 'static {
+    /// Adds a job; false when one of this id is in the queue and not done. Once it returns, the job survives a crash.
+    fn push(&self, queue: &str, id: &str, payload: Bytes) -> BoxFuture<'_, Result<bool>>;
+    /// The oldest job that nobody has a lease on, now leased; `None` when there is none.
+    fn pull(&self, queue: &str, lease: Duration) -> BoxFuture<'_, Result<Option<Job>>>;
+    /// Extends the lease from now; false when it is lost.
+    fn in_progress(&self, job: &Job, lease: Duration) -> BoxFuture<'_, Result<bool>>;
+    /// The job is done and leaves the queue; false when the lease is lost.
+    fn ack(&self, job: &Job) -> BoxFuture<'_, Result<bool>>;
+    /// Gives the job back at once; false when the lease is lost.
+    fn release(&self, job: &Job) -> BoxFuture<'_, Result<bool>>;
+    /// Jobs that are not done.
+    fn pending(&self, queue: &str) -> BoxFuture<'_, Result<usize>>;
+}

@@ -1,9 +1,11 @@
 //! What each boundary trait promises.
 mod event_bus;
+mod job_queue;
 mod metadata;
 mod prefix_store;
 
 pub use event_bus::event_bus;
+pub use job_queue::job_queue;
 pub use metadata::metadata;
 pub use prefix_store::{block, prefix_store};
 

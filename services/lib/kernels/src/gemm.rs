@@ -2,8 +2,9 @@
 //!
 //! Accumulation is f32 by fused multiply-add, k ascending, one accumulator an output element: the result's bits do
 //! not depend on m, on the tile or on the thread. Largest error against f64: k · 2⁻²⁴ relative to Σ|x·w|.
-//! Outline: a panel of 32 rows is expanded to f32 once for all rows of x (f32 panels are read in place), then tiles of
-//! up to 8 rows of x run over it with 8 x 32 accumulators in registers.
+//! Outline: few rows of x run over the packed panel itself (`fused`, AVX-512). Otherwise a panel of 32 rows is expanded
+//! to f32 once for all rows of x (f32 panels are read in place), then tiles of up to 8 rows of x run over it with 8 x 32
+//! accumulators in registers.
 use crate::isa::{Isa, for_each_isa};
 use crate::packed::{Format, PANEL, PackedMatrix, expand_panel};
 use crate::pool::Pool;
@@ -12,6 +13,8 @@ use std::sync::Arc;
 
 /// Rows of x in one tile.
 const TILE: usize = 8;
+/// Rows of x up to which weights are expanded in registers: one tile.
+const FUSED_ROWS: usize = 8;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -104,6 +107,25 @@ pub(crate) fn panel_product(
     let (n, k) = (w.rows(), w.cols());
     let first = panel * PANEL;
     let width = PANEL.min(n - first);
+    let finish = |row: usize, rows: usize, tile: &mut [[f32; PANEL]; TILE]| {
+        for (r, accumulators) in tile[..rows].iter_mut().enumerate() {
+            if let Some(bias) = bias {
+                for (a, b) in accumulators.iter_mut().zip(&bias[first..first + width]) {
+                    *a += b;
+                }
+            }
+            put(row + r, first, &accumulators[..width]);
+        }
+    };
+    let mut tile = [[0f32; PANEL]; TILE];
+    if fuses(isa, w.format(), m) {
+        for row in (0..m).step_by(TILE) {
+            let rows = TILE.min(m - row);
+            fused_tile(w, panel, &x[row * k..(row + rows) * k], rows, &mut tile);
+            finish(row, rows, &mut tile);
+        }
+        return;
+    }
     SCRATCH.with_borrow_mut(|scratch| {
         let lines: &[f32] = match (w.format(), bytemuck::try_cast_slice(w.panel(panel))) {
             (Format::F32, Ok(lines)) => lines,
@@ -113,25 +135,29 @@ pub(crate) fn panel_product(
                 scratch
             }
         };
-        let mut tile = [[0f32; PANEL]; TILE];
-        let mut row = 0;
-        while row < m {
+        for row in (0..m).step_by(TILE) {
             let rows = TILE.min(m - row);
-            for accumulators in &mut tile[..rows] {
-                accumulators.fill(0.0);
-            }
             tile_product(isa, lines, &x[row * k..(row + rows) * k], k, rows, &mut tile);
-            for (r, accumulators) in tile[..rows].iter_mut().enumerate() {
-                if let Some(bias) = bias {
-                    for (a, b) in accumulators.iter_mut().zip(&bias[first..first + width]) {
-                        *a += b;
-                    }
-                }
-                put(row + r, first, &accumulators[..width]);
-            }
-            row += rows;
+            finish(row, rows, &mut tile);
         }
     });
+}
+
+/// Whether weights are expanded in registers: for few rows, where writing them out would cost more than the products.
+fn fuses(isa: Isa, format: Format, m: usize) -> bool {
+    cfg!(target_arch = "x86_64") && isa == Isa::Avx512 && format != Format::F32 && m <= FUSED_ROWS
+}
+
+#[cfg(target_arch = "x86_64")]
+fn fused_tile(w: &PackedMatrix, panel: usize, x: &[f32], rows: usize, tile: &mut [[f32; PANEL]; TILE]) {
+    // SAFETY: `fuses` lets only `Isa::Avx512` in, which `Isa::available` makes only where the CPU has it.
+    let done = unsafe { crate::fused::tile(w.format(), w.panel(panel), x, w.cols(), rows, tile) };
+    debug_assert!(done, "`fuses` lets only formats with a fused kernel in");
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn fused_tile(_: &PackedMatrix, _: usize, _: &[f32], _: usize, _: &mut [[f32; PANEL]; TILE]) {
+    unreachable!("`fuses` is false on this architecture");
 }
 
 for_each_isa! {

@@ -8,6 +8,8 @@
 
 pub mod attention;
 pub mod elementwise;
+#[cfg(target_arch = "x86_64")]
+mod fused;
 pub mod gemm;
 pub mod isa;
 pub mod moe;

@@ -43,7 +43,7 @@ impl Format {
     }
 
     /// Bytes of one group of one panel.
-    fn group_bytes(self) -> usize {
+    pub(crate) fn group_bytes(self) -> usize {
         match self {
             Self::F32 => PANEL * 4,
             Self::Bf16 => PANEL * 2,
@@ -217,7 +217,7 @@ fn expand_body(format: Format, panel: &[u8], cols: usize, out: &mut [f32]) {
             for (lines, bytes) in lines[..cols].chunks_mut(group).zip(panel.chunks_exact(group_bytes)) {
                 let mut scales = [0f32; PANEL];
                 for (s, b) in scales.iter_mut().zip(bytes[..PANEL * 2].as_chunks::<2>().0) {
-                    *s = f16::from_le_bytes(*b).to_f32_const();
+                    *s = f16::from_le_bytes(*b).to_f32();
                 }
                 let values = &bytes[PANEL * 2..];
                 if q8 {

@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Alignment of owned bytes: a cache line and the widest vector.
 pub const ALIGNMENT: usize = 64;
@@ -61,11 +62,15 @@ impl Clone for AlignedBytes {
     }
 }
 
+/// Bytes of a file that are passed over before their pages are given back.
+const RELEASE_AFTER: usize = 64 << 20;
+
 /// A file mapped into memory, read-only.
 ///
 /// The file must not be cut short while it is mapped: the system would end the process at the first read beyond.
 pub struct MappedFile {
     map: Option<memmap2::Mmap>,
+    passed: AtomicUsize,
 }
 
 impl MappedFile {
@@ -73,16 +78,32 @@ impl MappedFile {
     pub fn open(path: &Path) -> io::Result<Arc<Self>> {
         let file = std::fs::File::open(path)?;
         if file.metadata()?.len() == 0 {
-            return Ok(Arc::new(Self { map: None }));
+            return Ok(Arc::new(Self { map: None, passed: AtomicUsize::new(0) }));
         }
         // SAFETY: read-only and private; that nobody truncates a model's file while it is served is documented above.
         let map = unsafe { memmap2::Mmap::map(&file)? };
-        Ok(Arc::new(Self { map: Some(map) }))
+        Ok(Arc::new(Self { map: Some(map), passed: AtomicUsize::new(0) }))
     }
 
     /// The file's bytes.
     pub fn bytes(&self) -> &[u8] {
         self.map.as_deref().unwrap_or_default()
+    }
+
+    /// Says that so many bytes were read once and are not needed again soon: now and then the pages are given back, so
+    /// that a pass over a large file does not hold it in memory. They stay in the system's cache.
+    pub fn passed(&self, bytes: usize) {
+        if self.passed.fetch_add(bytes, Ordering::Relaxed) + bytes < RELEASE_AFTER {
+            return;
+        }
+        self.passed.store(0, Ordering::Relaxed);
+        #[cfg(unix)]
+        if let Some(map) = &self.map {
+            // SAFETY: the map is read-only and backed by its file, so a page that is dropped is read again, the same.
+            let released = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+            // only memory is at stake
+            drop(released);
+        }
     }
 }
 

@@ -196,6 +196,7 @@ impl WeightSource for GgufSource {
             Dtype::Ggml(format) => gguf_blocks::dequantize(format, bytes, out),
             dtype => plain_to_f32(dtype, bytes, out),
         };
+        self.file.passed(bytes.len());
         Ok(())
     }
 

@@ -202,6 +202,7 @@ impl WeightSource for SafetensorsSource {
         let bytes = file.bytes().get(range).filter(|_| place.start + (start + out.len()) * size <= place.end);
         let bytes = bytes.ok_or_else(|| tensor_error(path, name, "lies outside its file"))?;
         plain_to_f32(info.dtype, bytes, out);
+        file.passed(bytes.len());
         Ok(())
     }
 }

@@ -1,8 +1,10 @@
 //! Paged attention: blocks of 64 tokens, keys and values in f32, bf16 or int8 (one f32 scale a token and head).
 //!
-//! Shapes: q `[queries, heads, k_dim]`, out `[queries, heads, v_dim]`; a block holds, for each KV head, 64 keys and 64
-//! values. Scores and sums are f32. Each (query, head) walks the blocks in position order with an online softmax that
+//! Shapes: q `[queries, heads, k_dim]`, out `[queries, heads, v_dim]`. A block holds, for each KV head, its keys as
+//! `[k_dim][64]` (so that 64 scores are made side by side) and its values as `[64][v_dim]`; int8 has 64 scales in front
+//! of each. Scores and sums are f32. Each (query, head) walks the blocks in position order with an online softmax that
 //! is updated once a block, so its bits depend on its own keys only: not on chunking, batch or threads.
+//! Outline: a task is one KV head of one sequence and a tile of queries, which share each block's expansion to f32.
 //! Source: Dao et al., FlashAttention (2022); Kwon et al., PagedAttention (2023).
 use crate::Error;
 use crate::gemm::{Kernels, Shared};
@@ -11,7 +13,8 @@ use half::bf16;
 
 /// Tokens of a block.
 pub const BLOCK: usize = 64;
-const LANES: usize = 16;
+/// Queries that share a block's expansion.
+const TILE: usize = 16;
 
 /// How keys and values are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,21 +43,23 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    fn row_bytes(&self, dim: usize) -> usize {
-        match self.format {
-            KvFormat::F32 => dim * 4,
-            KvFormat::Bf16 => dim * 2,
-            KvFormat::Int8 => dim + 4,
-        }
+    /// Bytes of one head's keys or values of a block, scales included.
+    fn head_bytes(&self, dim: usize) -> usize {
+        BLOCK
+            * match self.format {
+                KvFormat::F32 => dim * 4,
+                KvFormat::Bf16 => dim * 2,
+                KvFormat::Int8 => dim + 4,
+            }
     }
 
     fn k_bytes(&self) -> usize {
-        self.kv_heads * BLOCK * self.row_bytes(self.k_dim)
+        self.kv_heads * self.head_bytes(self.k_dim)
     }
 
     /// Bytes of one block of this layer.
     pub fn block_len(&self) -> usize {
-        self.k_bytes() + if self.v_in_k { 0 } else { self.kv_heads * BLOCK * self.row_bytes(self.v_dim) }
+        self.k_bytes() + if self.v_in_k { 0 } else { self.kv_heads * self.head_bytes(self.v_dim) }
     }
 }
 
@@ -97,10 +102,10 @@ impl KvLayer {
         let len = shape.block_len();
         let bytes = &mut self.bytes[block as usize * len..][..len];
         let (keys, values) = bytes.split_at_mut(shape.k_bytes());
-        write_rows(&shape, keys, slot, k, shape.k_dim);
+        write_token(&shape, keys, slot, k, shape.k_dim, |i| i * BLOCK + slot);
         if !shape.v_in_k {
             assert_eq!(v.len(), shape.kv_heads * shape.v_dim, "v is [kv_heads, v_dim]");
-            write_rows(&shape, values, slot, v, shape.v_dim);
+            write_token(&shape, values, slot, v, shape.v_dim, |i| slot * shape.v_dim + i);
         }
     }
 
@@ -123,26 +128,34 @@ impl KvLayer {
     }
 }
 
-fn write_rows(shape: &KvShape, bytes: &mut [u8], slot: usize, values: &[f32], dim: usize) {
-    let row_bytes = shape.row_bytes(dim);
-    for (head, values) in values.chunks_exact(dim).enumerate() {
-        let row = &mut bytes[(head * BLOCK + slot) * row_bytes..][..row_bytes];
+/// Writes one token's values of all heads; value i of a head goes to element `place(i)`.
+fn write_token(
+    shape: &KvShape,
+    bytes: &mut [u8],
+    slot: usize,
+    values: &[f32],
+    dim: usize,
+    place: impl Fn(usize) -> usize,
+) {
+    let heads = bytes.chunks_exact_mut(shape.head_bytes(dim));
+    for (bytes, values) in heads.zip(values.chunks_exact(dim)) {
         match shape.format {
             KvFormat::F32 => {
-                row.as_chunks_mut::<4>().0.iter_mut().zip(values).for_each(|(b, v)| *b = v.to_le_bytes());
+                let elements = bytes.as_chunks_mut::<4>().0;
+                values.iter().enumerate().for_each(|(i, v)| elements[place(i)] = v.to_le_bytes());
             }
             KvFormat::Bf16 => {
-                let pairs = row.as_chunks_mut::<2>().0.iter_mut();
-                pairs.zip(values).for_each(|(b, v)| *b = bf16::from_f32(*v).to_le_bytes());
+                let elements = bytes.as_chunks_mut::<2>().0;
+                values.iter().enumerate().for_each(|(i, v)| elements[place(i)] = bf16::from_f32(*v).to_le_bytes());
             }
             KvFormat::Int8 => {
                 let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
                 let scale = largest / 127.0;
                 let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-                let (head, rest) = row.split_at_mut(4);
-                head.copy_from_slice(&scale.to_le_bytes());
-                for (b, v) in rest.iter_mut().zip(values) {
-                    *b = (v * inverse).round().clamp(-127.0, 127.0) as i8 as u8;
+                let (scales, elements) = bytes.split_at_mut(BLOCK * 4);
+                scales[slot * 4..][..4].copy_from_slice(&scale.to_le_bytes());
+                for (i, v) in values.iter().enumerate() {
+                    elements[place(i)] = (v * inverse).round().clamp(-127.0, 127.0) as i8 as u8;
                 }
             }
         }
@@ -199,8 +212,9 @@ impl Kernels {
         for (index, sequence) in sequences.iter().enumerate() {
             assert!(sequence.blocks.len() * BLOCK >= sequence.start + sequence.queries, "blocks cover the positions");
             assert!(sequence.blocks.iter().all(|b| (*b as usize) < kv.blocks), "blocks exist");
-            for query in 0..sequence.queries {
-                tasks.extend((0..shape.kv_heads).map(|kv_head| (index, first + query, query, kv_head)));
+            for query in (0..sequence.queries).step_by(TILE) {
+                let rows = TILE.min(sequence.queries - query);
+                tasks.extend((0..shape.kv_heads).map(|kv_head| (index, first, query, rows, kv_head)));
             }
             first += sequence.queries;
         }
@@ -208,183 +222,197 @@ impl Kernels {
         let out = Shared::new(out);
         let group = call.heads / shape.kv_heads;
         self.pool.run(tasks.len().div_ceil(chunk), &|task| {
-            let mut scratch = Scratch::new(group, shape.k_dim.max(shape.v_dim));
-            for &(index, row, query, kv_head) in &tasks[task * chunk..((task + 1) * chunk).min(tasks.len())] {
-                let first_head = kv_head * group;
-                let q = &q[(row * call.heads + first_head) * shape.k_dim..][..group * shape.k_dim];
-                let start = (row * call.heads + first_head) * shape.v_dim;
-                // SAFETY: each (row, KV head) is one task's, and its heads' outputs are that range alone.
-                let out = unsafe { out.slice(start, group * shape.v_dim) };
+            let mut scratch = Scratch::default();
+            for &(index, first, query, rows, kv_head) in &tasks[task * chunk..((task + 1) * chunk).min(tasks.len())] {
                 let sequence = &sequences[index];
-                attend(self.isa, kv, call, sequence.blocks, sequence.start + query, kv_head, q, out, &mut scratch);
+                let tile = Tile { blocks: sequence.blocks, position: sequence.start + query, rows, kv_head };
+                let first_head = kv_head * group;
+                scratch.start(&shape, call, &tile, group);
+                for row in 0..rows {
+                    let from = ((first + query + row) * call.heads + first_head) * shape.k_dim;
+                    scratch.q[row * group * shape.k_dim..][..group * shape.k_dim]
+                        .copy_from_slice(&q[from..][..group * shape.k_dim]);
+                }
+                attend(self.isa, kv, call, &tile, &mut scratch);
+                for row in 0..rows {
+                    let to = ((first + query + row) * call.heads + first_head) * shape.v_dim;
+                    let width = group * shape.v_dim;
+                    // SAFETY: each (row, KV head) is one task's, and its heads' outputs are that range alone.
+                    let out = unsafe { out.slice(to, width) };
+                    out.copy_from_slice(&scratch.out[row * width..][..width]);
+                }
             }
         });
     }
 }
 
-/// A task's working space.
+/// Consecutive queries of one sequence and one KV head.
+struct Tile<'a> {
+    blocks: &'a [u32],
+    /// Of the first query.
+    position: usize,
+    rows: usize,
+    kv_head: usize,
+}
+
+/// A task's working space; a line is one (query, head) of the tile.
+#[derive(Default)]
 struct Scratch {
-    /// One block's keys, then values, in f32.
-    rows: Vec<f32>,
-    /// Scores `[group][64]`.
-    scores: Vec<[f32; BLOCK]>,
+    /// `[lines][k_dim]`.
+    q: Vec<f32>,
+    /// One block's keys in f32, `[k_dim][64]`.
+    keys: Vec<f32>,
+    /// One block's values in f32, `[64][v_dim]`.
+    values: Vec<f32>,
+    /// Largest score so far, for each line.
     max: Vec<f32>,
+    /// Sum of the exponentials so far, for each line.
     sum: Vec<f32>,
+    /// `[lines][v_dim]`.
+    out: Vec<f32>,
 }
 
 impl Scratch {
-    fn new(group: usize, dim: usize) -> Self {
-        Self {
-            rows: vec![0.0; BLOCK * dim],
-            scores: vec![[0.0; BLOCK]; group],
-            max: vec![0.0; group],
-            sum: vec![0.0; group],
+    fn start(&mut self, shape: &KvShape, call: &AttentionCall<'_>, tile: &Tile<'_>, group: usize) {
+        let lines = tile.rows * group;
+        self.q.resize(lines * shape.k_dim, 0.0);
+        self.keys.resize(BLOCK * shape.k_dim, 0.0);
+        self.values.resize(BLOCK * shape.v_dim, 0.0);
+        self.out.clear();
+        self.out.resize(lines * shape.v_dim, 0.0);
+        self.max.clear();
+        self.sum.clear();
+        for line in 0..lines {
+            // a sink is a key without a value that is there from the start
+            let sink = call.sinks.map(|sinks| sinks[tile.kv_head * group + line % group]);
+            self.max.push(sink.unwrap_or(f32::NEG_INFINITY));
+            self.sum.push(if sink.is_some() { 1.0 } else { 0.0 });
         }
     }
 }
 
 for_each_isa! {
-    /// All heads of one KV head for one query.
-    fn attend(
-        kv: &KvLayer,
-        call: &AttentionCall<'_>,
-        blocks: &[u32],
-        position: usize,
-        kv_head: usize,
-        q: &[f32],
-        out: &mut [f32],
-        scratch: &mut Scratch,
-    ) => attend_body
+    /// All lines of a tile; `scratch` holds the queries and takes the outputs.
+    fn attend(kv: &KvLayer, call: &AttentionCall<'_>, tile: &Tile<'_>, scratch: &mut Scratch) => attend_body
 }
 
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "a kernel's inner call")]
-fn attend_body(
-    kv: &KvLayer,
-    call: &AttentionCall<'_>,
-    blocks: &[u32],
-    position: usize,
-    kv_head: usize,
-    q: &[f32],
-    out: &mut [f32],
-    scratch: &mut Scratch,
-) {
+fn attend_body(kv: &KvLayer, call: &AttentionCall<'_>, tile: &Tile<'_>, scratch: &mut Scratch) {
     let shape = kv.shape;
     let group = call.heads / shape.kv_heads;
-    let first_head = kv_head * group;
-    let Scratch { rows, scores, max, sum } = scratch;
-    for head in 0..group {
-        // a sink is a key without a value that is there from the start
-        let sink = call.sinks.map(|s| s[first_head + head]);
-        max[head] = sink.unwrap_or(f32::NEG_INFINITY);
-        sum[head] = if sink.is_some() { 1.0 } else { 0.0 };
-    }
-    out.fill(0.0);
-    let oldest = call.window.map_or(0, |window| (position + 1).saturating_sub(window));
-    let first = oldest / BLOCK;
-    for (index, block) in blocks[first..=position / BLOCK].iter().enumerate() {
-        let base = (first + index) * BLOCK;
-        let from = oldest.saturating_sub(base);
-        let to = (position + 1 - base).min(BLOCK);
-        let bytes = kv.block(*block);
-        let (keys, values) = bytes.split_at(shape.k_bytes());
-        load_rows(&shape, keys, kv_head, shape.k_dim, from, to, rows);
-        for head in 0..group {
-            let q = &q[head * shape.k_dim..][..shape.k_dim];
-            let slope = call.alibi.map_or(0.0, |a| a[first_head + head]);
-            let mut largest = max[head];
-            for slot in from..to {
-                let mut score = dot(q, &rows[slot * shape.k_dim..][..shape.k_dim]) * call.scale;
-                score += slope * ((base + slot) as f32 - position as f32);
-                scores[head][slot] = score;
-                largest = largest.max(score);
-            }
-            let correction = if max[head] == largest { 1.0 } else { (max[head] - largest).exp() };
-            let mut total = sum[head] * correction;
-            for score in &mut scores[head][from..to] {
-                *score = (*score - largest).exp();
-                total += *score;
-            }
-            max[head] = largest;
-            sum[head] = total;
-            if correction != 1.0 {
-                for o in &mut out[head * shape.v_dim..][..shape.v_dim] {
-                    *o *= correction;
+    let Scratch { q, keys, values, max, sum, out } = scratch;
+    let oldest_of = |position: usize| call.window.map_or(0, |window| (position + 1).saturating_sub(window));
+    let last = tile.position + tile.rows - 1;
+    for index in oldest_of(tile.position) / BLOCK..=last / BLOCK {
+        let base = index * BLOCK;
+        let (k, v) = kv.block(tile.blocks[index]).split_at(shape.k_bytes());
+        let head = shape.head_bytes(shape.k_dim);
+        expand_keys(&shape, &k[tile.kv_head * head..][..head], keys);
+        if shape.v_in_k {
+            for (d, line) in keys.as_chunks::<BLOCK>().0[..shape.v_dim].iter().enumerate() {
+                for (slot, value) in line.iter().enumerate() {
+                    values[slot * shape.v_dim + d] = *value;
                 }
             }
-        }
-        let stride = if shape.v_in_k {
-            shape.k_dim
         } else {
-            load_rows(&shape, values, kv_head, shape.v_dim, from, to, rows);
-            shape.v_dim
-        };
-        for head in 0..group {
-            let out = &mut out[head * shape.v_dim..][..shape.v_dim];
-            for slot in from..to {
-                let weight = scores[head][slot];
-                for (o, v) in out.iter_mut().zip(&rows[slot * stride..][..shape.v_dim]) {
-                    *o = weight.mul_add(*v, *o);
+            let head = shape.head_bytes(shape.v_dim);
+            expand_values(&shape, &v[tile.kv_head * head..][..head], values);
+        }
+        for row in 0..tile.rows {
+            let position = tile.position + row;
+            // a query of the tile may end before this block, or see nothing of it any more
+            let from = oldest_of(position).saturating_sub(base);
+            let to = (position + 1).saturating_sub(base).min(BLOCK);
+            if from >= to {
+                continue;
+            }
+            for line in row * group..(row + 1) * group {
+                let slope = call.alibi.map_or(0.0, |a| a[tile.kv_head * group + line % group]);
+                let mut scores = score(&q[line * shape.k_dim..][..shape.k_dim], keys);
+                let mut largest = max[line];
+                for (slot, score) in scores.iter_mut().enumerate().take(to).skip(from) {
+                    *score = *score * call.scale + slope * ((base + slot) as f32 - position as f32);
+                    largest = largest.max(*score);
+                }
+                let correction = if max[line] == largest { 1.0 } else { (max[line] - largest).exp() };
+                let mut total = sum[line] * correction;
+                for score in &mut scores[from..to] {
+                    *score = (*score - largest).exp();
+                    total += *score;
+                }
+                max[line] = largest;
+                sum[line] = total;
+                let out = &mut out[line * shape.v_dim..][..shape.v_dim];
+                if correction != 1.0 {
+                    out.iter_mut().for_each(|o| *o *= correction);
+                }
+                for slot in from..to {
+                    let weight = scores[slot];
+                    for (o, v) in out.iter_mut().zip(&values[slot * shape.v_dim..][..shape.v_dim]) {
+                        *o = weight.mul_add(*v, *o);
+                    }
                 }
             }
         }
     }
-    for head in 0..group {
-        let inverse = 1.0 / sum[head];
-        for o in &mut out[head * shape.v_dim..][..shape.v_dim] {
-            *o *= inverse;
+    for (out, sum) in out.chunks_exact_mut(shape.v_dim).zip(sum) {
+        let inverse = 1.0 / *sum;
+        out.iter_mut().for_each(|o| *o *= inverse);
+    }
+}
+
+/// The scores of a query with the 64 keys of a block; each is summed over the dimensions in order.
+#[inline(always)]
+fn score(q: &[f32], keys: &[f32]) -> [f32; BLOCK] {
+    let mut scores = [0f32; BLOCK];
+    for (value, line) in q.iter().zip(keys.as_chunks::<BLOCK>().0) {
+        for (score, key) in scores.iter_mut().zip(line) {
+            *score = value.mul_add(*key, *score);
+        }
+    }
+    scores
+}
+
+/// One head's keys of a block to f32, `[k_dim][64]`.
+#[inline(always)]
+fn expand_keys(shape: &KvShape, bytes: &[u8], keys: &mut [f32]) {
+    if shape.format != KvFormat::Int8 {
+        return widen(shape.format, bytes, keys);
+    }
+    let (scales, elements) = bytes.split_at(BLOCK * 4);
+    let scales = scales.as_chunks::<4>().0;
+    for (line, bytes) in keys.as_chunks_mut::<BLOCK>().0.iter_mut().zip(elements.as_chunks::<BLOCK>().0) {
+        for ((v, b), s) in line.iter_mut().zip(bytes).zip(scales) {
+            *v = f32::from(*b as i8) * f32::from_le_bytes(*s);
         }
     }
 }
 
-/// Expands slots `from..to` of one head to f32.
+/// One head's values of a block to f32, `[64][v_dim]`.
 #[inline(always)]
-fn load_rows(shape: &KvShape, bytes: &[u8], head: usize, dim: usize, from: usize, to: usize, rows: &mut [f32]) {
-    let row_bytes = shape.row_bytes(dim);
-    let bytes = &bytes[(head * BLOCK + from) * row_bytes..(head * BLOCK + to) * row_bytes];
-    let rows = &mut rows[from * dim..to * dim];
-    match shape.format {
-        KvFormat::F32 => {
-            for (v, b) in rows.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *v = f32::from_le_bytes(*b);
-            }
-        }
-        KvFormat::Bf16 => {
-            for (v, b) in rows.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *v = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
-            }
-        }
-        KvFormat::Int8 => {
-            for (row, bytes) in rows.chunks_exact_mut(dim).zip(bytes.chunks_exact(row_bytes)) {
-                let scale = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-                for (v, b) in row.iter_mut().zip(&bytes[4..]) {
-                    *v = f32::from(*b as i8) * scale;
-                }
-            }
+fn expand_values(shape: &KvShape, bytes: &[u8], values: &mut [f32]) {
+    if shape.format != KvFormat::Int8 {
+        return widen(shape.format, bytes, values);
+    }
+    let (scales, elements) = bytes.split_at(BLOCK * 4);
+    let rows = values.chunks_exact_mut(shape.v_dim).zip(elements.chunks_exact(shape.v_dim));
+    for ((row, bytes), scale) in rows.zip(scales.as_chunks::<4>().0) {
+        let scale = f32::from_le_bytes(*scale);
+        for (v, b) in row.iter_mut().zip(bytes) {
+            *v = f32::from(*b as i8) * scale;
         }
     }
 }
 
-/// A dot product in 16 lanes, then pairwise: the order depends on the length only.
 #[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a_chunks, a_rest) = a.as_chunks::<LANES>();
-    let (b_chunks, b_rest) = b.as_chunks::<LANES>();
-    let mut lanes = [0f32; LANES];
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
-        for lane in 0..LANES {
-            lanes[lane] = a[lane].mul_add(b[lane], lanes[lane]);
+fn widen(format: KvFormat, bytes: &[u8], out: &mut [f32]) {
+    if format == KvFormat::F32 {
+        for (v, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *v = f32::from_le_bytes(*b);
+        }
+    } else {
+        for (v, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *v = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
         }
     }
-    for (lane, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        lanes[lane] = a.mul_add(*b, lanes[lane]);
-    }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
 }

@@ -15,6 +15,10 @@ pub struct Config {
     pub body_limit: ByteSize,
     /// Requests that are answered at a time; more are refused with 429. 1..=1000000.
     pub max_in_flight: usize,
+    /// Threads that read long requests and write long answers; 0: as many as cores.
+    pub text_threads: usize,
+    /// Long requests that wait for one of these threads; more are refused with 429. 0..=1000000.
+    pub text_queue: usize,
     /// Answers to one request (`n`) at most; 1..=128.
     pub max_n: usize,
     /// Stop texts of one request at most.
@@ -27,6 +31,8 @@ pub struct Config {
     pub drain_timeout: HumanDuration,
     /// Replicas that a request is tried on, the first one included; 1..=16.
     pub attempts: usize,
+    /// Origins whose pages may call the API from a browser (CORS); `*` is any, an empty list none.
+    pub allowed_origins: Vec<String>,
     /// Tenants share prefix blocks; without it each API key has blocks of its own.
     pub share_prefixes: bool,
     /// Keeps tenants' salts from being guessed; random at each start where it is empty.
@@ -40,12 +46,15 @@ impl Default for Config {
             grpc: "127.0.0.1:9000".into(),
             body_limit: ByteSize::mib(10),
             max_in_flight: 1024,
+            text_threads: 0,
+            text_queue: 256,
             max_n: 16,
             max_stop: 16,
             write_timeout: HumanDuration::from_secs(30),
             default_deadline: HumanDuration::from_secs(0),
             drain_timeout: HumanDuration::from_secs(30),
             attempts: 3,
+            allowed_origins: vec!["*".into()],
             share_prefixes: false,
             salt_secret: String::new(),
         }
@@ -66,6 +75,8 @@ impl Config {
             Err(Error::invalid(name.clone(), format!("{name} is {value}; use {low} to {high}")))
         };
         within("max_in_flight", self.max_in_flight, 1, 1_000_000)?;
+        within("text_threads", self.text_threads, 0, 1024)?;
+        within("text_queue", self.text_queue, 0, 1_000_000)?;
         within("max_n", self.max_n, 1, 128)?;
         within("max_stop", self.max_stop, 0, 1024)?;
         within("attempts", self.attempts, 1, 16)?;

@@ -10,6 +10,7 @@ pub mod config;
 pub mod core;
 pub mod grpc;
 pub mod http;
+mod request_id;
 pub mod served;
 
 pub use app::Gateway;

@@ -2,7 +2,7 @@
 use moesaic_model::chat::ChatTemplate;
 use moesaic_model::generation_config::GenerationConfig;
 use moesaic_model::tokenizer::Tokenizer;
-use moesaic_types::{BlockHasher, TokenId};
+use moesaic_types::{BLOCK_TOKENS, BlockHasher, TenantSalt, TokenId};
 
 /// A model that is served.
 pub struct ServedModel {
@@ -24,4 +24,14 @@ pub struct ServedModel {
     pub defaults: GenerationConfig,
     /// Names the prompt's blocks, for the router.
     pub hasher: BlockHasher,
+}
+
+impl ServedModel {
+    /// Names what an answer to the same request depends on: the weights, their format and that of the cached keys.
+    pub fn fingerprint(&self) -> String {
+        // a block's name is made of just that
+        let block = self.hasher.next(&TenantSalt::default(), None, &[0; BLOCK_TOKENS]);
+        let hex: String = format!("{block:?}").chars().take(10).collect();
+        format!("fp_{hex}")
+    }
 }

@@ -4,13 +4,14 @@
 #[derive(Clone, Debug, Default)]
 pub struct StopMatcher {
     stops: Vec<String>,
+    include: bool,
     held: String,
 }
 
 impl StopMatcher {
-    /// A matcher of some texts; empty ones are ignored.
-    pub fn new(stops: Vec<String>) -> Self {
-        Self { stops: stops.into_iter().filter(|s| !s.is_empty()).collect(), held: String::new() }
+    /// A matcher of some texts; empty ones are ignored. `include`: the text that was found is shown.
+    pub fn new(stops: Vec<String>, include: bool) -> Self {
+        Self { stops: stops.into_iter().filter(|s| !s.is_empty()).collect(), include, held: String::new() }
     }
 
     /// Takes a piece; what can be shown now, and whether a stop text ended the answer.
@@ -19,8 +20,9 @@ impl StopMatcher {
             return (piece.to_owned(), false);
         }
         self.held.push_str(piece);
-        if let Some(at) = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
-            self.held.truncate(at);
+        let found = self.stops.iter().filter_map(|stop| Some((self.held.find(stop.as_str())?, stop.len()))).min();
+        if let Some((at, len)) = found {
+            self.held.truncate(if self.include { at + len } else { at });
             return (std::mem::take(&mut self.held), true);
         }
         let keep = self.stops.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
@@ -45,7 +47,11 @@ mod tests {
     use super::*;
 
     fn run(stops: &[&str], pieces: &[&str]) -> (String, bool) {
-        let mut matcher = StopMatcher::new(stops.iter().map(|s| (*s).to_owned()).collect());
+        run_with(false, stops, pieces)
+    }
+
+    fn run_with(include: bool, stops: &[&str], pieces: &[&str]) -> (String, bool) {
+        let mut matcher = StopMatcher::new(stops.iter().map(|s| (*s).to_owned()).collect(), include);
         let mut shown = String::new();
         for piece in pieces {
             let (text, stopped) = matcher.push(piece);
@@ -65,11 +71,12 @@ mod tests {
         assert_eq!(run(&["é!", "xyz"], &["caf", "é", "?"]), ("café?".into(), false));
         assert_eq!(run(&["b", "abc"], &["xabc"]), ("x".into(), true));
         assert_eq!(run(&[], &["a", "b"]), ("ab".into(), false));
+        assert_eq!(run_with(true, &["END"], &["one E", "ND two"]), ("one END".into(), true));
     }
 
     #[test]
     fn nothing_is_held_longer_than_it_must() {
-        let mut matcher = StopMatcher::new(vec!["\n\n".into()]);
+        let mut matcher = StopMatcher::new(vec!["\n\n".into()], false);
         assert_eq!(matcher.push("line\n"), ("line".into(), false));
         assert_eq!(matcher.push("next"), ("\nnext".into(), false));
     }

@@ -1,4 +1,5 @@
 //! From tokens to what a client sees: text with the stop texts cut out, and tokens with their log-probabilities.
+use super::job::Job;
 use super::stop::StopMatcher;
 use moesaic_model::tokenizer::{DecodeStream, Tokenizer};
 use moesaic_types::{SampledToken, TokenId};
@@ -20,13 +21,14 @@ pub(super) struct Assembler {
 }
 
 impl Assembler {
-    /// `continues`: the answer goes on with the prompt's text (a completion), so a leading space is its own.
-    pub(super) fn new(tokenizer: Tokenizer, skip_special: bool, continues: bool, stops: Vec<String>) -> Self {
-        let decode = match continues {
-            true => DecodeStream::continuing(tokenizer.clone(), skip_special),
-            false => DecodeStream::new(tokenizer.clone(), skip_special),
+    pub(super) fn new(job: &Job) -> Self {
+        let tokenizer = job.model.tokenizer.clone();
+        let decode = match job.continues {
+            // a space at its start is the answer's own
+            true => DecodeStream::continuing(tokenizer.clone(), job.skip_special),
+            false => DecodeStream::new(tokenizer.clone(), job.skip_special),
         };
-        Self { tokenizer, decode, stop: StopMatcher::new(stops) }
+        Self { tokenizer, decode, stop: StopMatcher::new(job.stop_texts.clone(), job.include_stop_text) }
     }
 
     /// Text that a token makes visible, and whether a stop text ended the answer.

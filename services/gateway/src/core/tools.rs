@@ -3,7 +3,7 @@
 //! Calls are read in the two forms that open models are trained on: `<tool_call>{"name": ..., "arguments": ...}
 //! </tool_call>` (Hermes, Qwen) and `[TOOL_CALLS][{"name": ..., "arguments": ...}]` (Mistral). A required call is held
 //! by a grammar to one JSON object of that form, a named one to the arguments alone.
-use moesaic_types::{Error, Grammar, Result};
+use moesaic_types::{Error, FinishReason, Grammar, Result};
 use serde_json::{Map, Value, json};
 
 const HERMES: &str = "<tool_call>";
@@ -41,6 +41,8 @@ pub struct Tools {
     pub list: Vec<Value>,
     /// Which may or must be called.
     pub choice: Choice,
+    /// At most one call in an answer.
+    pub single: bool,
 }
 
 impl Tools {
@@ -92,7 +94,7 @@ impl Tools {
         if choice == Choice::Required && list.is_empty() {
             return Err(Error::invalid("tool_choice", "tool_choice is 'required', but tools is empty"));
         }
-        Ok(Self { list, choice })
+        Ok(Self { list, choice, single: false })
     }
 
     /// The tools that the template shows.
@@ -103,6 +105,16 @@ impl Tools {
     /// Whether the answer's text may hold calls.
     pub fn may_call(&self) -> bool {
         self.shown().is_some()
+    }
+
+    /// Why an answer ended, as a client expects to read it.
+    pub fn reason(&self, reason: FinishReason, called: bool) -> FinishReason {
+        match self.choice {
+            // OpenAI tells of a call only where the model had a choice
+            Choice::Named(_) => reason,
+            _ if called => FinishReason::ToolCalls,
+            _ => reason,
+        }
     }
 
     /// What holds the model to a call, where one must be.
@@ -177,7 +189,10 @@ impl Splitter {
             Choice::Auto | Choice::None => calls(&held),
         };
         match calls {
-            Some(calls) => (String::new(), calls),
+            Some(mut calls) => {
+                calls.truncate(if self.tools.single { 1 } else { calls.len() });
+                (String::new(), calls)
+            }
             None => (held, Vec::new()),
         }
     }
@@ -216,7 +231,7 @@ mod tests {
     use super::*;
 
     fn tools(choice: Choice) -> Tools {
-        Tools { list: vec![json!({"type": "function", "function": {"name": "f"}})], choice }
+        Tools { list: vec![json!({"type": "function", "function": {"name": "f"}})], choice, single: false }
     }
 
     fn split(choice: Choice, pieces: &[&str]) -> (String, Vec<Call>) {

@@ -1,7 +1,7 @@
 //! Between the wire and the core.
-use crate::core::{Piece, SamplingInput};
+use crate::core::{Names, Piece, SamplingInput};
 use moesaic_proto::inference::v1 as wire;
-use moesaic_types::{FinishReason, Grammar};
+use moesaic_types::{Error, FinishReason, Grammar};
 
 /// Sampling, format, priority and deadline of a request.
 pub(super) fn sampling(
@@ -26,6 +26,7 @@ pub(super) fn sampling(
         max_tokens: s.max_tokens.map(u64::from),
         min_tokens: s.min_tokens.map(u64::from),
         stop: s.stop,
+        include_stop_text: false,
         stop_token_ids: s.stop_token_ids.into_iter().map(u64::from).collect(),
         ignore_eos: s.ignore_eos,
         n: s.n.map(u64::from),
@@ -33,6 +34,36 @@ pub(super) fn sampling(
         grammar: format.and_then(|format| format.format).map(grammar),
         priority: i64::from(priority),
         deadline_ms: Some(u64::from(deadline_ms)),
+        names: Names::default(),
+    }
+}
+
+/// Fields of `SamplingParams`, where a path to one begins with `sampling.`.
+const SAMPLING: [&str; 16] = [
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "n",
+    "top_logprobs",
+];
+
+/// An error whose field is a path from the request.
+pub(super) fn in_sampling(error: Error) -> Error {
+    let inside = |field: &String| SAMPLING.contains(&field.split('[').next().unwrap_or_default());
+    match error.field.as_ref().filter(|field| inside(field)) {
+        Some(field) => Error { field: Some(format!("sampling.{field}")), ..error },
+        None => error,
     }
 }
 

@@ -1,4 +1,5 @@
 //! The gRPC door.
+mod call;
 mod convert;
 mod service;
 mod status;

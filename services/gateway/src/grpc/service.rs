@@ -1,18 +1,17 @@
 //! `moesaic.inference.v1.InferenceService`.
-use super::{convert, status};
-use crate::core::{Core, Piece, PieceStream, conversation, cut_off, tokens};
+use super::{call, convert, status};
+use crate::core::{Core, Job, Names, Piece, PieceStream, SamplingInput, conversation, cut_off, encode, listed, tokens};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use moesaic_proto::inference::v1 as wire;
 use moesaic_proto::inference::v1::inference_service_server::InferenceService;
-use moesaic_telemetry::metrics::GRPC_REQUESTS_TOTAL;
-use moesaic_telemetry::propagation;
-use moesaic_types::{Error, RequestId, Result};
+use moesaic_types::{Error, RequestId, Result, TokenId};
 use serde_json::json;
 use std::sync::Arc;
-use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
-use tracing::Instrument;
+
+/// Bytes of a token on the wire, at most.
+const TOKEN_BYTES: usize = 5;
 
 /// The service over a core.
 pub struct Inference {
@@ -27,24 +26,17 @@ impl Inference {
         Self { core }
     }
 
-    /// Runs a method in a span under the caller's trace, and counts it.
-    async fn around<T>(
+    /// Lets a request in, makes its job (a long one on a worker) and starts it.
+    async fn start<T: Send + 'static>(
         &self,
-        method: &'static str,
-        metadata: MetadataMap,
-        work: impl Future<Output = Result<T, Error>>,
-    ) -> Answer<T> {
-        let span =
-            tracing::info_span!("grpc_request", rpc.method = method, gen_ai.request.model = tracing::field::Empty);
-        propagation::set_parent(&span, propagation::extract_metadata(&metadata));
-        let result = work.instrument(span).await.map_err(status);
-        let code = result.as_ref().err().map_or(tonic::Code::Ok, Status::code);
-        ::metrics::counter!(GRPC_REQUESTS_TOTAL, "method" => method, "code" => format!("{code:?}")).increment(1);
-        let mut result = result.map(Response::new);
-        if let (Ok(response), Some(id)) = (&mut result, metadata.get("x-request-id")) {
-            response.metadata_mut().insert("x-request-id", id.clone());
-        }
-        result
+        bytes: usize,
+        convert: fn(Piece) -> T,
+        job: impl FnOnce(&Core) -> Result<Job> + Send + 'static,
+    ) -> Result<BoxStream<'static, Result<T, Status>>> {
+        let permit = Arc::new(self.core.admission.enter().await?);
+        let core = self.core.clone();
+        let job = self.core.workers.run(bytes, move || job(&core)).await?;
+        Ok(self.stream(self.core.start(job, permit).await?, convert))
     }
 
     fn stream<T: Send + 'static>(
@@ -57,12 +49,16 @@ impl Inference {
     }
 }
 
-fn key(metadata: &MetadataMap) -> Option<&str> {
-    metadata.get("authorization")?.to_str().ok()?.strip_prefix("Bearer ").map(str::trim)
-}
-
 fn id(prefix: &str) -> RequestId {
     RequestId::new(format!("{prefix}-{}", uuid::Uuid::new_v4().simple()))
+}
+
+fn wide(tokens: &[TokenId]) -> Vec<u64> {
+    tokens.iter().map(|id| u64::from(*id)).collect()
+}
+
+fn narrow(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 #[tonic::async_trait]
@@ -72,79 +68,83 @@ impl InferenceService for Inference {
 
     async fn generate(&self, request: Request<wire::GenerateRequest>) -> Answer<Self::GenerateStream> {
         let (metadata, _, request) = request.into_parts();
-        let salt = self.core.salt(key(&metadata));
-        self.around("Generate", metadata, async {
-            let model = self.core.model(&request.model)?;
-            let prompt = match (request.text.is_empty(), request.tokens.is_empty()) {
+        let (salt, timeout) = (self.core.salt(call::key(&metadata)), call::timeout_ms(&metadata));
+        let bytes = request.text.len() + request.tokens.len() * TOKEN_BYTES;
+        let job = move |core: &Core| {
+            let model = core.model(&request.model)?;
+            let names = |prompt| Names { prompt, ..Names::default() };
+            let (names, prompt) = match (request.text.is_empty(), request.tokens.is_empty()) {
                 (false, false) => return Err(Error::invalid("text", "give either text or tokens, not both")),
-                (true, _) => {
-                    let ids: Vec<u64> = request.tokens.iter().map(|id| u64::from(*id)).collect();
-                    tokens("tokens", &ids, &model)?
+                (true, true) => return Err(Error::invalid("text", "text and tokens are empty; give one of them")),
+                (true, false) => {
+                    let names = names("tokens");
+                    (names, listed(&model, &names, "tokens", &wide(&request.tokens))?)
                 }
-                (false, true) => {
-                    let encoded = model.tokenizer.encode(&request.text, true);
-                    encoded.map_err(|error| Error::invalid("text", error.to_string()))?
-                }
+                (false, true) => (names("text"), encode(&model, &names("text"), &request.text, true)?),
             };
             let input =
                 convert::sampling(request.sampling, request.response_format, request.priority, request.deadline_ms);
-            let mut job = input.into_job(id("gen"), model, prompt, &self.core.limits(), salt)?;
+            let input = SamplingInput { names, ..call::within(input, timeout) };
+            let mut job =
+                input.into_job(id("gen"), model, prompt, &core.limits(), salt).map_err(convert::in_sampling)?;
             job.continues = true;
-            Ok(self.stream(self.core.answer(job).await?, convert::piece))
-        })
-        .await
+            Ok(job)
+        };
+        call::around("Generate", metadata, self.start(bytes, convert::piece, job)).await
     }
 
     async fn chat(&self, request: Request<wire::ChatRequest>) -> Answer<Self::ChatStream> {
         let (metadata, _, request) = request.into_parts();
-        let salt = self.core.salt(key(&metadata));
-        self.around("Chat", metadata, async {
-            let model = self.core.model(&request.model)?;
+        let (salt, timeout) = (self.core.salt(call::key(&metadata)), call::timeout_ms(&metadata));
+        let bytes = request.messages.iter().map(|message| message.role.len() + message.content.len()).sum();
+        let job = move |core: &Core| {
+            let model = core.model(&request.model)?;
             let message = |m: &wire::ChatMessage| json!({"role": m.role, "content": m.content});
             let messages: Vec<_> = request.messages.iter().map(message).collect();
             let prompt = conversation::render(&model, &messages, None, true, &Default::default())?;
-            let prompt = model.tokenizer.encode(&prompt, false);
-            let prompt = prompt.map_err(|error| Error::invalid("messages", error.to_string()))?;
+            let names = Names { prompt: "messages", ..Names::default() };
+            let prompt = encode(&model, &names, &prompt, false)?;
             let input =
                 convert::sampling(request.sampling, request.response_format, request.priority, request.deadline_ms);
-            let job = input.into_job(id("chat"), model, prompt, &self.core.limits(), salt)?;
-            Ok(self.stream(self.core.answer(job).await?, convert::chat))
-        })
-        .await
+            let input = SamplingInput { names, ..call::within(input, timeout) };
+            input.into_job(id("chat"), model, prompt, &core.limits(), salt).map_err(convert::in_sampling)
+        };
+        call::around("Chat", metadata, self.start(bytes, convert::chat, job)).await
     }
 
     async fn tokenize(&self, request: Request<wire::TokenizeRequest>) -> Answer<wire::TokenizeResponse> {
         let (metadata, _, request) = request.into_parts();
-        self.around("Tokenize", metadata, async {
-            let model = self.core.model(&request.model)?;
+        let core = self.core.clone();
+        let bytes = request.text.len();
+        let work = move || {
+            let model = core.model(&request.model)?;
             let encoded = model.tokenizer.encode(&request.text, request.add_special_tokens);
             let tokens = encoded.map_err(|error| Error::invalid("text", error.to_string()))?;
-            Ok(wire::TokenizeResponse { tokens, max_model_len: u32::try_from(model.max_context).unwrap_or(u32::MAX) })
-        })
-        .await
+            Ok(wire::TokenizeResponse { tokens, max_model_len: narrow(model.max_context) })
+        };
+        call::around("Tokenize", metadata, self.core.workers.run(bytes, work)).await
     }
 
     async fn detokenize(&self, request: Request<wire::DetokenizeRequest>) -> Answer<wire::DetokenizeResponse> {
         let (metadata, _, request) = request.into_parts();
-        self.around("Detokenize", metadata, async {
-            let model = self.core.model(&request.model)?;
-            let ids: Vec<u64> = request.tokens.iter().map(|id| u64::from(*id)).collect();
-            let text = model.tokenizer.decode(&tokens("tokens", &ids, &model)?, false);
+        let core = self.core.clone();
+        let bytes = request.tokens.len() * TOKEN_BYTES;
+        let work = move || {
+            let model = core.model(&request.model)?;
+            let text = model.tokenizer.decode(&tokens("tokens", &wide(&request.tokens), &model)?, false);
             Ok(wire::DetokenizeResponse { text: text.map_err(|error| Error::invalid("tokens", error.to_string()))? })
-        })
-        .await
+        };
+        call::around("Detokenize", metadata, self.core.workers.run(bytes, work)).await
     }
 
     async fn list_models(&self, request: Request<wire::ListModelsRequest>) -> Answer<wire::ListModelsResponse> {
         let (metadata, _, _) = request.into_parts();
-        self.around("ListModels", metadata, async {
-            let model = |model: &Arc<crate::ServedModel>| wire::Model {
-                id: model.id.clone(),
-                created: i64::try_from(model.created).unwrap_or(i64::MAX),
-                max_model_len: u32::try_from(model.max_context).unwrap_or(u32::MAX),
-            };
-            Ok(wire::ListModelsResponse { models: self.core.models().iter().map(model).collect() })
-        })
-        .await
+        let model = |model: &Arc<crate::ServedModel>| wire::Model {
+            id: model.id.clone(),
+            created: i64::try_from(model.created).unwrap_or(i64::MAX),
+            max_model_len: narrow(model.max_context),
+        };
+        let models = self.core.models().iter().map(model).collect();
+        call::around("ListModels", metadata, async { Ok(wire::ListModelsResponse { models }) }).await
     }
 }

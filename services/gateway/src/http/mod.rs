@@ -1,32 +1,43 @@
 //! The HTTP door.
 mod chat;
+mod chat_answer;
 mod completions;
+mod completions_answer;
+mod cors;
 pub mod error;
 pub mod fields;
+mod known;
+mod logprobs;
 mod openapi;
 mod params;
 mod sse;
 mod status;
 mod tokens;
+mod usage;
 
 use crate::core::Core;
+use crate::request_id;
 use axum::Router;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use error::HttpError;
+use fields::Fields;
+use futures::FutureExt;
 use moesaic_telemetry::metrics::{HTTP_REQUEST_SECONDS, HTTP_REQUESTS_TOTAL};
 use moesaic_telemetry::propagation;
 use moesaic_types::{Error, ErrorCode};
+use serde_json::Value;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Instant;
 use tracing::Instrument;
 
-static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Longest id that a client may give.
-const MAX_REQUEST_ID: usize = 128;
+static X_REQUEST_ID: HeaderName = HeaderName::from_static(request_id::NAME);
 
 /// All routes.
 pub fn router(core: Arc<Core>) -> Router {
@@ -35,7 +46,7 @@ pub fn router(core: Arc<Core>) -> Router {
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions", post(completions::completions))
         .route("/v1/models", get(status::models))
-        .route("/v1/models/{id}", get(status::model))
+        .route("/v1/models/{*id}", get(status::model))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route("/health", get(status::ready))
@@ -47,6 +58,7 @@ pub fn router(core: Arc<Core>) -> Router {
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(limit))
         .layer(middleware::from_fn(around))
+        .layer(middleware::from_fn_with_state(core.clone(), cors::cors))
         .with_state(core)
 }
 
@@ -54,39 +66,35 @@ async fn no_route(uri: Uri) -> HttpError {
     Error::new(ErrorCode::NotFound, format!("no route {}; /openapi.json lists them", uri.path())).into()
 }
 
-async fn no_method(uri: Uri) -> Response {
-    let message = format!("{} does not take this method; /openapi.json lists what it takes", uri.path());
-    let mut response = HttpError(Error::new(ErrorCode::InvalidArgument, message)).into_response();
-    *response.status_mut() = axum::http::StatusCode::METHOD_NOT_ALLOWED;
-    response
+async fn no_method(uri: Uri) -> HttpError {
+    HttpError::method_not_allowed(uri.path())
 }
 
 /// Request id in and out, a span, and the metrics of every request.
 async fn around(request: Request, next: Next) -> Response {
     let started = Instant::now();
-    let given = request.headers().get(&X_REQUEST_ID).filter(|id| is_request_id(id.as_bytes())).cloned();
-    let id = given
-        .unwrap_or_else(|| HeaderValue::from_str(&uuid::Uuid::new_v4().to_string()).expect("a UUID is a valid header"));
+    let id = request_id::choose(request.headers().get(&X_REQUEST_ID).map(HeaderValue::as_bytes));
     let route = request.extensions().get::<MatchedPath>().map_or("none", |path| path.as_str()).to_owned();
     let span = tracing::info_span!(
         "http_request",
         http.route = route,
         http.request.method = %request.method(),
-        request_id = id.to_str().unwrap_or_default(),
+        request_id = id,
         gen_ai.request.model = tracing::field::Empty,
         gen_ai.usage.input_tokens = tracing::field::Empty,
     );
     propagation::set_parent(&span, propagation::extract_headers(request.headers()));
-    let mut response = next.run(request).instrument(span).await;
+    let answer = AssertUnwindSafe(next.run(request).instrument(span)).catch_unwind().await;
+    let mut response = answer.unwrap_or_else(|_| {
+        // the panic itself is in the log
+        HttpError::from(Error::internal("the request failed by a fault of the server")).into_response()
+    });
     let status = response.status().as_u16().to_string();
     ::metrics::counter!(HTTP_REQUESTS_TOTAL, "route" => route.clone(), "status" => status).increment(1);
     ::metrics::histogram!(HTTP_REQUEST_SECONDS, "route" => route).record(started.elapsed().as_secs_f64());
+    let id = HeaderValue::try_from(id).expect("only characters of a header are chosen");
     response.headers_mut().insert(X_REQUEST_ID.clone(), id);
     response
-}
-
-fn is_request_id(id: &[u8]) -> bool {
-    (1..=MAX_REQUEST_ID).contains(&id.len()) && id.iter().all(|b| b.is_ascii_alphanumeric() || b"-_.:".contains(b))
 }
 
 /// The API key of a request.
@@ -94,13 +102,41 @@ fn key(headers: &HeaderMap) -> Option<&str> {
     headers.get("authorization")?.to_str().ok()?.strip_prefix("Bearer ").map(str::trim)
 }
 
+/// The same, to go elsewhere with.
+fn user_key(headers: &HeaderMap) -> Option<String> {
+    key(headers).map(str::to_owned)
+}
+
+/// Reads a body; a long one on a worker.
+async fn read<T: Send + 'static>(
+    core: &Arc<Core>,
+    bytes: Result<Bytes, BytesRejection>,
+    read: impl FnOnce(&Core, Fields<'_>) -> Result<T, HttpError> + Send + 'static,
+) -> Result<T, HttpError> {
+    let bytes = body(bytes, core.config.body_limit.as_usize())?;
+    let for_work = core.clone();
+    core.workers
+        .run(bytes.len(), move || {
+            let object = fields::parse(&bytes)?;
+            read(&for_work, Fields::new(&object))
+        })
+        .await
+}
+
+/// A JSON response of about so many bytes; a long one is written on a worker.
+async fn write(
+    core: &Core,
+    bytes: usize,
+    value: impl FnOnce() -> Value + Send + 'static,
+) -> Result<Response, HttpError> {
+    let text = core.workers.finish(bytes, move || Ok::<_, HttpError>(value().to_string())).await?;
+    Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
+}
+
 /// A body within the limit.
-fn body(
-    body: Result<axum::body::Bytes, axum::extract::rejection::BytesRejection>,
-    limit: usize,
-) -> Result<axum::body::Bytes, Error> {
+fn body(body: Result<Bytes, BytesRejection>, limit: usize) -> Result<Bytes, Error> {
     body.map_err(|rejection| {
-        if rejection.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE {
+        if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
             let message = format!("body is over the limit of {limit} bytes (gateway.body_limit)");
             Error { field: Some("body".into()), ..Error::new(ErrorCode::PayloadTooLarge, message) }
         } else {

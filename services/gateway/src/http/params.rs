@@ -1,8 +1,11 @@
 //! Sampling and output format as the two OpenAI routes have them, with vLLM's further fields.
 use super::fields::Fields;
-use crate::core::SamplingInput;
+use crate::core::{Names, SamplingInput};
 use moesaic_types::{Error, Grammar, Result};
-use serde_json::Value;
+use serde_json::{Map, Value};
+
+/// Texts that `guided_choice` may offer at most.
+const MAX_CHOICES: usize = 256;
 
 /// The fields that chat and completions share.
 ///
@@ -14,10 +17,14 @@ pub fn sampling(fields: &Fields<'_>) -> Result<SamplingInput> {
         let wrong = || Error::invalid("logit_bias", format!("logit_bias has '{id}': use \"token\": number"));
         logit_bias.push((id.parse().map_err(|_| wrong())?, bias.as_f64().ok_or_else(wrong)?));
     }
-    let max_tokens = match fields.count("max_completion_tokens")? {
-        None => fields.count("max_tokens")?,
-        some => some,
-    };
+    let mut names = Names::default();
+    if fields.get("max_completion_tokens").is_some() {
+        names.max_tokens = "max_completion_tokens";
+    }
+    let grammar = grammar(fields)?;
+    if let Some((field, _)) = &grammar {
+        names.grammar = field;
+    }
     Ok(SamplingInput {
         temperature: fields.number("temperature")?,
         top_k: fields.whole("top_k")?,
@@ -27,49 +34,91 @@ pub fn sampling(fields: &Fields<'_>) -> Result<SamplingInput> {
         presence_penalty: fields.number("presence_penalty")?,
         frequency_penalty: fields.number("frequency_penalty")?,
         logit_bias,
-        // clients send any 64 bits
-        seed: fields.whole("seed")?.map(i64::cast_unsigned),
-        max_tokens,
-        min_tokens: fields.count("min_tokens")?,
+        seed: fields.bits("seed")?,
+        max_tokens: fields.count(names.max_tokens, 0)?,
+        min_tokens: fields.count("min_tokens", 0)?,
         stop: fields.texts("stop")?,
+        include_stop_text: fields.flag("include_stop_str_in_output")?,
         stop_token_ids: fields.counts("stop_token_ids")?,
         ignore_eos: fields.flag("ignore_eos")?,
-        n: fields.count("n")?,
+        n: fields.count("n", 0)?,
         top_logprobs: None,
-        grammar: grammar(fields)?,
+        grammar: grammar.map(|(_, grammar)| grammar),
         priority: fields.whole("priority")?.unwrap_or(0),
-        deadline_ms: fields.count("deadline_ms")?,
+        deadline_ms: fields.count("deadline_ms", 0)?,
+        names,
     })
 }
 
-/// `response_format`, or one of `guided_json`, `guided_regex` and `guided_grammar`.
-fn grammar(fields: &Fields<'_>) -> Result<Option<Grammar>> {
+/// A grammar with the field that it came from.
+type Found = (&'static str, Grammar);
+
+/// From `response_format`, `structured_outputs`, or one of the `guided_` fields that it replaces in newer clients.
+fn grammar(fields: &Fields<'_>) -> Result<Option<Found>> {
     let mut found = Vec::new();
     if let Some(format) = fields.object("response_format")? {
-        let invalid = |message: &str| Error::invalid("response_format", format!("response_format{message}"));
-        match format.get("type").and_then(Value::as_str) {
-            Some("text") => {}
-            Some("json_object") => found.push(Grammar::JsonObject),
-            Some("json_schema") => {
-                let schema = format.get("json_schema").and_then(|s| s.get("schema")).filter(|s| s.is_object());
-                let schema = schema.ok_or_else(|| invalid(".json_schema.schema must be an object"))?;
-                found.push(Grammar::JsonSchema(schema.to_string().into()));
-            }
-            _ => return Err(invalid(".type must be text, json_object or json_schema")),
+        found.extend(response_format(format)?.map(|grammar| ("response_format", grammar)));
+    }
+    let guided = ["guided_json", "guided_regex", "guided_choice", "guided_grammar"];
+    found.extend(constraints(fields, guided)?);
+    if let Some(outputs) = fields.object("structured_outputs")? {
+        let names = ["json", "regex", "choice", "grammar"];
+        if let Some(other) = outputs.iter().find(|(name, v)| !v.is_null() && !names.contains(&name.as_str())) {
+            let message = format!("structured_outputs has '{}'; use one of: {}", other.0, names.join(", "));
+            return Err(Error::invalid("structured_outputs", message));
         }
+        let inside = constraints(&Fields::new(outputs), names)?;
+        found.extend(inside.into_iter().map(|(_, grammar)| ("structured_outputs", grammar)));
     }
-    match fields.get("guided_json") {
-        None => {}
-        Some(Value::String(text)) => found.push(Grammar::JsonSchema(text.as_str().into())),
-        Some(schema) => found.push(Grammar::JsonSchema(schema.to_string().into())),
-    }
-    found.extend(fields.text("guided_regex")?.map(|regex| Grammar::Regex(regex.into())));
-    found.extend(fields.text("guided_grammar")?.map(|grammar| Grammar::Lark(grammar.into())));
-    if found.len() > 1 {
-        let message = "response_format, guided_json, guided_regex and guided_grammar exclude one another";
-        return Err(Error::invalid("response_format", message));
+    if let [(first, _), (second, _), ..] = found.as_slice() {
+        let message = format!("{first} and {second} exclude one another; leave one out");
+        return Err(Error::invalid(*second, message));
     }
     Ok(found.pop())
+}
+
+fn response_format(format: &Map<String, Value>) -> Result<Option<Grammar>> {
+    let invalid = |field: &str, must: &str| {
+        let field = format!("response_format.{field}");
+        Error::invalid(field.clone(), format!("{field} must be {must}"))
+    };
+    match format.get("type").and_then(Value::as_str) {
+        Some("text") => Ok(None),
+        Some("json_object") => Ok(Some(Grammar::JsonObject)),
+        Some("json_schema") => {
+            let schema = format.get("json_schema").and_then(|s| s.get("schema")).filter(|s| s.is_object());
+            let schema = schema.ok_or_else(|| invalid("json_schema.schema", "an object"))?;
+            Ok(Some(Grammar::JsonSchema(schema.to_string().into())))
+        }
+        _ => Err(invalid("type", "text, json_object or json_schema")),
+    }
+}
+
+/// A JSON schema, a regular expression, a list of texts or a grammar, under these four names.
+fn constraints(fields: &Fields<'_>, [json, regex, choice, grammar]: [&'static str; 4]) -> Result<Vec<Found>> {
+    let mut found = Vec::new();
+    match fields.get(json) {
+        None => {}
+        Some(Value::String(text)) => found.push((json, Grammar::JsonSchema(text.as_str().into()))),
+        Some(schema) => found.push((json, Grammar::JsonSchema(schema.to_string().into()))),
+    }
+    found.extend(fields.text(regex)?.map(|text| (regex, Grammar::Regex(text.into()))));
+    if let Some(list) = fields.list(choice)? {
+        let texts = fields.texts(choice)?;
+        if texts.is_empty() || texts.len() > MAX_CHOICES {
+            let message = format!("{choice} has {} texts; it must have 1 to {MAX_CHOICES}", list.len());
+            return Err(Error::invalid(choice, message));
+        }
+        found.push((choice, Grammar::Lark(one_of(&texts).into())));
+    }
+    found.extend(fields.text(grammar)?.map(|text| (grammar, Grammar::Lark(text.into()))));
+    Ok(found)
+}
+
+/// A grammar of some texts. Lark's strings are quoted as JSON's are.
+fn one_of(texts: &[String]) -> String {
+    let quoted: Vec<_> = texts.iter().map(|text| Value::from(text.as_str()).to_string()).collect();
+    format!("start: {}", quoted.join(" | "))
 }
 
 /// How an answer is streamed.

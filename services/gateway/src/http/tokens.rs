@@ -1,45 +1,64 @@
 //! `/tokenize` and `/detokenize`, in vLLM's shapes.
-use super::body;
 use super::error::HttpError;
-use super::fields::{self, Fields};
+use super::fields::Fields;
+use super::{known, read, write};
+use crate::core::tools::Tools;
 use crate::core::{Core, conversation, tokens};
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use moesaic_types::Error;
+use axum::response::Response;
+use moesaic_types::{Error, Result};
 use serde_json::{Value, json};
 use std::sync::Arc;
+
+/// Bytes of a token's number as it is shown.
+const NUMBER_BYTES: usize = 6;
 
 pub(super) async fn tokenize(
     State(core): State<Arc<Core>>,
     bytes: Result<Bytes, BytesRejection>,
-) -> Result<Json<Value>, HttpError> {
-    let object = fields::parse(&body(bytes, core.config.body_limit.as_usize())?)?;
-    let fields = Fields::new(&object);
-    let model = core.model(fields.text("model")?.unwrap_or_default())?;
-    let ids = match (fields.text("prompt")?, fields.list("messages")?) {
-        (Some(text), None) => {
-            let special = fields.get("add_special_tokens").is_none() || fields.flag("add_special_tokens")?;
-            model.tokenizer.encode(text, special).map_err(|e| Error::invalid("prompt", e.to_string()))?
-        }
-        (None, Some(messages)) => {
-            let prompt = conversation::render(&model, messages, None, true, &Default::default())?;
-            model.tokenizer.encode(&prompt, false).map_err(|e| Error::invalid("messages", e.to_string()))?
-        }
-        _ => return Err(Error::invalid("prompt", "give either prompt or messages").into()),
-    };
-    Ok(Json(json!({"count": ids.len(), "max_model_len": model.max_context, "tokens": ids})))
+) -> Result<Response, HttpError> {
+    let (ids, texts, context) = read(&core, bytes, |core, fields| {
+        fields.only(&[known::TOKENIZE])?;
+        let model = core.model(fields.text("model")?.unwrap_or_default())?;
+        let (text, field, special) = match (fields.text("prompt")?, fields.list("messages")?) {
+            (Some(text), None) => (text.to_owned(), "prompt", fields.flag_or_true("add_special_tokens")?),
+            (None, Some(messages)) => {
+                let tools = Tools::parse(fields.get("tools"), None)?;
+                let generate = fields.flag_or_true("add_generation_prompt")?;
+                let variables = fields.object("chat_template_kwargs")?.cloned().unwrap_or_default();
+                let text = conversation::render(&model, messages, tools.shown(), generate, &variables)?;
+                (text, "messages", fields.flag("add_special_tokens")?)
+            }
+            _ => return Err(Error::invalid("prompt", "give either prompt or messages").into()),
+        };
+        let encoded = model.tokenizer.encode(&text, special);
+        let ids = encoded.map_err(|error| Error::invalid(field, error.to_string()))?;
+        let shown = |id: &u32| String::from_utf8_lossy(model.tokenizer.token_bytes(*id)).into_owned();
+        let texts: Option<Vec<_>> = fields.flag("return_token_strs")?.then(|| ids.iter().map(shown).collect());
+        Ok((ids, texts, model.max_context))
+    })
+    .await?;
+    write(
+        &core,
+        ids.len() * NUMBER_BYTES,
+        move || json!({"count": ids.len(), "max_model_len": context, "tokens": ids, "token_strs": texts}),
+    )
+    .await
 }
 
 pub(super) async fn detokenize(
     State(core): State<Arc<Core>>,
     bytes: Result<Bytes, BytesRejection>,
-) -> Result<Json<Value>, HttpError> {
-    let object = fields::parse(&body(bytes, core.config.body_limit.as_usize())?)?;
-    let fields = Fields::new(&object);
-    let model = core.model(fields.text("model")?.unwrap_or_default())?;
-    let ids = tokens("tokens", &fields.counts("tokens")?, &model)?;
-    let text = model.tokenizer.decode(&ids, false).map_err(|e| Error::invalid("tokens", e.to_string()))?;
-    Ok(Json(json!({"prompt": text})))
+) -> Result<Response, HttpError> {
+    let text = read(&core, bytes, |core, fields: Fields<'_>| {
+        fields.only(&[known::DETOKENIZE])?;
+        let model = core.model(fields.text("model")?.unwrap_or_default())?;
+        let list = fields.get("tokens").ok_or_else(|| Error::invalid("tokens", "tokens is missing"))?;
+        let ids = tokens("tokens", &super::fields::counts("tokens", list)?, &model)?;
+        Ok(model.tokenizer.decode(&ids, false).map_err(|error| Error::invalid("tokens", error.to_string()))?)
+    })
+    .await?;
+    write(&core, text.len(), move || json!({"prompt": Value::String(text)})).await
 }

@@ -130,6 +130,8 @@ pub struct Delta {
     pub tokens: Vec<SampledToken>,
     /// Log-probabilities of prompt tokens 1.., once, before the first token, where asked for.
     pub prompt_logprobs: Option<Vec<SampledToken>>,
+    /// Prompt tokens that came from the prefix cache; with the first token, for an answer may be cut short.
+    pub cached_tokens: Option<usize>,
     /// Set on the last delta.
     pub finish: Option<(FinishReason, Usage)>,
 }

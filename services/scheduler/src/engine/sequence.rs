@@ -163,8 +163,21 @@ impl Sequence {
         if self.prompt_logprobs.is_some() {
             self.pending.prompt_logprobs = self.prompt_logprobs.take();
         }
+        if first {
+            self.pending.cached_tokens = Some(self.cached());
+        }
         self.pending.tokens.push(token);
         (first, since)
+    }
+
+    /// Tokens of the prompt, without those that another replica emitted.
+    fn prompt_tokens(&self) -> usize {
+        self.request.prompt.len() - self.request.resumed_tokens
+    }
+
+    /// Tokens of the prompt that came from the prefix cache.
+    fn cached(&self) -> usize {
+        self.cached_tokens.unwrap_or(0).min(self.prompt_tokens())
     }
 
     /// Whether the reader went away.
@@ -186,10 +199,9 @@ impl Sequence {
 
     /// The last delta.
     pub fn finish(mut self, reason: FinishReason, runtime: &tokio::runtime::Handle) {
-        let prompt_tokens = self.request.prompt.len() - self.request.resumed_tokens;
         let usage = Usage {
-            prompt_tokens,
-            cached_tokens: self.cached_tokens.unwrap_or(0).min(prompt_tokens),
+            prompt_tokens: self.prompt_tokens(),
+            cached_tokens: self.cached(),
             completion_tokens: self.request.resumed_tokens + self.generated(),
         };
         self.span.record("gen_ai.usage.input_tokens", usage.prompt_tokens);

@@ -269,6 +269,7 @@ pub fn prompt(seed: u64, length: usize) -> Vec<TokenId> {
 pub struct Answer {
     pub tokens: Vec<SampledToken>,
     pub prompt_logprobs: Option<Vec<SampledToken>>,
+    pub cached_tokens: Option<usize>,
     pub finish: Option<(FinishReason, Usage)>,
 }
 
@@ -285,8 +286,11 @@ impl Answer {
 pub async fn read(mut stream: DeltaStream) -> Result<Answer, Error> {
     let mut answer = Answer::default();
     while let Some(delta) = tokio::time::timeout(PATIENCE, stream.next()).await.expect("an answer in time") {
-        let Delta { tokens, prompt_logprobs, finish } = delta?;
+        let Delta { tokens, prompt_logprobs, cached_tokens, finish } = delta?;
         assert!(answer.finish.is_none(), "a delta after the last");
+        let first = answer.tokens.is_empty() && !tokens.is_empty();
+        assert_eq!(cached_tokens.is_some(), first, "told once, with the first token");
+        answer.cached_tokens = answer.cached_tokens.or(cached_tokens);
         if prompt_logprobs.is_some() {
             assert!(answer.tokens.is_empty() && answer.prompt_logprobs.is_none());
             answer.prompt_logprobs = prompt_logprobs;
@@ -295,6 +299,9 @@ pub async fn read(mut stream: DeltaStream) -> Result<Answer, Error> {
         answer.finish = finish;
     }
     assert!(answer.finish.is_some(), "the stream ended without a finish");
+    if let Some(cached) = answer.cached_tokens {
+        assert_eq!(cached, answer.usage().cached_tokens);
+    }
     Ok(answer)
 }
 

@@ -1,0 +1,159 @@
+//! One choice under way: its tokens become text, and when its replica fails it goes on at another.
+use super::answer::{Core, Piece, PieceStream};
+use super::deadline;
+use super::job::Job;
+use super::place::seek;
+use super::text::Assembler;
+use crate::actors::admission::Permit;
+use futures::StreamExt;
+use futures::stream;
+use moesaic_telemetry::metrics::MIGRATIONS_TOTAL;
+use moesaic_types::boundary::DeltaStream;
+use moesaic_types::{Delta, Error, ErrorCode, FinishReason, ReplicaId, Result, TokenId, Usage};
+use std::sync::Arc;
+
+pub(super) struct Choice {
+    core: Arc<Core>,
+    job: Arc<Job>,
+    index: usize,
+    deltas: DeltaStream,
+    replica: ReplicaId,
+    failed: Vec<ReplicaId>,
+    emitted: Vec<TokenId>,
+    /// Prompt tokens that the first replica had in its prefix cache.
+    cached: Option<usize>,
+    text: Assembler,
+    done: bool,
+    _permit: Arc<Permit>,
+}
+
+impl Choice {
+    /// Returns when a replica has accepted the choice.
+    pub(super) async fn start(core: Arc<Core>, job: Arc<Job>, index: usize, permit: Arc<Permit>) -> Result<Self> {
+        let text = Assembler::new(&job);
+        let mut failed = Vec::new();
+        let (replica, deltas) = seek(&core, &job, index, &[], &mut failed, None).await?;
+        let (emitted, cached, done) = (Vec::new(), None, false);
+        Ok(Self { core, job, index, deltas, replica, failed, emitted, cached, text, done, _permit: permit })
+    }
+
+    pub(super) fn into_stream(self) -> PieceStream {
+        stream::unfold(self, |mut choice| async move { choice.next().await.map(|piece| (piece, choice)) }).boxed()
+    }
+
+    async fn next(&mut self) -> Option<Result<Piece>> {
+        while !self.done {
+            let event = deadline::by(self.job.deadline, self.deltas.next()).await;
+            let event = event.and_then(|event| event.unwrap_or_else(|| Err(broken_off())));
+            let error = match event {
+                Ok(delta) => {
+                    let piece = self.take(delta);
+                    if piece.finish.is_some() || !piece.tokens.is_empty() || piece.prompt_logprobs.is_some() {
+                        return Some(Ok(piece));
+                    }
+                    continue;
+                }
+                Err(error) => error,
+            };
+            if error.code == ErrorCode::Unavailable {
+                if let Some(reason) = self.complete() {
+                    let piece = Piece { choice: self.index, ..Piece::default() };
+                    return Some(Ok(self.end(piece, reason)));
+                }
+                match self.migrate(error).await {
+                    Ok(()) => continue,
+                    Err(error) => return Some(Err(self.give_up(error))),
+                }
+            }
+            return Some(Err(self.give_up(error)));
+        }
+        None
+    }
+
+    /// Asks another replica to go on with the prompt and the tokens so far.
+    async fn migrate(&mut self, error: Error) -> Result<()> {
+        tracing::warn!(id = %self.job.id, from = %self.replica, %error, "replica failed; going on elsewhere");
+        self.failed.push(self.replica.clone());
+        let found = seek(&self.core, &self.job, self.index, &self.emitted, &mut self.failed, Some(error)).await?;
+        metrics::counter!(MIGRATIONS_TOTAL).increment(1);
+        (self.replica, self.deltas) = found;
+        Ok(())
+    }
+
+    /// The end that the tokens so far make by themselves, where a replica failed before it could say so.
+    fn complete(&self) -> Option<FinishReason> {
+        let stop = &self.job.stop;
+        let last = self.emitted.last()?;
+        if self.ends_sequence(*last) && self.emitted.len() >= stop.min_tokens {
+            return Some(FinishReason::Stop);
+        }
+        (self.emitted.len() >= stop.max_tokens).then_some(FinishReason::Length)
+    }
+
+    fn take(&mut self, delta: Delta) -> Piece {
+        let mut piece = Piece { choice: self.index, prompt_logprobs: delta.prompt_logprobs, ..Piece::default() };
+        self.cached = self.cached.or(delta.cached_tokens);
+        let count = delta.tokens.len();
+        for (i, token) in delta.tokens.into_iter().enumerate() {
+            self.emitted.push(token.id);
+            let last = i + 1 == count;
+            let stopped = matches!(delta.finish, Some((FinishReason::Stop, _)));
+            if last && stopped && self.ends_sequence(token.id) {
+                continue;
+            }
+            let (text, stop_text) = self.text.push(token.id);
+            piece.text += &text;
+            piece.tokens.push(self.text.piece(token));
+            if stop_text {
+                piece.finish = Some((FinishReason::Stop, self.usage()));
+                self.close();
+                return piece;
+            }
+        }
+        match delta.finish {
+            None => piece,
+            Some((reason, usage)) => {
+                // an answer without a token has told nothing before
+                self.cached = self.cached.or(Some(usage.cached_tokens));
+                self.end(piece, reason)
+            }
+        }
+    }
+
+    /// The choice's last piece.
+    fn end(&mut self, mut piece: Piece, reason: FinishReason) -> Piece {
+        piece.text += &self.text.finish();
+        piece.finish = Some((reason, self.usage()));
+        self.close();
+        piece
+    }
+
+    fn give_up(&mut self, error: Error) -> Error {
+        self.close();
+        error
+    }
+
+    /// Nothing more comes; dropping the replica's stream cancels what still runs there.
+    fn close(&mut self) {
+        self.done = true;
+        self.deltas = stream::empty().boxed();
+    }
+
+    fn ends_sequence(&self, token: TokenId) -> bool {
+        let stop = &self.job.stop;
+        stop.stop_token_ids.contains(&token) || (!stop.ignore_eos && self.job.model.eos.contains(&token))
+    }
+
+    /// The whole request's usage, whatever number of replicas had a part in it.
+    fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.job.prompt.len(),
+            cached_tokens: self.cached.unwrap_or(0).min(self.job.prompt.len()),
+            completion_tokens: self.emitted.len(),
+        }
+    }
+}
+
+fn broken_off() -> Error {
+    Error::unavailable("the replica's stream ended early; send the request again")
+}

@@ -1,0 +1,57 @@
+//! A request that is known to be good.
+use super::names::Names;
+use crate::served::ServedModel;
+use moesaic_types::{BlockHash, Grammar, Priority, RequestId, SamplingParams, StopConditions, TenantSalt, TokenId};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The operator's limits on one request.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// `n` at most.
+    pub max_n: usize,
+    /// Stop texts at most.
+    pub max_stop: usize,
+    /// Deadline where the request sets none.
+    pub default_deadline: Option<Duration>,
+}
+
+/// A request that is known to be good.
+pub struct Job {
+    /// The request's id.
+    pub id: RequestId,
+    /// The model.
+    pub model: Arc<ServedModel>,
+    /// The prompt.
+    pub prompt: Arc<[TokenId]>,
+    /// Names of the prompt's full blocks, for the router.
+    pub blocks: Vec<BlockHash>,
+    /// How to choose tokens; choice i draws with `seed + i`.
+    pub sampling: SamplingParams,
+    /// When to stop.
+    pub stop: StopConditions,
+    /// Stop texts.
+    pub stop_texts: Vec<String>,
+    /// The stop text that ended an answer is part of it.
+    pub include_stop_text: bool,
+    /// Log-probabilities with so many alternatives.
+    pub top_logprobs: Option<u8>,
+    /// Log-probabilities of the prompt.
+    pub prompt_logprobs: bool,
+    /// What the answer must look like.
+    pub grammar: Option<Grammar>,
+    /// Answers.
+    pub n: usize,
+    /// Order of service.
+    pub priority: Priority,
+    /// Answer by then.
+    pub deadline: Option<Instant>,
+    /// The tenant's salt.
+    pub salt: TenantSalt,
+    /// Special tokens are not shown.
+    pub skip_special: bool,
+    /// The answer goes on with the prompt's own text (a completion).
+    pub continues: bool,
+    /// What the client calls the fields.
+    pub names: Names,
+}

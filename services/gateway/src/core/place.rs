@@ -1,0 +1,92 @@
+//! Finds a replica for a choice and hands the choice to it.
+use super::answer::Core;
+use super::deadline;
+use super::job::Job;
+use moesaic_types::boundary::{DeltaStream, PlaceRequest};
+use moesaic_types::{Error, ErrorCode, GenerateRequest, ReplicaId, RequestId, Result, TokenId};
+use std::sync::Arc;
+
+/// Tries replicas until one accepts; those that do not are added to `failed`. Where none does, `first` is told: the
+/// failure that began the search says more than that nobody is left.
+pub(super) async fn seek(
+    core: &Core,
+    job: &Job,
+    index: usize,
+    emitted: &[TokenId],
+    failed: &mut Vec<ReplicaId>,
+    mut first: Option<Error>,
+) -> Result<(ReplicaId, DeltaStream)> {
+    while failed.len() < core.config.attempts {
+        let sent = deadline::by(job.deadline, send(core, job, index, emitted, failed)).await?;
+        match sent {
+            Ok(found) => return Ok(found),
+            Err((Some(replica), error)) if elsewhere(&error) => {
+                tracing::warn!(id = %job.id, %replica, %error, "replica refused a request; trying another");
+                failed.push(replica);
+                first.get_or_insert(error);
+            }
+            // what a replica says of a fresh request is about the request
+            Err((Some(_), error)) if emitted.is_empty() => return Err(error),
+            Err((_, error)) => return Err(first.unwrap_or(error)),
+        }
+    }
+    Err(first.unwrap_or_else(|| Error::unavailable("no replica took the request; send it again")))
+}
+
+/// Whether another replica may do better.
+fn elsewhere(error: &Error) -> bool {
+    matches!(error.code, ErrorCode::Unavailable | ErrorCode::ResourceExhausted)
+}
+
+/// Places and sends a choice; an error comes with the replica that gave it, if it was one.
+async fn send(
+    core: &Core,
+    job: &Job,
+    index: usize,
+    emitted: &[TokenId],
+    failed: &[ReplicaId],
+) -> Result<(ReplicaId, DeltaStream), (Option<ReplicaId>, Error)> {
+    let backend = core.backend().map_err(|error| (None, error))?;
+    let prompt: Arc<[TokenId]> = match emitted {
+        [] => job.prompt.clone(),
+        _ => job.prompt.iter().chain(emitted).copied().collect(),
+    };
+    let id = match job.n {
+        1 => job.id.clone(),
+        _ => RequestId::new(format!("{}-{index}", job.id)),
+    };
+    let left = job.stop.max_tokens - emitted.len().min(job.stop.max_tokens);
+    let place = PlaceRequest {
+        id: id.clone(),
+        blocks: job.blocks.to_vec(),
+        prompt_tokens: prompt.len(),
+        max_tokens: left,
+        exclude: failed.to_vec(),
+    };
+    let placed = backend.placer.place(place).await.map_err(|error| (None, error))?.replica;
+    let replica = (backend.replicas)(&placed);
+    let replica = replica.ok_or_else(|| (Some(placed.clone()), Error::unavailable("the placed replica is gone")))?;
+    let mut sampling = job.sampling.clone();
+    sampling.seed = sampling.seed.wrapping_add(index as u64);
+    let mut stop = job.stop.clone();
+    stop.max_tokens = left;
+    stop.min_tokens = stop.min_tokens.saturating_sub(emitted.len());
+    let request = GenerateRequest {
+        id,
+        prompt,
+        resumed_tokens: emitted.len(),
+        sampling,
+        stop,
+        top_logprobs: job.top_logprobs,
+        prompt_logprobs: job.prompt_logprobs && emitted.is_empty(),
+        grammar: job.grammar.clone(),
+        priority: job.priority,
+        deadline: job.deadline,
+        salt: job.salt,
+        traceparent: moesaic_telemetry::propagation::current_traceparent(),
+    };
+    match replica.generate(request).await {
+        Ok(deltas) => Ok((placed, deltas)),
+        Err(error) => Err((Some(placed), job.names.apply(error))),
+    }
+}

@@ -2,14 +2,18 @@
 //! Compiles the protos without protoc.
 use std::path::PathBuf;
 
+/// Every area; its folder is its package.
+const AREAS: [&str; 7] = ["error", "expert", "inference", "kv", "router", "scheduler", "tensor"];
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["moesaic/inference/v1/inference.proto"];
-    for file in files {
+    let files = AREAS.map(|area| format!("moesaic/{area}/v1/{area}.proto"));
+    for file in &files {
         println!("cargo::rerun-if-changed={file}");
     }
-    let descriptors = protox::compile(files, ["."])?;
+    let descriptors = protox::compile(&files, ["."])?;
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
     std::fs::write(out.join("descriptors.bin"), prost::Message::encode_to_vec(&descriptors))?;
-    tonic_prost_build::configure().build_transport(true).compile_fds(descriptors)?;
+    // `Bytes`: tensors and blocks are not copied out of the frame that they came in
+    tonic_prost_build::configure().bytes(".").build_transport(true).compile_fds(descriptors)?;
     Ok(())
 }

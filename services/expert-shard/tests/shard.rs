@@ -14,7 +14,7 @@ async fn a_shard_computes_what_the_store_does_and_counts_each_expert() {
     let model = spec::read(&path, &*source).unwrap();
     let backend = Arc::new(NativeBackend::new(1));
     let options = LoadOptions { threads: 1, ..LoadOptions::default() };
-    let load = || load_experts(&*source, &model, backend.clone(), &options, &|_, _| true).unwrap();
+    let load = || load_experts(&*source, &model, backend.clone(), &options).unwrap();
     let shard = ExpertShard::start(&Config::default(), &model, load()).unwrap();
     let tokens = [5, 6, 7, 8, 9];
     let run = |mut decoder: moesaic_model::decoder::Decoder<NativeBackend>| {

@@ -138,7 +138,7 @@ fn runner<B: Backend>(
     let bar = Bar::new("load");
     let report = |progress: Progress| bar.layers(progress);
     let options = LoadOptions { weights: config.model.weights, kv: config.model.kv, threads, progress: Some(&report) };
-    let store = load_experts(&*source, &model, backend.clone(), &options, &|_, _| true)?;
+    let store = load_experts(&*source, &model, backend.clone(), &options)?;
     let shard = ExpertShard::start(&config.expert_shard, &model, store)
         .map_err(|error| moesaic_model::Error::Experts { layer: 0, reason: error.to_string() })?;
     let decoder = load_decoder(&*source, model, backend, &options, shard)?;

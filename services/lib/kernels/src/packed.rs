@@ -11,6 +11,7 @@
 use crate::storage::{AlignedBytes, Storage};
 use crate::{Error, isa::Isa, isa::for_each_isa};
 use half::{bf16, f16};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Rows of a panel.
@@ -132,6 +133,38 @@ impl PackedMatrix<Storage> {
         &self.storage.bytes()[index * len..][..len]
     }
 
+    /// Some rows and columns, exactly as they are packed here: a slice for tensor parallelism. Whole panels of all
+    /// columns of a mapped file stay in the file.
+    ///
+    /// # Panics
+    /// When a range lies outside the matrix, or the columns do not start on a group's bound.
+    pub fn slice(&self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        assert!(rows.end <= self.rows && cols.end <= self.cols, "a slice lies inside its matrix");
+        let (group, group_bytes) = (self.format.group(), self.format.group_bytes());
+        assert!(cols.start.is_multiple_of(group), "columns of a slice start on a group's bound");
+        assert!(cols.end.is_multiple_of(group) || cols.end == self.cols, "and end on one");
+        let whole_panels =
+            rows.start.is_multiple_of(PANEL) && (rows.end.is_multiple_of(PANEL) || rows.end == self.rows);
+        let panel_len = Self::panel_len(self.format, self.cols);
+        if cols == (0..self.cols) && whole_panels {
+            let (offset, len) = (rows.start / PANEL * panel_len, rows.len().div_ceil(PANEL) * panel_len);
+            let storage = self.storage.slice(offset, len);
+            return Self { format: self.format, rows: rows.len(), cols: cols.len(), storage };
+        }
+        let mut bytes = AlignedBytes::from_zeroed(Self::packed_len(self.format, rows.len(), cols.len()));
+        let to_len = Self::panel_len(self.format, cols.len());
+        let first = cols.start / group * group_bytes;
+        for (to, from) in rows.clone().enumerate() {
+            let source = &self.panel(from / PANEL)[first..first + to_len];
+            let target = &mut bytes.as_mut_slice()[to / PANEL * to_len..][..to_len];
+            for (source, target) in source.chunks_exact(group_bytes).zip(target.chunks_exact_mut(group_bytes)) {
+                copy_lane(self.format, source, from % PANEL, target, to % PANEL);
+            }
+        }
+        let storage = Storage::Owned(Arc::new(bytes));
+        Self { format: self.format, rows: rows.len(), cols: cols.len(), storage }
+    }
+
     /// One row's `cols` values.
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
         let (panel, lane) = (self.panel(row / PANEL), row % PANEL);
@@ -178,6 +211,29 @@ fn pack_row(format: Format, panel: &mut [u8], lane: usize, row: &[f32]) {
                     let byte = &mut bytes[PANEL * 2 + k * (PANEL / 2) + lane % 16];
                     *byte = if lane < 16 { (*byte & 0xf0) | nibble } else { (*byte & 0x0f) | nibble << 4 };
                 }
+            }
+        }
+    }
+}
+
+/// Copies one row's part of a group.
+fn copy_lane(format: Format, source: &[u8], from: usize, target: &mut [u8], to: usize) {
+    let width = if format == Format::F32 { 4 } else { 2 };
+    target[to * width..][..width].copy_from_slice(&source[from * width..][..width]);
+    match format {
+        Format::F32 | Format::Bf16 => {}
+        Format::Q8 => {
+            let (source, target) =
+                (source[PANEL * 2..].chunks_exact(PANEL), target[PANEL * 2..].chunks_exact_mut(PANEL));
+            source.zip(target).for_each(|(source, target)| target[to] = source[from]);
+        }
+        Format::Q4 { .. } => {
+            let (source, target) = (source[PANEL * 2..].chunks_exact(16), target[PANEL * 2..].chunks_exact_mut(16));
+            for (source, target) in source.zip(target) {
+                let byte = source[from % 16];
+                let nibble = if from < 16 { byte & 15 } else { byte >> 4 };
+                let target = &mut target[to % 16];
+                *target = if to < 16 { (*target & 0xf0) | nibble } else { (*target & 0x0f) | nibble << 4 };
             }
         }
     }

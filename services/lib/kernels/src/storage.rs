@@ -124,6 +124,21 @@ pub enum Storage {
 }
 
 impl Storage {
+    /// A part of the bytes, inside them; that of a mapped file stays there.
+    pub(crate) fn slice(&self, offset: usize, len: usize) -> Self {
+        match self {
+            Self::Owned(bytes) if offset == 0 && len == bytes.as_slice().len() => self.clone(),
+            Self::Owned(bytes) => {
+                let mut part = AlignedBytes::from_zeroed(len);
+                part.as_mut_slice().copy_from_slice(&bytes.as_slice()[offset..][..len]);
+                Self::Owned(Arc::new(part))
+            }
+            Self::Mapped { file, offset: start, .. } => {
+                Self::Mapped { file: Arc::clone(file), offset: start + offset, len }
+            }
+        }
+    }
+
     /// The bytes; empty where a mapped part lies outside its file.
     pub fn bytes(&self) -> &[u8] {
         match self {

@@ -40,4 +40,9 @@ pub trait ExpertPool<B: Backend>: Send + Sync {
     fn dispatch(&self, layer: usize, x: &B::Tensor, routing: &Routing) -> Result<Ticket<B>>;
     /// The weighted sums `[tokens, hidden]`.
     fn combine(&self, ticket: Ticket<B>) -> Result<B::Tensor>;
+    /// Into how many micro-batches a step of so many tokens is worth being cut, so that attention of one runs while
+    /// the experts of another compute; 1 where the experts run on the caller's thread.
+    fn micro_batches(&self, _tokens: usize) -> usize {
+        1
+    }
 }

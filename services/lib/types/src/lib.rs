@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod boundary;
+pub mod cluster;
 pub mod error;
 pub mod hash;
 pub mod ids;

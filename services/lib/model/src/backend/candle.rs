@@ -19,6 +19,7 @@ pub struct CandleBackend {
 }
 
 /// `y = x Wᵀ + bias`.
+#[derive(Clone)]
 pub struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
@@ -32,6 +33,7 @@ pub struct NormWeights {
 }
 
 /// A feed-forward network.
+#[derive(Clone)]
 pub struct Ffn {
     gate: Option<Linear>,
     up: Linear,

@@ -11,6 +11,7 @@ use crate::spec::{Activation, Norm};
 use crate::{Error, Result};
 use moesaic_kernels::{Format, PackedMatrix};
 use moesaic_types::{KvFormat, WeightFormat};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Which backend runs a model.
@@ -51,7 +52,21 @@ pub struct Matrix<'a> {
     pub read: ReadRow<'a>,
 }
 
-impl Matrix<'_> {
+impl<'a> Matrix<'a> {
+    /// Some rows and columns of it; the columns start and end on bounds of its format's groups, or at its end.
+    pub fn slice(self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        let Self { cols: all_cols, format, packed, mut read, .. } = self;
+        let packed = packed.map(|packed| packed.slice(rows.clone(), cols.clone()));
+        let (count, width, first) = (rows.len(), cols.len(), rows.start);
+        let mut whole = vec![0.0; all_cols];
+        let read = move |row: usize, out: &mut [f32]| {
+            read(first + row, &mut whole)?;
+            out.copy_from_slice(&whole[cols.clone()]);
+            Ok(())
+        };
+        Self { rows: count, cols: width, format, packed, read: Box::new(read) }
+    }
+
     /// The matrix in the kernels' panel layout.
     pub fn pack(mut self) -> Result<PackedMatrix> {
         if let Some(packed) = self.packed {
@@ -113,6 +128,62 @@ pub struct FfnMatrices<'a> {
     pub activation: Activation,
 }
 
+impl FfnMatrices<'_> {
+    /// The slice of the intermediate dimension that `slice` names. The slices' outputs add up to the whole network's;
+    /// the bias of down is in the first one's.
+    ///
+    /// # Errors
+    /// `Backend` when the dimension has too few groups for so many slices.
+    pub fn slice(self, slice: TensorSlice) -> Result<Self> {
+        if slice == TensorSlice::WHOLE {
+            return Ok(self);
+        }
+        let (inner, hidden) = (self.up.rows, self.up.cols);
+        let group = kernel_format(self.down.format).group();
+        let part = slice.of(inner, group).ok_or_else(|| Error::Backend {
+            backend: "experts",
+            reason: format!(
+                "an intermediate width of {inner} in groups of {group} cannot be cut into {} slices",
+                slice.ranks
+            ),
+        })?;
+        let cut = |bias: Option<Vec<f32>>| bias.map(|bias| bias[part.clone()].to_vec());
+        Ok(Self {
+            gate: self.gate.map(|gate| gate.slice(part.clone(), 0..hidden)),
+            up: self.up.slice(part.clone(), 0..hidden),
+            gate_bias: cut(self.gate_bias),
+            up_bias: cut(self.up_bias),
+            down: {
+                let rows = self.down.rows;
+                self.down.slice(0..rows, part.clone())
+            },
+            down_bias: self.down_bias.filter(|_| slice.rank == 0),
+            activation: self.activation,
+        })
+    }
+}
+
+/// Which slice of each expert a device holds (tensor parallelism).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorSlice {
+    /// Which one, from 0.
+    pub rank: usize,
+    /// How many there are; at least 1.
+    pub ranks: usize,
+}
+
+impl TensorSlice {
+    /// No slicing.
+    pub const WHOLE: Self = Self { rank: 0, ranks: 1 };
+
+    /// The slice's part of a dimension that is cut on multiples of `group` only; `None` where a slice would be empty.
+    fn of(self, width: usize, group: usize) -> Option<Range<usize>> {
+        let groups = width.div_ceil(group);
+        let bound = |rank: usize| (groups * rank / self.ranks * group).min(width);
+        (groups >= self.ranks).then(|| bound(self.rank)..bound(self.rank + 1))
+    }
+}
+
 /// What is cached of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
@@ -162,8 +233,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Embedding: Send + Sync;
     /// A norm's weights.
     type Norm: Send + Sync;
-    /// A feed-forward network.
-    type Ffn: Send + Sync;
+    /// A feed-forward network; a clone shares its memory.
+    type Ffn: Clone + Send + Sync;
     /// One layer's experts; those that are elsewhere are missing.
     type Experts: Send + Sync;
     /// Cosines and sines of a batch's positions.

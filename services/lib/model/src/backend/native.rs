@@ -32,6 +32,7 @@ impl Rows {
 }
 
 /// `y = x Wᵀ + bias`.
+#[derive(Clone)]
 pub struct Linear {
     weight: Arc<PackedMatrix>,
     bias: Option<Vec<f32>>,
@@ -45,6 +46,7 @@ pub struct NormWeights {
 }
 
 /// A feed-forward network.
+#[derive(Clone)]
 pub enum Ffn {
     /// `down(act(gate(x)) * up(x))`.
     Gated(Arc<ExpertWeights>, Activation),

@@ -1,49 +1,96 @@
 //! Experts in this process.
 use super::weights::Weights;
 use super::{LoadOptions, Part};
-use crate::backend::Backend;
+use crate::backend::{Backend, TensorSlice};
 use crate::expert_pool::{ExpertPool, Routing, Ticket, TicketState};
 use crate::source::WeightSource;
 use crate::spec::ModelSpec;
 use crate::{Error, Result};
+use moesaic_types::cluster::Shares;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// All layers' experts, or some of them, on one backend.
+/// All layers' experts, or some of them, on one backend; whole, or a slice of each.
 pub struct ExpertStore<B: Backend> {
     backend: Arc<B>,
-    layers: BTreeMap<usize, B::Experts>,
+    slice: TensorSlice,
+    layers: BTreeMap<usize, LayerExperts<B>>,
 }
 
-/// Loads the experts for which `select(layer, expert)` holds; expert weights are apart from the decoder's.
+struct LayerExperts<B: Backend> {
+    held: Vec<Option<B::Ffn>>,
+    gathered: B::Experts,
+}
+
+/// Loads all experts; their weights are apart from the decoder's.
 pub fn load_experts<B: Backend>(
     source: &dyn WeightSource,
     spec: &ModelSpec,
     backend: Arc<B>,
     options: &LoadOptions<'_>,
-    select: &(dyn Fn(usize, usize) -> bool + Sync),
 ) -> Result<ExpertStore<B>> {
-    let weights = Weights::new(source, spec, options.weights);
-    let total = spec.moe_layers().count();
-    let mut layers = BTreeMap::new();
-    for (done, layer) in spec.moe_layers().enumerate() {
-        options.report(Part::Experts, done, total);
-        let moe = spec.moe(layer).expect("moe_layers yields layers with experts");
-        let load = |expert: usize| -> Result<Option<B::Ffn>> {
-            if !select(layer, expert) {
-                return Ok(None);
-            }
-            backend.load_ffn(weights.expert(layer, expert, moe.experts, moe.expert)?).map(Some)
-        };
-        // The first alone: its shapes and names fail before threads and memory are spent.
-        let first = load(0)?;
-        let rest = in_parallel(moe.experts - 1, options.threads, &|index| load(index + 1))?;
-        let experts = std::iter::once(first).chain(rest).collect();
-        layers.insert(layer, backend.gather_experts(experts, spec.hidden)?);
+    let all = |layer: usize| (0..spec.moe(layer).map_or(0, |moe| moe.experts) as u32).collect();
+    let shares = spec.moe_layers().map(|layer| (layer, all(layer))).collect();
+    ExpertStore::empty(backend, TensorSlice::WHOLE).holding(source, spec, options, &shares)
+}
+
+impl<B: Backend> ExpertStore<B> {
+    /// A store that holds nothing yet.
+    pub fn empty(backend: Arc<B>, slice: TensorSlice) -> Self {
+        Self { backend, slice, layers: BTreeMap::new() }
     }
-    options.report(Part::Experts, total, total);
-    Ok(ExpertStore { backend, layers })
+
+    /// A store that holds just `shares`: what is here already is shared, the rest is loaded.
+    ///
+    /// # Errors
+    /// `Experts` when a share names a layer without experts or an expert that it does not have; what loading says.
+    pub fn holding(
+        &self,
+        source: &dyn WeightSource,
+        spec: &ModelSpec,
+        options: &LoadOptions<'_>,
+        shares: &Shares,
+    ) -> Result<Self> {
+        let weights = Weights::new(source, spec, options.weights);
+        let total = shares.len();
+        let mut layers = BTreeMap::new();
+        for (done, (&layer, share)) in shares.iter().enumerate() {
+            options.report(Part::Experts, done, total);
+            let unknown = |reason: String| Error::Experts { layer, reason };
+            let moe = spec.moe(layer).ok_or_else(|| unknown("the layer has no experts".into()))?;
+            if let Some(expert) = share.iter().find(|&&expert| expert as usize >= moe.experts) {
+                return Err(unknown(format!("expert {expert} is asked for; the layer has {}", moe.experts)));
+            }
+            let load = |index: usize| -> Result<B::Ffn> {
+                let expert = share[index] as usize;
+                if let Some(held) = self.layers.get(&layer).and_then(|layer| layer.held[expert].as_ref()) {
+                    return Ok(held.clone());
+                }
+                let matrices = weights.expert(layer, expert, moe.experts, moe.expert)?;
+                self.backend.load_ffn(matrices.slice(self.slice)?)
+            };
+            // The first alone: its shapes and names fail before threads and memory are spent.
+            let first = if share.is_empty() { None } else { Some(load(0)?) };
+            let rest = in_parallel(share.len().saturating_sub(1), options.threads, &|index| load(index + 1))?;
+            let mut held = vec![None; moe.experts];
+            for (expert, loaded) in share.iter().zip(first.into_iter().chain(rest)) {
+                held[*expert as usize] = Some(loaded);
+            }
+            let gathered = self.backend.gather_experts(held.clone(), spec.hidden)?;
+            layers.insert(layer, LayerExperts { held, gathered });
+        }
+        options.report(Part::Experts, total, total);
+        Ok(Self { backend: self.backend.clone(), slice: self.slice, layers })
+    }
+
+    /// The experts that are here, by layer.
+    pub fn shares(&self) -> Shares {
+        let held = |experts: &LayerExperts<B>| {
+            experts.held.iter().enumerate().filter(|(_, ffn)| ffn.is_some()).map(|(expert, _)| expert as u32).collect()
+        };
+        self.layers.iter().map(|(layer, experts)| (*layer, held(experts))).collect()
+    }
 }
 
 /// `work(0..count)` on some threads, in order.
@@ -82,7 +129,7 @@ impl<B: Backend> ExpertStore<B> {
             .layers
             .get(&layer)
             .ok_or_else(|| Error::Experts { layer, reason: "no expert of this layer is loaded".into() })?;
-        self.backend.experts(experts, x, routing)
+        self.backend.experts(&experts.gathered, x, routing)
     }
 
     /// The backend that they are on.

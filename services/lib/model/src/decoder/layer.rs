@@ -2,7 +2,7 @@
 use super::weights::{Role, Weights};
 use crate::Result;
 use crate::backend::{AttentionCall, AttentionSequence, Backend};
-use crate::expert_pool::{ExpertPool, Routing};
+use crate::expert_pool::{ExpertPool, Routing, Ticket};
 use crate::spec::names::{QkvNames, at_layer};
 use crate::spec::{Attention, Ffn, Gqa, LayerSpec, Mla, Moe, Norm, NormKind, Position, QkNorm, Rope, alibi_slopes};
 
@@ -103,23 +103,23 @@ impl<B: Backend> Layer<B> {
         })
     }
 
-    /// Runs the layer on the residual stream `x`; also says how it routed.
-    pub(super) fn forward(
+    /// Runs the layer on the residual stream `x` up to the dispatch of its tokens to their experts.
+    pub(super) fn begin(
         &self,
         step: &mut Step<'_, B>,
         index: usize,
         spec: &LayerSpec,
         x: B::Tensor,
-    ) -> Result<(B::Tensor, Option<Routing>)> {
+    ) -> Result<Begun<B>> {
         let backend = step.backend;
         let normed = backend.norm(&self.attention_norm, &x)?;
         let attended = self.attend(step, index, spec, &normed)?;
         let residual = if spec.residual_after_norm { normed } else { x };
         let x = backend.add(residual, &attended, spec.residual_scale)?;
         let normed = backend.norm(&self.ffn_norm, &x)?;
-        let (output, routing) = self.feed_forward(step, index, &spec.ffn, &normed)?;
+        let output = self.feed_forward(step, index, &spec.ffn, &normed)?;
         let residual = if spec.residual_after_norm { normed } else { x };
-        Ok((backend.add(residual, &output, spec.residual_scale)?, routing))
+        Ok(Begun { residual, output, scale: spec.residual_scale })
     }
 
     fn attend(&self, step: &mut Step<'_, B>, index: usize, spec: &LayerSpec, x: &B::Tensor) -> Result<B::Tensor> {
@@ -165,13 +165,7 @@ impl<B: Backend> Layer<B> {
         }
     }
 
-    fn feed_forward(
-        &self,
-        step: &Step<'_, B>,
-        index: usize,
-        spec: &Ffn,
-        x: &B::Tensor,
-    ) -> Result<(B::Tensor, Option<Routing>)> {
+    fn feed_forward(&self, step: &Step<'_, B>, index: usize, spec: &Ffn, x: &B::Tensor) -> Result<Output<B>> {
         let backend = step.backend;
         match (&self.ffn, spec) {
             (FfnWeights::Moe { gate, choice_bias, shared }, Ffn::Moe(moe)) => {
@@ -189,15 +183,41 @@ impl<B: Backend> Layer<B> {
                     }
                     None => None,
                 };
-                let mut output = step.pool.combine(ticket)?;
-                if let Some(shared) = shared {
-                    output = backend.add(output, &shared, 1.0)?;
-                }
-                Ok((output, Some(routing)))
+                Ok(Output::Experts { ticket, shared, routing })
             }
-            (FfnWeights::Dense(ffn), Ffn::Dense(_)) => Ok((backend.ffn(ffn, x)?, None)),
+            (FfnWeights::Dense(ffn), Ffn::Dense(_)) => Ok(Output::Dense(backend.ffn(ffn, x)?)),
             _ => unreachable!("a layer is loaded from the spec that it runs with"),
         }
+    }
+}
+
+/// A layer whose experts may be under way.
+pub(super) struct Begun<B: Backend> {
+    residual: B::Tensor,
+    output: Output<B>,
+    scale: f32,
+}
+
+enum Output<B: Backend> {
+    Dense(B::Tensor),
+    Experts { ticket: Ticket<B>, shared: Option<B::Tensor>, routing: Routing },
+}
+
+impl<B: Backend> Begun<B> {
+    /// Awaits the experts; the residual stream after the layer, and how it routed.
+    pub(super) fn end(self, backend: &B, pool: &dyn ExpertPool<B>) -> Result<(B::Tensor, Option<Routing>)> {
+        let (output, routing) = match self.output {
+            Output::Dense(output) => (output, None),
+            Output::Experts { ticket, shared, routing } => {
+                let output = pool.combine(ticket)?;
+                let output = match shared {
+                    Some(shared) => backend.add(output, &shared, 1.0)?,
+                    None => output,
+                };
+                (output, Some(routing))
+            }
+        };
+        Ok((backend.add(self.residual, &output, self.scale)?, routing))
     }
 }
 

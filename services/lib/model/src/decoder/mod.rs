@@ -1,6 +1,7 @@
 //! The decoder: one forward pass over a batch, for every architecture that a [`ModelSpec`] can describe.
 mod experts;
 mod layer;
+mod micro_batch;
 mod weights;
 
 pub use experts::{ExpertStore, load_experts};
@@ -15,6 +16,7 @@ use crate::source::{self, WeightSource};
 use crate::spec::{self, ModelSpec, Rope};
 use bytes::Bytes;
 use layer::{Layer, Step, load_norm};
+use micro_batch::{MicroBatch, Recorder, Stream};
 use moesaic_types::{BLOCK_TOKENS, KvFormat, WeightFormat};
 use std::path::Path;
 use std::sync::Arc;
@@ -82,7 +84,7 @@ pub struct Decoder<B: Backend> {
     kv_format: KvFormat,
     kv: Option<(B::Kv, usize)>,
     record_routing: bool,
-    routing: Vec<Vec<Vec<u32>>>,
+    routing: Recorder,
 }
 
 /// Opens a model and loads all of it, experts included.
@@ -94,7 +96,7 @@ pub fn load(path: &Path, kind: BackendKind, options: &LoadOptions<'_>) -> Result
         options: &LoadOptions<'_>,
     ) -> Result<Box<dyn Runner>> {
         let backend = Arc::new(backend);
-        let pool = Arc::new(load_experts(source, &spec, backend.clone(), options, &|_, _| true)?);
+        let pool = Arc::new(load_experts(source, &spec, backend.clone(), options)?);
         Ok(Box::new(load_decoder(source, spec, backend, options, pool)?))
     }
     let source = source::open(path)?;
@@ -146,7 +148,7 @@ pub fn load_decoder<B: Backend>(
         kv_format: options.kv,
         kv: None,
         record_routing: false,
-        routing: Vec::new(),
+        routing: Recorder::default(),
         spec,
     })
 }
@@ -176,6 +178,51 @@ impl<B: Backend> Decoder<B> {
             };
             return Err(self.backend.error(reason));
         }
+        Ok(())
+    }
+
+    /// A micro-batch before the first layer.
+    fn embed<'a>(&self, part: &'a [SequenceChunk<'a>]) -> Result<MicroBatch<'a, B>> {
+        let backend = &*self.backend;
+        let (mut tokens, mut positions, mut wanted, mut sequences) = (vec![], vec![], vec![], vec![]);
+        for chunk in part {
+            let first = tokens.len() as u32;
+            let rows = chunk.tokens.len();
+            tokens.extend_from_slice(chunk.tokens);
+            positions.extend((0..rows).map(|row| (chunk.start + row) as u32));
+            sequences.push(AttentionSequence { blocks: chunk.blocks, start: chunk.start, rows });
+            match chunk.logits {
+                LogitsWanted::None => {}
+                LogitsWanted::Last => wanted.push(first + rows as u32 - 1),
+                LogitsWanted::All => wanted.extend(first..first + rows as u32),
+            }
+        }
+        let rotation = |rope: &Rope| {
+            let (cos, sin) = rope.table(&positions);
+            backend.rotation(cos, sin, rope.dims / 2, rope.interleaved)
+        };
+        let rotations = self.ropes.iter().map(rotation).collect::<Result<Vec<_>>>()?;
+        let mut x = backend.embed(&self.embedding, &tokens)?;
+        if self.spec.embedding_scale != 1.0 {
+            x = backend.scale(x, self.spec.embedding_scale)?;
+        }
+        if let Some(norm) = &self.embedding_norm {
+            x = backend.norm(norm, &x)?;
+        }
+        Ok(MicroBatch { rows: tokens.len(), sequences, rotations, wanted, stream: Stream::Between(x) })
+    }
+
+    /// Appends the wanted rows' logits.
+    fn project(&self, x: &B::Tensor, rows: usize, wanted: &[u32], logits: &mut Vec<f32>) -> Result<()> {
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let backend = &*self.backend;
+        let chosen = if wanted.len() < rows { Some(backend.rows(x, wanted)?) } else { None };
+        let x = backend.norm(&self.final_norm, chosen.as_ref().unwrap_or(x))?;
+        let rows = backend.to_host(&backend.linear(&self.output, &x)?)?;
+        let scale = self.spec.logits_scale;
+        logits.extend(rows.into_iter().map(|logit| if scale == 1.0 { logit } else { logit * scale }));
         Ok(())
     }
 
@@ -212,62 +259,34 @@ impl<B: Backend> Runner for Decoder<B> {
         }
         let blocks = self.kv.as_ref().map_or(0, |(_, blocks)| *blocks);
         self.check(batch, blocks)?;
-        let backend = &*self.backend;
+        let rows = batch.iter().map(|chunk| chunk.tokens.len()).sum();
+        let parts = micro_batch::cut(batch, self.pool.micro_batches(rows));
+        let mut recorder = std::mem::take(&mut self.routing);
+        recorder.clear();
+        let mut micro_batches = parts.iter().map(|part| self.embed(part)).collect::<Result<Vec<_>>>()?;
+        let layers = self.layers.iter().zip(&self.spec.layers).enumerate();
+        let (backend, pool) = (&*self.backend, &*self.pool);
         let (kv, _) = self.kv.as_mut().expect("a chunk's blocks are inside the pool, so there is one");
-        let (mut tokens, mut positions, mut wanted, mut sequences) = (vec![], vec![], vec![], vec![]);
-        for chunk in batch {
-            let first = tokens.len() as u32;
-            let rows = chunk.tokens.len();
-            tokens.extend_from_slice(chunk.tokens);
-            positions.extend((0..rows).map(|row| (chunk.start + row) as u32));
-            sequences.push(AttentionSequence { blocks: chunk.blocks, start: chunk.start, rows });
-            match chunk.logits {
-                LogitsWanted::None => {}
-                LogitsWanted::Last => wanted.push(first + rows as u32 - 1),
-                LogitsWanted::All => wanted.extend(first..first + rows as u32),
+        let mut record = self.record_routing.then_some(&mut recorder);
+        for (index, (layer, spec)) in layers {
+            // One micro-batch's experts compute while another is at the next layer's attention.
+            for micro_batch in &mut micro_batches {
+                let x = micro_batch.end(backend, pool, record.as_deref_mut())?;
+                let (sequences, rotations) = (&micro_batch.sequences, &micro_batch.rotations);
+                let mut step = Step { backend, pool, sequences, rotations, kv: &mut *kv };
+                micro_batch.stream = Stream::Begun(index, layer.begin(&mut step, index, spec, x)?);
             }
         }
-        let rotation = |rope: &Rope| {
-            let (cos, sin) = rope.table(&positions);
-            backend.rotation(cos, sin, rope.dims / 2, rope.interleaved)
-        };
-        let rotations = self.ropes.iter().map(rotation).collect::<Result<Vec<_>>>()?;
-        let mut x = backend.embed(&self.embedding, &tokens)?;
-        if self.spec.embedding_scale != 1.0 {
-            x = backend.scale(x, self.spec.embedding_scale)?;
+        for micro_batch in &mut micro_batches {
+            let x = micro_batch.end(backend, pool, record.as_deref_mut())?;
+            self.project(&x, micro_batch.rows, &micro_batch.wanted, logits)?;
         }
-        if let Some(norm) = &self.embedding_norm {
-            x = backend.norm(norm, &x)?;
-        }
-        self.routing.clear();
-        let mut step = Step { backend, pool: &*self.pool, sequences: &sequences, rotations: &rotations, kv };
-        for (index, layer) in self.layers.iter().enumerate() {
-            let (output, routing) = layer.forward(&mut step, index, &self.spec.layers[index], x)?;
-            x = output;
-            if let Some(routing) = routing.filter(|_| self.record_routing) {
-                let sorted = |ends: &[u32]| {
-                    let mut experts = routing.experts[ends[0] as usize..ends[1] as usize].to_vec();
-                    experts.sort_unstable();
-                    experts
-                };
-                self.routing.push(routing.offsets.windows(2).map(sorted).collect());
-            }
-        }
-        if wanted.is_empty() {
-            return Ok(());
-        }
-        if wanted.len() < tokens.len() {
-            x = backend.rows(&x, &wanted)?;
-        }
-        let x = backend.norm(&self.final_norm, &x)?;
-        let rows = backend.to_host(&backend.linear(&self.output, &x)?)?;
-        let scale = self.spec.logits_scale;
-        logits.extend(rows.into_iter().map(|logit| if scale == 1.0 { logit } else { logit * scale }));
+        self.routing = recorder;
         Ok(())
     }
 
     fn routing(&self) -> &[Vec<Vec<u32>>] {
-        &self.routing
+        &self.routing.chosen
     }
 
     fn record_routing(&mut self, on: bool) {

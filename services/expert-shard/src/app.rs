@@ -2,12 +2,13 @@
 use crate::actors::shard_control::{FollowEpoch, Report, ShardControl, TakeReport};
 use crate::config::Config;
 use crate::load::LoadCounters;
-use crate::metrics;
+use metrics::{counter, histogram};
 use moesaic_actors::{Handle, Supervised};
 use moesaic_model::backend::Backend;
 use moesaic_model::decoder::ExpertStore;
 use moesaic_model::expert_pool::{ExpertPool, Routing, Ticket};
 use moesaic_model::spec::ModelSpec;
+use moesaic_telemetry::metrics as names;
 use moesaic_types::Result;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -60,11 +61,10 @@ impl<B: Backend> ExpertPool<B> for ExpertShard<B> {
         self.counters.add(layer, routing);
         let ticket = self.store.dispatch(layer, x, routing);
         let label = layer.to_string();
-        ::metrics::counter!(metrics::EXPERT_TOKENS_TOTAL, "layer" => label.clone())
-            .increment(routing.experts.len() as u64);
-        ::metrics::histogram!(metrics::EXPERT_SECONDS).record(started.elapsed().as_secs_f64());
+        counter!(names::EXPERT_TOKENS_TOTAL, "layer" => label.clone()).increment(routing.experts.len() as u64);
+        histogram!(names::EXPERT_DISPATCH_SECONDS).record(started.elapsed().as_secs_f64());
         if ticket.is_err() {
-            ::metrics::counter!(metrics::EXPERT_FAILURES_TOTAL, "layer" => label).increment(1);
+            counter!(names::EXPERT_FAILURES_TOTAL, "layer" => label).increment(1);
         }
         ticket
     }

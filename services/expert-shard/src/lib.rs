@@ -7,7 +7,6 @@ pub mod actors;
 mod app;
 pub mod config;
 pub mod load;
-pub mod metrics;
 
 pub use app::ExpertShard;
 pub use config::Config;

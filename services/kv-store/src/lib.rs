@@ -5,7 +5,6 @@ pub mod actors;
 mod app;
 pub mod config;
 pub mod lru;
-pub mod metrics;
 
 pub use app::KvStore;
 pub use config::Config;

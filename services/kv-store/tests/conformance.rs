@@ -1,9 +1,9 @@
-//! The store keeps the boundary's promises, and its metrics have the names that are documented.
+//! The store keeps the boundary's promises.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used)] // A test fails by panicking.
 use bytes::Bytes;
 use moesaic_config::ByteSize;
-use moesaic_kv_store::{Config, KvStore, metrics};
+use moesaic_kv_store::{Config, KvStore};
 use moesaic_testkit::conformance::{self, block};
 use moesaic_types::boundary::PrefixStore;
 
@@ -28,12 +28,4 @@ async fn a_chain_that_is_used_goes_from_its_end() {
         assert_eq!(store.longest(&chain).await.unwrap(), left);
     }
     assert!(!store.offer(block(13).0, Bytes::from(vec![0; 4 * len as usize])).await.unwrap(), "larger than the store");
-}
-
-#[test]
-fn every_metric_is_documented() {
-    let names = [metrics::HITS_TOTAL, metrics::MISSES_TOTAL, metrics::EVICTIONS_TOTAL, metrics::BYTES];
-    for name in names {
-        assert!(moesaic_telemetry::metrics::ALL.iter().any(|(known, ..)| *known == name), "{name}");
-    }
 }

@@ -216,8 +216,3 @@ async fn a_table_that_panics_comes_back_with_the_registered_replicas() {
     .await;
     assert!(router.place(request(&[])).await.is_ok());
 }
-
-#[test]
-fn restarts_are_counted_under_the_documented_name() {
-    assert_eq!(moesaic_actors::RESTARTS_TOTAL, moesaic_telemetry::metrics::ACTOR_RESTARTS_TOTAL);
-}

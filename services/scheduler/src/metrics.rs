@@ -52,7 +52,7 @@ impl Metrics {
             running: gauge!(names::NUM_REQUESTS_RUNNING, &l),
             waiting: gauge!(names::NUM_REQUESTS_WAITING, &l),
             kv_usage: gauge!(names::KV_CACHE_USAGE_PERC, &l),
-            kv_cached: gauge!("moesaic_kv_blocks_cached", &l),
+            kv_cached: gauge!(names::KV_BLOCKS_CACHED, &l),
             prefix_queries: counter!(names::PREFIX_CACHE_QUERIES, &l),
             prefix_hits: counter!(names::PREFIX_CACHE_HITS, &l),
             prompt_tokens: counter!(names::PROMPT_TOKENS_TOTAL, &l),
@@ -66,10 +66,10 @@ impl Metrics {
             stopped: success("stop"),
             cut: success("length"),
             preemptions: counter!(names::PREEMPTIONS_TOTAL, &l),
-            cancelled: counter!("moesaic_requests_cancelled_total", &l),
-            store_fetched: counter!("moesaic_prefix_store_fetched_blocks_total", &l),
-            store_offered: counter!("moesaic_prefix_store_offered_blocks_total", &l),
-            store_dropped: counter!("moesaic_prefix_store_dropped_blocks_total", &l),
+            cancelled: counter!(names::REQUESTS_CANCELLED_TOTAL, &l),
+            store_fetched: counter!(names::PREFIX_STORE_FETCHED_BLOCKS_TOTAL, &l),
+            store_offered: counter!(names::PREFIX_STORE_OFFERED_BLOCKS_TOTAL, &l),
+            store_dropped: counter!(names::PREFIX_STORE_DROPPED_BLOCKS_TOTAL, &l),
         }
     }
 

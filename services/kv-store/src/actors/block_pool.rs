@@ -1,7 +1,9 @@
 //! Owns the blocks. A restart begins empty: what was kept is computed again.
-use crate::{lru::Lru, metrics};
+use crate::lru::Lru;
 use actix::{Actor, Context, Handler, Message, MessageResult};
 use bytes::Bytes;
+use metrics::{counter, gauge};
+use moesaic_telemetry::metrics as names;
 use moesaic_types::BlockHash;
 
 /// The actor's state.
@@ -12,7 +14,7 @@ pub struct BlockPool {
 impl BlockPool {
     /// An empty pool of `capacity` bytes.
     pub fn new(capacity: usize) -> Self {
-        ::metrics::gauge!(metrics::BYTES).set(0.0);
+        gauge!(names::KV_STORE_BYTES).set(0.0);
         Self { lru: Lru::new(capacity) }
     }
 }
@@ -52,8 +54,8 @@ impl Handler<Fetch> for BlockPool {
         let found: Vec<Bytes> = chain.iter().map_while(|hash| self.lru.get(hash)).collect();
         // A block is of no use without those before it: the chain's end goes first.
         chain[..found.len()].iter().rev().for_each(|hash| drop(self.lru.get(hash)));
-        ::metrics::counter!(metrics::HITS_TOTAL).increment(found.len() as u64);
-        ::metrics::counter!(metrics::MISSES_TOTAL).increment(u64::from(found.len() < chain.len()));
+        counter!(names::KV_STORE_HITS_TOTAL).increment(found.len() as u64);
+        counter!(names::KV_STORE_MISSES_TOTAL).increment(u64::from(found.len() < chain.len()));
         MessageResult(found)
     }
 }
@@ -74,8 +76,8 @@ impl Handler<Offer> for BlockPool {
     fn handle(&mut self, offer: Offer, _: &mut Context<Self>) -> bool {
         let kept = self.lru.put(offer.hash, offer.bytes);
         if let Some(evicted) = kept {
-            ::metrics::counter!(metrics::EVICTIONS_TOTAL).increment(evicted as u64);
-            ::metrics::gauge!(metrics::BYTES).set(self.lru.bytes() as f64);
+            counter!(names::KV_STORE_EVICTIONS_TOTAL).increment(evicted as u64);
+            gauge!(names::KV_STORE_BYTES).set(self.lru.bytes() as f64);
         }
         kept.is_some()
     }

@@ -46,6 +46,3 @@ pub use backoff::Backoff;
 pub use error::AskError;
 pub use handle::{Handle, WeakHandle};
 pub use supervise::Supervised;
-
-/// Counter of restarts, with label `actor`.
-pub const RESTARTS_TOTAL: &str = "moesaic_actor_restarts_total";

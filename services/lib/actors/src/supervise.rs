@@ -1,9 +1,10 @@
 //! Runs an actor life after life until it is stopped.
 use crate::handle::Shared;
-use crate::{Backoff, Handle, RESTARTS_TOTAL, arbiter};
+use crate::{Backoff, Handle, arbiter};
 use actix::dev::ContextFut;
 use actix::dev::channel::{AddressReceiver, channel};
 use actix::{Actor, ActorContext, Context};
+use moesaic_telemetry::metrics::ACTOR_RESTARTS_TOTAL;
 use std::any::Any;
 use std::future::{Future, poll_fn};
 use std::marker::PhantomData;
@@ -99,7 +100,7 @@ impl<A: Actor<Context = Context<A>>, F: Fn() -> A> Supervisor<A, F> {
             pause = Some(wait);
             // Before the old mailbox is dropped: whoever sees an ask fail finds the new one.
             let restarts = shared.renew(sender);
-            metrics::counter!(RESTARTS_TOTAL, "actor" => self.name).increment(1);
+            metrics::counter!(ACTOR_RESTARTS_TOTAL, "actor" => self.name).increment(1);
             drop(shared);
             remains.bury();
             let wait_ms = wait.as_millis();

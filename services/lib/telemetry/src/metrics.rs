@@ -1,7 +1,8 @@
 //! Every metric's name, and the recorder that Prometheus reads.
 //!
 //! Code records with the macros of the `metrics` crate and these names; labels stand in the descriptions. The names
-//! that begin with `vllm:` are those that vLLM's dashboards and autoscalers read.
+//! that begin with `vllm:` are those that vLLM's dashboards and autoscalers read. [`render`] adds what Prometheus' own
+//! clients say of a process (`process_resident_memory_bytes`, `process_start_time_seconds` and so on).
 use crate::Error;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -37,9 +38,19 @@ names! {
     histogram REQUEST_QUEUE_TIME_SECONDS = "vllm:request_queue_time_seconds", "From arrival to the batch.";
 
     counter REQUEST_SUCCESS_TOTAL = "moesaic_request_success_total", "Sequences finished, by `finished_reason`.";
+    counter REQUEST_FAILURES_TOTAL = "moesaic_request_failures_total", "Sequences that ended with an error, by `code`.";
+    counter REQUESTS_CANCELLED_TOTAL = "moesaic_requests_cancelled_total", "Sequences whose reader went away.";
     counter PREEMPTIONS_TOTAL = "moesaic_preemptions_total", "Sequences put back because KV blocks ran out.";
     histogram STEP_SECONDS = "moesaic_step_seconds", "Duration of an engine step.";
     histogram STEP_TOKENS = "moesaic_step_tokens", "Tokens of an engine step.";
+    gauge KV_BLOCKS_CACHED = "moesaic_kv_blocks_cached", "Unused KV blocks that hold reusable tokens.";
+    counter PREFIX_STORE_FETCHED_BLOCKS_TOTAL = "moesaic_prefix_store_fetched_blocks_total",
+        "Blocks read from the prefix store.";
+    counter PREFIX_STORE_OFFERED_BLOCKS_TOTAL = "moesaic_prefix_store_offered_blocks_total",
+        "Evicted blocks offered to the prefix store.";
+    counter PREFIX_STORE_DROPPED_BLOCKS_TOTAL = "moesaic_prefix_store_dropped_blocks_total",
+        "Evicted blocks dropped because too many were on their way to the prefix store.";
+    counter ENGINE_RESTARTS_TOTAL = "moesaic_engine_restarts_total", "Engines started again after a failure.";
 
     counter HTTP_REQUESTS_TOTAL = "moesaic_http_requests_total", "HTTP requests, by `route` and `status`.";
     histogram HTTP_REQUEST_SECONDS = "moesaic_http_request_seconds", "Until the response's head, by `route`.";
@@ -64,6 +75,7 @@ names! {
     histogram EXPERT_DISPATCH_SECONDS = "moesaic_expert_dispatch_seconds", "Duration of one layer's experts.";
     counter EXPERT_FAILURES_TOTAL = "moesaic_expert_failures_total", "Dispatches that failed, by `layer`.";
 
+    gauge BUILD_INFO = "moesaic_build_info", "Always 1; `version` and `commit` say which build this is.";
     counter ACTOR_RESTARTS_TOTAL = "moesaic_actor_restarts_total", "Actors built again after a failure, by `actor`.";
 }
 
@@ -83,7 +95,19 @@ const COUNTS: &[f64] =
 /// Histograms keep each sample until someone collects it; this often we do, whether or not Prometheus comes.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
+/// What this build calls itself; the commit is known where the build was told.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+const COMMIT: &str = match option_env!("MOESAIC_COMMIT") {
+    Some(commit) => commit,
+    None => "unknown",
+};
+
+struct Recorder {
+    prometheus: PrometheusHandle,
+    process: metrics_process::Collector,
+}
+
+static RECORDER: OnceLock<Recorder> = OnceLock::new();
 
 /// Starts the recording of metrics in this process. A second call changes nothing.
 pub fn install() -> Result<(), Error> {
@@ -100,6 +124,9 @@ pub fn install() -> Result<(), Error> {
     let handle = recorder.handle();
     metrics::set_global_recorder(recorder).map_err(|_| Error::AlreadySet("a metrics recorder"))?;
     describe();
+    metrics::gauge!(BUILD_INFO, "version" => VERSION, "commit" => COMMIT).set(1.0);
+    let process = metrics_process::Collector::default();
+    process.describe();
     let upkeep = handle.clone();
     std::thread::Builder::new()
         .name("metrics-upkeep".into())
@@ -110,13 +137,15 @@ pub fn install() -> Result<(), Error> {
             }
         })
         .map_err(Error::Thread)?;
-    RECORDER.get_or_init(|| handle);
+    RECORDER.get_or_init(|| Recorder { prometheus: handle, process });
     Ok(())
 }
 
 /// All metrics in Prometheus's text format; empty before [`install`].
 pub fn render() -> String {
-    let mut text = RECORDER.get().map(PrometheusHandle::render).unwrap_or_default();
+    let Some(recorder) = RECORDER.get() else { return String::new() };
+    recorder.process.collect();
+    let mut text = recorder.prometheus.render();
     for name in ALSO_WITH_TOTAL {
         let again: Vec<String> = text
             .lines()

@@ -1,6 +1,8 @@
 //! What Prometheus reads. One test: the recorder is the process's.
 #![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used)] // A test fails by panicking, in its helpers too.
 use moesaic_telemetry::metrics::{self as names, install, render};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 #[test]
 fn names_appear_verbatim_with_help_type_and_buckets() {
@@ -38,4 +40,15 @@ fn names_appear_verbatim_with_help_type_and_buckets() {
     // Dashboards read these with the suffix that Prometheus clients add.
     has("vllm:prefix_cache_queries_total 3");
     has("# TYPE vllm:prefix_cache_hits_total counter");
+    assert!(text.contains("moesaic_build_info{version=\"") && text.contains("commit=\""), "{text}");
+    let value = |name: &str| -> f64 {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {name} in\n{text}")).parse().unwrap()
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    let started = value("process_start_time_seconds");
+    // The kernel counts it in ticks since a boot whose time it rounds.
+    assert!((now - 3600.0..=now + 2.0).contains(&started), "started at {started}, now is {now}");
+    assert!(value("process_resident_memory_bytes") > 1e6);
+    has("# TYPE process_cpu_seconds_total counter");
 }

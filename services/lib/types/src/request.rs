@@ -134,8 +134,6 @@ pub struct Delta {
     pub cached_tokens: Option<usize>,
     /// Set on the last delta.
     pub finish: Option<(FinishReason, Usage)>,
-    /// Prompt tokens that came from the prefix cache; on the first delta.
-    pub cached_tokens: Option<usize>,
 }
 
 /// Why a sequence ended.

@@ -3,6 +3,7 @@
 //! Requests reach the engine through [`Slot`], not through the actor: it only decides which engine is there.
 use crate::engine::{Command, Engine, Info, Parts};
 use actix::{Actor, AsyncContext, Context, Handler, Message};
+use moesaic_telemetry::metrics::ENGINE_RESTARTS_TOTAL;
 use moesaic_types::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -180,7 +181,7 @@ impl Handler<Ended> for EngineControl {
         tracing::error!(reason = ended.reason, pause_ms = pause.as_millis(), "the engine ended; starting it again");
         context.run_later(pause, |control, context| {
             let replica = control.parts.config.replica.clone();
-            metrics::counter!("moesaic_engine_restarts_total", "replica" => replica).increment(1);
+            metrics::counter!(ENGINE_RESTARTS_TOTAL, "replica" => replica).increment(1);
             control.parts.snapshot.send_modify(|snapshot| snapshot.restarts += 1);
             control.launch(context);
         });

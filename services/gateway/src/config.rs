@@ -1,5 +1,5 @@
 //! The `[gateway]` section.
-use moesaic_config::{ByteSize, HumanDuration};
+use moesaic_config::{ByteSize, HumanDuration, Secret};
 use moesaic_types::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -25,7 +25,7 @@ pub struct Config {
     pub max_stop: usize,
     /// A client that takes nothing of its answer for so long is cut off.
     pub write_timeout: HumanDuration,
-    /// Deadline of a request that does not set its own; 0s is none.
+    /// Deadline of a request that does not set its own; 0s is none, 24h the longest.
     pub default_deadline: HumanDuration,
     /// How long running requests may go on after the signal to stop.
     pub drain_timeout: HumanDuration,
@@ -36,7 +36,7 @@ pub struct Config {
     /// Tenants share prefix blocks; without it each API key has blocks of its own.
     pub share_prefixes: bool,
     /// Keeps tenants' salts from being guessed; random at each start where it is empty.
-    pub salt_secret: String,
+    pub salt_secret: Secret,
 }
 
 impl Default for Config {
@@ -56,7 +56,7 @@ impl Default for Config {
             attempts: 3,
             allowed_origins: vec!["*".into()],
             share_prefixes: false,
-            salt_secret: String::new(),
+            salt_secret: Secret::default(),
         }
     }
 }
@@ -80,6 +80,18 @@ impl Config {
         within("max_n", self.max_n, 1, 128)?;
         within("max_stop", self.max_stop, 0, 1024)?;
         within("attempts", self.attempts, 1, 16)?;
+        let longest = HumanDuration::from_secs(24 * 60 * 60);
+        let times = [
+            ("default_deadline", self.default_deadline, HumanDuration::from_secs(0)),
+            ("write_timeout", self.write_timeout, HumanDuration::from_millis(1)),
+            ("drain_timeout", self.drain_timeout, HumanDuration::from_secs(0)),
+        ];
+        for (field, value, low) in times {
+            if value.get() < low.get() || value.get() > longest.get() {
+                let name = format!("gateway.{field}");
+                return Err(Error::invalid(name.clone(), format!("{name} is {value}; use {low} to {longest}")));
+            }
+        }
         within("body_limit", self.body_limit.as_usize(), 1024, 1 << 30)
     }
 }

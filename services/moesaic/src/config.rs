@@ -71,7 +71,20 @@ pub fn load(settings: &SettingsArgs, flags: Vec<(String, String)>) -> Result<Con
         sources.overrides.push((key.to_owned(), value.to_owned()));
     }
     sources.overrides.extend(flags);
-    moesaic_config::load(&sources).context("read the configuration")
+    let config: Config = moesaic_config::load(&sources).context("read the configuration")?;
+    config.validate()?;
+    Ok(config)
+}
+
+impl Config {
+    /// Checks every section, before a port is bound or a weight is read.
+    fn validate(&self) -> moesaic_types::Result<()> {
+        self.gateway.validate()?;
+        self.router.validate()?;
+        self.scheduler.validate()?;
+        self.expert_shard.validate()?;
+        self.kv_store.validate()
+    }
 }
 
 impl ModelArgs {

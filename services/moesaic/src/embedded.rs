@@ -20,7 +20,7 @@ use moesaic_model::{LoadOptions, Runner, source, spec};
 use moesaic_router::Router;
 use moesaic_scheduler::{Scheduler, Vocabulary};
 use moesaic_transport::MemoryBus;
-use moesaic_types::{BLOCK_TOKENS, BlockHasher, WeightFormat};
+use moesaic_types::{BLOCK_TOKENS, BlockHasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -40,8 +40,11 @@ pub async fn start(config: &Config, gateway: &Core) -> Result<Services> {
     let source = source::open(&path).with_context(|| format!("open {}", path.display()))?;
     let model = spec::read(&path, &*source)?;
     let digest = source::digest(&*source)?;
-    let weights = config.model.weights.unwrap_or(WeightFormat::Bf16);
-    let hasher = BlockHasher::new(&digest, weights, config.model.kv, None);
+    // "as stored" and a format that happens to be stored may differ, and backends lay blocks out in their own ways
+    let stored = if config.model.weights.is_none() { " as stored" } else { "" };
+    let served_as = digest.tagged(&format!("{:?} blocks v1{stored}", config.model.backend));
+    let weights = config.model.weights.unwrap_or_default();
+    let hasher = BlockHasher::new(&served_as, weights, config.model.kv, None);
     let mut served = served(&path, config, &*source, &model, hasher.clone())?;
     drop(source);
 
@@ -92,10 +95,12 @@ fn served(
     eos.dedup();
     let template = match ChatTemplate::open(path) {
         Ok(template) => Some(template),
-        Err(error) => {
-            tracing::warn!(%error, "chat is off");
+        // a template that is broken is an error: clients would read that there is none
+        Err(moesaic_model::Error::Text(reason)) => {
+            tracing::warn!(reason, "chat is off");
             None
         }
+        Err(error) => return Err(error.into()),
     };
     let file_name = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let file_name = file_name.file_stem().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned());
@@ -121,7 +126,7 @@ fn runner_factory(path: PathBuf, config: Config) -> moesaic_scheduler::RunnerFac
         };
         match config.model.backend {
             BackendName::Native => runner(&path, &config, NativeBackend::new(threads), threads),
-            BackendName::Candle => runner(&path, &config, CandleBackend::new()?, threads),
+            BackendName::Candle => runner(&path, &config, CandleBackend::new(threads)?, threads),
         }
     })
 }

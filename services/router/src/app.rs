@@ -1,6 +1,6 @@
 //! Composition: the two actors, the events' way into the index, and the `Placer` boundary.
 use crate::actors::prefix_index::{Apply, Forget, IndexActor, Overlap};
-use crate::actors::replica_table::{Choose, Refresh, Registrations, ReplicaTable, Status, Statuses};
+use crate::actors::replica_table::{Choose, Ready, Refresh, Registrations, ReplicaTable, Status, Statuses};
 use crate::config::Config;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
@@ -94,6 +94,10 @@ impl Drop for Router {
 impl Placer for Router {
     fn place(&self, request: PlaceRequest) -> BoxFuture<'_, Result<Placed>> {
         self.decide(request).boxed()
+    }
+
+    fn ready(&self) -> BoxFuture<'_, Result<Vec<ReplicaId>>> {
+        self.table.ask(Ready, self.config.decision_timeout.get()).map(|ready| ready?).boxed()
     }
 }
 

@@ -5,6 +5,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use moesaic_config::HumanDuration;
+use moesaic_router::policy::Policy;
 use moesaic_router::{Config, Router};
 use moesaic_testkit::until;
 use moesaic_transport::MemoryBus;
@@ -103,6 +104,23 @@ async fn without_a_ready_replica_a_request_is_refused() {
     until("the replica is back", || async { router.place(request(&[])).await.is_ok() }).await;
     assert!(router.deregister(&id("a")));
     assert_eq!(router.place(request(&[])).await.unwrap_err().code, ErrorCode::Unavailable);
+}
+
+#[tokio::test]
+async fn a_look_at_readiness_places_nothing() {
+    let config = Config { policy: Policy::RoundRobin, ..config() };
+    let router = Router::start(&config, Arc::new(MemoryBus::new())).unwrap();
+    assert_eq!(router.ready().await.unwrap_err().code, ErrorCode::Unavailable);
+    router.register(id("a"), Fake::new(0));
+    router.register(id("b"), Fake::new(0));
+    let mut placed = Vec::new();
+    for _ in 0..4 {
+        assert_eq!(router.ready().await, Ok(vec![id("a"), id("b")]));
+        placed.push(router.place(request(&[])).await.unwrap().replica);
+    }
+    assert!(placed[0] != placed[1] && placed[0] == placed[2] && placed[1] == placed[3], "{placed:?}");
+    assert!(router.deregister(&id("a")));
+    assert_eq!(router.ready().await, Ok(vec![id("b")]), "at once");
 }
 
 #[tokio::test]

@@ -8,8 +8,8 @@ use crate::config::Config;
 use crate::served::ServedModel;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
-use moesaic_types::boundary::{PlaceRequest, Placer, Replica};
-use moesaic_types::{Error, ErrorCode, FinishReason, ReplicaId, RequestId, Result, SampledToken, TenantSalt, Usage};
+use moesaic_types::boundary::{Placer, Replica};
+use moesaic_types::{Error, ErrorCode, FinishReason, ReplicaId, Result, SampledToken, TenantSalt, Usage};
 use std::sync::{Arc, OnceLock};
 
 /// Finds a replica by its id.
@@ -70,7 +70,7 @@ impl Core {
     /// A core without a model yet.
     pub fn new(config: Config) -> Self {
         let random = uuid::Uuid::new_v4();
-        let secret = match config.salt_secret.as_str() {
+        let secret = match config.salt_secret.expose() {
             "" => random.as_bytes().to_vec(),
             secret => secret.as_bytes().to_vec(),
         };
@@ -119,20 +119,21 @@ impl Core {
         })
     }
 
-    /// Whether a request would find a replica that answers.
+    /// Whether a request would find a replica that answers. Looks without placing anything.
+    ///
+    /// # Errors
+    /// `Unavailable`, with a reason.
     pub async fn ready(&self) -> Result<()> {
         let backend = self.backend()?;
-        let probe = PlaceRequest {
-            id: RequestId::new("ready"),
-            blocks: Vec::new(),
-            prompt_tokens: 1,
-            max_tokens: 1,
-            exclude: Vec::new(),
-        };
-        let placed = backend.placer.place(probe).await?;
-        let replica = (backend.replicas)(&placed.replica);
-        let replica = replica.ok_or_else(|| Error::unavailable("the placed replica is gone"))?;
-        replica.load().await.map(|_| ())
+        let mut reason = Error::unavailable("no replica is registered");
+        for id in backend.placer.ready().await? {
+            let Some(replica) = (backend.replicas)(&id) else { continue };
+            match replica.load().await {
+                Ok(_) => return Ok(()),
+                Err(error) => reason = error,
+            }
+        }
+        Err(reason)
     }
 
     /// The salt of an API key's tenant.

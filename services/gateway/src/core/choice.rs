@@ -2,13 +2,12 @@
 use super::answer::{Core, Piece, PieceStream};
 use super::deadline;
 use super::job::Job;
-use super::place::seek;
+use super::place::{Placed, seek};
 use super::text::Assembler;
 use crate::actors::admission::Permit;
 use futures::StreamExt;
 use futures::stream;
 use moesaic_telemetry::metrics::MIGRATIONS_TOTAL;
-use moesaic_types::boundary::DeltaStream;
 use moesaic_types::{Delta, Error, ErrorCode, FinishReason, ReplicaId, Result, TokenId, Usage};
 use std::sync::Arc;
 
@@ -16,8 +15,7 @@ pub(super) struct Choice {
     core: Arc<Core>,
     job: Arc<Job>,
     index: usize,
-    deltas: DeltaStream,
-    replica: ReplicaId,
+    placed: Placed,
     failed: Vec<ReplicaId>,
     emitted: Vec<TokenId>,
     /// Prompt tokens that the first replica had in its prefix cache.
@@ -32,9 +30,9 @@ impl Choice {
     pub(super) async fn start(core: Arc<Core>, job: Arc<Job>, index: usize, permit: Arc<Permit>) -> Result<Self> {
         let text = Assembler::new(&job);
         let mut failed = Vec::new();
-        let (replica, deltas) = seek(&core, &job, index, &[], &mut failed, None).await?;
+        let placed = seek(&core, &job, index, &[], &mut failed, None).await?;
         let (emitted, cached, done) = (Vec::new(), None, false);
-        Ok(Self { core, job, index, deltas, replica, failed, emitted, cached, text, done, _permit: permit })
+        Ok(Self { core, job, index, placed, failed, emitted, cached, text, done, _permit: permit })
     }
 
     pub(super) fn into_stream(self) -> PieceStream {
@@ -43,7 +41,7 @@ impl Choice {
 
     async fn next(&mut self) -> Option<Result<Piece>> {
         while !self.done {
-            let event = deadline::by(self.job.deadline, self.deltas.next()).await;
+            let event = deadline::by(self.job.deadline, self.placed.deltas.next()).await;
             let event = event.and_then(|event| event.unwrap_or_else(|| Err(broken_off())));
             let error = match event {
                 Ok(delta) => {
@@ -72,11 +70,13 @@ impl Choice {
 
     /// Asks another replica to go on with the prompt and the tokens so far.
     async fn migrate(&mut self, error: Error) -> Result<()> {
-        tracing::warn!(id = %self.job.id, from = %self.replica, %error, "replica failed; going on elsewhere");
-        self.failed.push(self.replica.clone());
-        let found = seek(&self.core, &self.job, self.index, &self.emitted, &mut self.failed, Some(error)).await?;
+        let from = &self.placed.replica;
+        tracing::warn!(id = %self.job.id, %from, %error, "replica failed; going on elsewhere");
+        self.failed.push(from.clone());
+        let earlier = Some((&self.placed.attempt, error));
+        let placed = seek(&self.core, &self.job, self.index, &self.emitted, &mut self.failed, earlier).await?;
         metrics::counter!(MIGRATIONS_TOTAL).increment(1);
-        (self.replica, self.deltas) = found;
+        self.placed = placed;
         Ok(())
     }
 
@@ -136,7 +136,7 @@ impl Choice {
     /// Nothing more comes; dropping the replica's stream cancels what still runs there.
     fn close(&mut self) {
         self.done = true;
-        self.deltas = stream::empty().boxed();
+        self.placed.deltas = stream::empty().boxed();
     }
 
     fn ends_sequence(&self, token: TokenId) -> bool {

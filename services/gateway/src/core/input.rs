@@ -82,6 +82,7 @@ impl SamplingInput {
         let wait = Some(deadline_ms).filter(|ms| *ms > 0).map(Duration::from_millis).or(limits.default_deadline);
         Ok(Job {
             id,
+            span: tracing::Span::current(),
             sampling: self.sampling(&model)?,
             stop: self.stop_conditions(&model, prompt.len())?,
             stop_texts: self.stop_texts(limits)?,

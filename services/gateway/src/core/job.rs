@@ -22,6 +22,8 @@ pub struct Job {
     pub id: RequestId,
     /// The model.
     pub model: Arc<ServedModel>,
+    /// The request's span: every attempt at it is a child.
+    pub span: tracing::Span,
     /// The prompt.
     pub prompt: Arc<[TokenId]>,
     /// Names of the prompt's full blocks, for the router.

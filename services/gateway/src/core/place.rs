@@ -2,27 +2,53 @@
 use super::answer::Core;
 use super::deadline;
 use super::job::Job;
+use moesaic_telemetry::propagation;
 use moesaic_types::boundary::{DeltaStream, PlaceRequest};
 use moesaic_types::{Error, ErrorCode, GenerateRequest, ReplicaId, RequestId, Result, TokenId};
 use std::sync::Arc;
+use tracing::{Instrument, Span};
 
-/// Tries replicas until one accepts; those that do not are added to `failed`. Where none does, `first` is told: the
-/// failure that began the search says more than that nobody is left.
+/// A choice at a replica.
+pub(super) struct Placed {
+    pub(super) replica: ReplicaId,
+    pub(super) deltas: DeltaStream,
+    /// Open as long as the replica works on the choice; a later attempt links to it.
+    pub(super) attempt: Span,
+}
+
+/// Tries replicas until one accepts; those that do not are added to `failed`. Where none does, the failure of the
+/// `earlier` attempt is told: it says more than that nobody is left.
 pub(super) async fn seek(
     core: &Core,
     job: &Job,
     index: usize,
     emitted: &[TokenId],
     failed: &mut Vec<ReplicaId>,
-    mut first: Option<Error>,
-) -> Result<(ReplicaId, DeltaStream)> {
+    earlier: Option<(&Span, Error)>,
+) -> Result<Placed> {
+    let (mut linked, mut first) = match earlier {
+        Some((attempt, error)) => (Some(attempt.clone()), Some(error)),
+        None => (None, None),
+    };
     while failed.len() < core.config.attempts {
-        let sent = deadline::by(job.deadline, send(core, job, index, emitted, failed)).await?;
-        match sent {
-            Ok(found) => return Ok(found),
+        let attempt = tracing::info_span!(
+            parent: &job.span,
+            "attempt",
+            moesaic.attempt = failed.len() + 1,
+            moesaic.choice = index,
+            moesaic.replica = tracing::field::Empty,
+            moesaic.resumed_tokens = emitted.len(),
+        );
+        if let Some(earlier) = &linked {
+            propagation::link(&attempt, earlier);
+        }
+        let sent = send(core, job, index, emitted, failed).instrument(attempt.clone());
+        match deadline::by(job.deadline, sent).await? {
+            Ok((replica, deltas)) => return Ok(Placed { replica, deltas, attempt }),
             Err((Some(replica), error)) if elsewhere(&error) => {
                 tracing::warn!(id = %job.id, %replica, %error, "replica refused a request; trying another");
                 failed.push(replica);
+                linked = Some(attempt);
                 first.get_or_insert(error);
             }
             // what a replica says of a fresh request is about the request
@@ -64,6 +90,7 @@ async fn send(
         exclude: failed.to_vec(),
     };
     let placed = backend.placer.place(place).await.map_err(|error| (None, error))?.replica;
+    Span::current().record("moesaic.replica", tracing::field::display(&placed));
     let replica = (backend.replicas)(&placed);
     let replica = replica.ok_or_else(|| (Some(placed.clone()), Error::unavailable("the placed replica is gone")))?;
     let mut sampling = job.sampling.clone();
@@ -83,7 +110,7 @@ async fn send(
         priority: job.priority,
         deadline: job.deadline,
         salt: job.salt,
-        traceparent: moesaic_telemetry::propagation::current_traceparent(),
+        traceparent: propagation::current_traceparent(),
     };
     match replica.generate(request).await {
         Ok(deltas) => Ok((placed, deltas)),

@@ -11,6 +11,10 @@ use moesaic_types::Result;
 use serde_json::Value;
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// Proxies cut connections on which nothing is sent, commonly after 60 s: a long prefill must not look so.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// Turns the pieces of an answer into the objects that a client sees.
 pub(super) trait Chunks: Send + 'static {
@@ -34,12 +38,25 @@ pub(super) fn response<C: Chunks>(
     let events = first.chain(converted(core.clone(), pieces, chunks)).boxed();
     let events = cut_off(events, core.config.write_timeout.get());
     let frames = events.map(|event| event.unwrap_or_else(|error| frame(&HttpError::from(error).body())));
+    let frames = kept_alive(frames.boxed(), KEEP_ALIVE);
     let done = stream::once(async { Bytes::from_static(b"data: [DONE]\n\n") });
     let mut response = Response::new(Body::from_stream(frames.chain(done).map(Ok::<_, Infallible>)));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     response
+}
+
+/// The same frames, and a comment wherever none comes for a while. Between two frames nothing is lost: a stream's
+/// `next` is cancel-safe.
+fn kept_alive(frames: BoxStream<'static, Bytes>, every: Duration) -> BoxStream<'static, Bytes> {
+    stream::unfold(frames, move |mut frames| async move {
+        match tokio::time::timeout(every, frames.next()).await {
+            Ok(frame) => frame.map(|frame| (frame, frames)),
+            Err(_) => Some((Bytes::from_static(b": waiting\n\n"), frames)),
+        }
+    })
+    .boxed()
 }
 
 /// The frames that the pieces make; what is large is made on a worker.
@@ -72,4 +89,23 @@ fn converted<C: Chunks>(
 
 fn frame(data: &Value) -> Bytes {
     Bytes::from(format!("data: {data}\n\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_on_which_nothing_comes_is_kept_alive() {
+        let (sender, receiver) = tokio::sync::mpsc::channel::<Bytes>(1);
+        let frames = stream::unfold(receiver, |mut receiver| async { receiver.recv().await.map(|f| (f, receiver)) });
+        let mut kept = kept_alive(frames.boxed(), KEEP_ALIVE);
+        let begun = tokio::time::Instant::now();
+        assert!(kept.next().await.is_some_and(|frame| frame.starts_with(b":")));
+        assert_eq!(begun.elapsed(), KEEP_ALIVE);
+        sender.send(Bytes::from_static(b"data: 1\n\n")).await.unwrap();
+        assert_eq!(kept.next().await.as_deref(), Some(&b"data: 1\n\n"[..]));
+        drop(sender);
+        assert_eq!(kept.next().await, None);
+    }
 }

@@ -2,6 +2,7 @@
 use crate::client;
 use crate::scripted::Act;
 use crate::server::{Doors, config, model};
+use moesaic_config::Secret;
 use moesaic_gateway::Config;
 use moesaic_proto::inference::v1 as wire;
 use moesaic_types::TenantSalt;
@@ -34,14 +35,14 @@ async fn salts(config: Config, keys: &[Option<&str>]) -> Vec<TenantSalt> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_key_has_blocks_of_its_own_through_either_door() {
-    let secret = Config { salt_secret: "operator".into(), ..config() };
+    let secret = Config { salt_secret: Secret::new("operator"), ..config() };
     let got = salts(secret.clone(), &[Some("a"), Some("b"), None, Some("a")]).await;
     let [a, b, nobody, again, grpc_a, grpc_b, _] = got[..] else { panic!("{got:?}") };
     assert_eq!((a, b), (again, grpc_b), "a key's salt is the same each time");
     assert_eq!(a, grpc_a, "and through both doors");
     assert!(a != b && a != nobody && b != nobody);
     assert_eq!(salts(secret, &[Some("a")]).await[0], a, "two gateways of one secret share blocks");
-    let other = Config { salt_secret: "another".into(), ..config() };
+    let other = Config { salt_secret: Secret::new("another"), ..config() };
     assert_ne!(salts(other, &[Some("a")]).await[0], a, "the salt cannot be guessed from the key");
     let random = salts(config(), &[Some("a")]).await[0];
     assert_ne!(salts(config(), &[Some("a")]).await[0], random, "without a secret it is random");

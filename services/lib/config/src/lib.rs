@@ -8,11 +8,13 @@
 mod error;
 mod keys;
 mod load;
+mod secret;
 mod text;
 mod units;
 
 pub use error::Error;
 pub use load::{Sources, dump, load};
+pub use secret::Secret;
 pub use units::{ByteSize, HumanDuration};
 
 /// Prefix of environment variables; sections and keys are separated by two underscores as well.

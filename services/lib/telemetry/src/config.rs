@@ -20,10 +20,10 @@ pub struct TelemetryConfig {
     pub log_format: LogFormat,
     /// What is logged and traced: `info`, or directives as `RUST_LOG` has them, such as `warn,moesaic_router=debug`.
     pub log: String,
-    /// OTLP gRPC endpoint that traces go to, such as `http://127.0.0.1:4317`; no traces without. Where it is not set,
-    /// `OTEL_EXPORTER_OTLP_ENDPOINT` is read.
+    /// OTLP gRPC endpoint that traces go to, such as `http://127.0.0.1:4317`; no traces without. Also set by
+    /// `OTEL_EXPORTER_OTLP_ENDPOINT`.
     pub otlp_endpoint: Option<String>,
-    /// The service's name in traces. Where it is not set, `OTEL_SERVICE_NAME` is read; `moesaic` otherwise.
+    /// The service's name in traces, `moesaic` where there is none. Also set by `OTEL_SERVICE_NAME`.
     pub service_name: Option<String>,
     /// Share of new traces that are recorded, 0 to 1; a caller's decision is followed.
     pub sample_ratio: f64,
@@ -43,31 +43,12 @@ impl Default for TelemetryConfig {
 
 impl TelemetryConfig {
     /// The endpoint that is in force; empty means none.
-    pub(crate) fn endpoint(&self, variable: impl Fn(&str) -> Option<String>) -> Option<String> {
-        let set = |text: &String| !text.is_empty();
-        self.otlp_endpoint.clone().or_else(|| variable("OTEL_EXPORTER_OTLP_ENDPOINT")).filter(set)
+    pub(crate) fn endpoint(&self) -> Option<&str> {
+        self.otlp_endpoint.as_deref().filter(|text| !text.is_empty())
     }
 
     /// The name that is in force.
-    pub(crate) fn name(&self, variable: impl Fn(&str) -> Option<String>) -> String {
-        let set = |text: &String| !text.is_empty();
-        let name = self.service_name.clone().or_else(|| variable("OTEL_SERVICE_NAME")).filter(set);
-        name.unwrap_or_else(|| "moesaic".into())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn standard_variables_fill_what_is_not_set() {
-        let variable = |name: &str| Some(format!("from {name}"));
-        let config = TelemetryConfig::default();
-        assert_eq!(config.endpoint(variable).as_deref(), Some("from OTEL_EXPORTER_OTLP_ENDPOINT"));
-        assert_eq!(config.name(variable), "from OTEL_SERVICE_NAME");
-        assert_eq!((config.endpoint(|_| None), config.name(|_| None).as_str()), (None, "moesaic"));
-        let set = TelemetryConfig { otlp_endpoint: Some("e".into()), service_name: Some("s".into()), ..config };
-        assert_eq!((set.endpoint(variable).as_deref(), set.name(variable).as_str()), (Some("e"), "s"));
+    pub(crate) fn name(&self) -> &str {
+        self.service_name.as_deref().filter(|text| !text.is_empty()).unwrap_or("moesaic")
     }
 }

@@ -53,9 +53,12 @@ pub fn set_parent(span: &Span, parent: Context) {
     }
 }
 
-/// Links a span to another trace: a retry or a migration.
-pub fn link(span: &Span, other: &Context) {
-    span.add_link(other.span().span_context().clone());
+/// Links a span to an earlier attempt at the same work: a retry or a migration.
+pub fn link(span: &Span, earlier: &Span) {
+    let earlier = earlier.context().span().span_context().clone();
+    if earlier.is_valid() {
+        span.add_link(earlier);
+    }
 }
 
 struct Headers<'a>(&'a mut HeaderMap);

@@ -42,9 +42,8 @@ impl Drop for Export {
 pub fn init(config: &TelemetryConfig) -> Result<Guard, Error> {
     let filter =
         EnvFilter::try_new(&config.log).map_err(|source| Error::Filter { filter: config.log.clone(), source })?;
-    let variable = |name: &str| std::env::var(name).ok();
-    let export = match config.endpoint(variable) {
-        Some(endpoint) => Some(exporter(config, &endpoint, config.name(variable))?),
+    let export = match config.endpoint() {
+        Some(endpoint) => Some(exporter(config, endpoint, config.name().to_owned())?),
         None => None,
     };
     let logs: Box<dyn Layer<Registry> + Send + Sync> = match config.log_format {

@@ -62,6 +62,8 @@ pub struct Placed {
 pub trait Placer: Send + Sync + 'static {
     /// Chooses a replica; `Unavailable` when none is ready.
     fn place(&self, request: PlaceRequest) -> BoxFuture<'_, Result<Placed>>;
+    /// The replicas that requests may go to now; asking places nothing. `Unavailable`, with a reason, when there is none.
+    fn ready(&self) -> BoxFuture<'_, Result<Vec<ReplicaId>>>;
 }
 
 /// Stored KV blocks, shared by all replicas.

@@ -25,6 +25,11 @@ impl Digest {
     pub fn of(bytes: &[u8]) -> Self {
         Self(*blake3::hash(bytes).as_bytes())
     }
+
+    /// The digest of this and what else decides how the thing is used.
+    pub fn tagged(&self, tag: &str) -> Self {
+        Self(*blake3::keyed_hash(&self.0, tag.as_bytes()).as_bytes())
+    }
 }
 
 /// Keeps tenants' prefix blocks apart; derived by the gateway from the key, never taken from the client.

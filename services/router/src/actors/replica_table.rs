@@ -258,6 +258,22 @@ impl ReplicaTable {
     }
 }
 
+/// The replicas that requests may go to.
+#[derive(Message)]
+#[rtype(result = "Result<Vec<ReplicaId>>")]
+pub struct Ready;
+
+impl Handler<Ready> for ReplicaTable {
+    type Result = Result<Vec<ReplicaId>>;
+
+    fn handle(&mut self, _: Ready, _: &mut Context<Self>) -> Self::Result {
+        self.read_registrations();
+        let now = Instant::now();
+        let ready = self.replicas.iter().filter(|(_, entry)| entry.is_ready(now)).map(|(id, _)| id.clone());
+        Some(ready.collect::<Vec<_>>()).filter(|ready| !ready.is_empty()).ok_or_else(|| self.nobody(&[]))
+    }
+}
+
 /// What is known of each replica.
 #[derive(Message)]
 #[rtype(result = "Vec<Status>")]

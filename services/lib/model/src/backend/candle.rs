@@ -75,10 +75,17 @@ impl From<candle_core::Error> for Error {
 }
 
 impl CandleBackend {
-    /// The device that this build is for: the first CUDA or Metal device, else the CPU.
-    pub fn new() -> Result<Self> {
+    /// The device that this build is for: the CUDA device with the most free memory, the first Metal device, else the CPU with so many threads (of the
+    /// first backend of a process; candle's threads are the process's).
+    pub fn new(threads: usize) -> Result<Self> {
+        // an error means that they are set already
+        let _first_counts = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         #[cfg(feature = "cuda")]
-        let device = Device::new_cuda(0)?;
+        let device = {
+            let chosen = super::cuda::roomiest()?;
+            tracing::info!(device = ?chosen, "run on a CUDA device");
+            Device::new_cuda(chosen.ordinal)?
+        };
         #[cfg(all(feature = "metal", not(feature = "cuda")))]
         let device = Device::new_metal(0)?;
         #[cfg(not(any(feature = "cuda", feature = "metal")))]

@@ -4,6 +4,8 @@
 //! A [`Backend::Tensor`] is a matrix of f32, one row a token. No operation may let one row's arithmetic depend on
 //! the others of a batch where the backend promises determinism (native does; see `design.md`, promise 2).
 pub mod candle;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod native;
 
 use crate::expert_pool::Routing;

@@ -103,7 +103,7 @@ pub fn load(path: &Path, kind: BackendKind, options: &LoadOptions<'_>) -> Result
     let spec = spec::read(path, &*source)?;
     match kind {
         BackendKind::Native => with(&*source, spec, NativeBackend::new(options.threads), options),
-        BackendKind::Candle => with(&*source, spec, CandleBackend::new()?, options),
+        BackendKind::Candle => with(&*source, spec, CandleBackend::new(options.threads)?, options),
     }
 }
 

@@ -1,9 +1,10 @@
-//! Support for tests, and for nothing else: one conformance suite for each boundary trait.
+//! Support for tests, and for nothing else: one conformance suite for each boundary trait, and real servers.
 //!
 //! A suite panics at the first promise of the trait that an implementation breaks. Run it on every implementation.
 #![forbid(unsafe_code)]
 
 pub mod conformance;
+pub mod servers;
 mod wait;
 
 pub use wait::{DEADLINE, soon, until};

@@ -5,7 +5,9 @@
 
 pub mod file_queue;
 pub mod memory;
+pub mod redis_metadata;
 pub mod subjects;
 
 pub use file_queue::FileQueue;
 pub use memory::{MemoryBus, MemoryMetadata};
+pub use redis_metadata::RedisMetadata;

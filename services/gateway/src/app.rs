@@ -1,19 +1,15 @@
 //! Composition: the doors are bound first, then the model loads, then they answer.
 use crate::config::Config;
 use crate::core::Core;
-use crate::{grpc, http};
-use axum::serve::Listener;
+use crate::{connections, grpc, http};
 use moesaic_proto::FILE_DESCRIPTOR_SET;
 use moesaic_proto::inference::v1::inference_service_server::InferenceServiceServer;
 use moesaic_types::{Error, Result};
-use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio_io_timeout::TimeoutStream;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic_health::ServingStatus;
 
@@ -77,15 +73,15 @@ impl Gateway {
     /// `Internal` when a door fails.
     pub async fn run(self, mut stop: watch::Receiver<bool>) -> Result<()> {
         let Self { core, http, grpc } = self;
-        let (drain, patience) = (core.config.drain_timeout.get(), core.config.write_timeout.get());
+        let drain = core.config.drain_timeout.get();
         let stopped = |mut stop: watch::Receiver<bool>| async move {
             // an error means that the sender is gone, which is a stop too
             let _gone = stop.wait_for(|stop| *stop).await;
         };
-        let listener = PatientListener { listener: http, patience };
-        let http = axum::serve(listener, http::router(core.clone())).with_graceful_shutdown(stopped(stop.clone()));
+        let timeouts = connections::Timeouts::of(&core.config);
+        let http = connections::serve(http, http::router(core.clone()), timeouts, stopped(stop.clone()));
         let grpc = serve_grpc(core, grpc, stopped(stop.clone()));
-        let http = async move { http.await.map_err(|error| Error::internal(format!("serve HTTP: {error}"))) };
+        let http = async { Ok(http.await) };
         let doors = async { tokio::try_join!(http, grpc).map(|_| ()) };
         tokio::pin!(doors);
         tokio::select! {
@@ -143,29 +139,5 @@ async fn follow_readiness(core: Arc<Core>, reporter: tonic_health::server::Healt
         for service in ["", "moesaic.inference.v1.InferenceService"] {
             reporter.set_service_status(service, status).await;
         }
-    }
-}
-
-/// Accepts connections whose writes fail when the client takes nothing for too long.
-struct PatientListener {
-    listener: TcpListener,
-    patience: Duration,
-}
-
-impl Listener for PatientListener {
-    type Io = Pin<Box<TimeoutStream<TcpStream>>>;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
-        let (stream, address) = Listener::accept(&mut self.listener).await;
-        // a token must not wait for the next one
-        let _best_effort = stream.set_nodelay(true);
-        let mut stream = TimeoutStream::new(stream);
-        stream.set_write_timeout(Some(self.patience));
-        (Box::pin(stream), address)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
     }
 }

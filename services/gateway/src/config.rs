@@ -23,6 +23,8 @@ pub struct Config {
     pub max_n: usize,
     /// Stop texts of one request at most.
     pub max_stop: usize,
+    /// A client that sends nothing of a request for so long is cut off; idle connections are closed.
+    pub read_timeout: HumanDuration,
     /// A client that takes nothing of its answer for so long is cut off.
     pub write_timeout: HumanDuration,
     /// Deadline of a request that does not set its own; 0s is none, 24h the longest.
@@ -35,7 +37,8 @@ pub struct Config {
     pub allowed_origins: Vec<String>,
     /// Tenants share prefix blocks; without it each API key has blocks of its own.
     pub share_prefixes: bool,
-    /// Keeps tenants' salts from being guessed; random at each start where it is empty.
+    /// Keeps tenants' salts from being guessed; random at each start where it is empty. Gateways of one cluster, and those
+    /// that are to find blocks again after a restart, need the same.
     pub salt_secret: Secret,
 }
 
@@ -50,6 +53,7 @@ impl Default for Config {
             text_queue: 256,
             max_n: 16,
             max_stop: 16,
+            read_timeout: HumanDuration::from_secs(60),
             write_timeout: HumanDuration::from_secs(30),
             default_deadline: HumanDuration::from_secs(0),
             drain_timeout: HumanDuration::from_secs(30),
@@ -83,6 +87,7 @@ impl Config {
         let longest = HumanDuration::from_secs(24 * 60 * 60);
         let times = [
             ("default_deadline", self.default_deadline, HumanDuration::from_secs(0)),
+            ("read_timeout", self.read_timeout, HumanDuration::from_millis(1)),
             ("write_timeout", self.write_timeout, HumanDuration::from_millis(1)),
             ("drain_timeout", self.drain_timeout, HumanDuration::from_secs(0)),
         ];

@@ -7,6 +7,7 @@
 pub mod actors;
 pub mod app;
 pub mod config;
+mod connections;
 pub mod core;
 pub mod grpc;
 pub mod http;

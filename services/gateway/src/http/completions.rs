@@ -18,6 +18,8 @@ use std::sync::Arc;
 
 /// Prompts of one request at most.
 const MAX_PROMPTS: usize = 64;
+/// Answers of one request at most: prompts times `n`.
+const MAX_ANSWERS: u64 = 128;
 /// OpenAI's default of this route.
 const DEFAULT_MAX_TOKENS: u64 = 16;
 
@@ -66,9 +68,14 @@ fn request(core: &Core, fields: Fields<'_>, key: Option<&str>) -> Result<Request
     }
     let skip_special = fields.flag_or_true("skip_special_tokens")?;
     let id = format!("cmpl-{}", uuid::Uuid::new_v4().simple());
+    let prompts = prompts(&fields, &model)?;
+    if prompts.len() > 1 && n.saturating_mul(prompts.len() as u64) > MAX_ANSWERS {
+        let message = format!("n is {n} for each of {} prompts; the limit is {MAX_ANSWERS} answers", prompts.len());
+        return Err(Error::invalid("n", message).into());
+    }
     let mut jobs = Vec::new();
     let mut shown = Vec::new();
-    for (index, Prompt { text, tokens }) in prompts(&fields, &model)?.into_iter().enumerate() {
+    for (index, Prompt { text, tokens }) in prompts.into_iter().enumerate() {
         let mut input = input.clone();
         if fields.get("max_tokens").is_none() && fields.get("max_completion_tokens").is_none() {
             // a default is no mistake of the client where less room is left

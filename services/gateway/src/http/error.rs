@@ -5,6 +5,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use moesaic_types::{Error, ErrorCode};
 use serde_json::{Value, json};
+use std::time::Duration;
 
 /// An error on its way to an HTTP client.
 #[derive(Debug)]
@@ -41,6 +42,14 @@ impl HttpError {
         let message = format!("{path} does not take this method; /openapi.json lists what it takes");
         let error = Error::new(ErrorCode::InvalidArgument, message);
         Self { code: "method_not_supported", status: StatusCode::METHOD_NOT_ALLOWED, ..error.into() }
+    }
+
+    /// A request of which nothing more came.
+    pub fn too_slow(patience: Duration) -> Self {
+        let seconds = patience.as_secs_f32();
+        let message = format!("nothing of the body came for {seconds} s (gateway.read_timeout); send it again");
+        let error = Error { field: Some("body".into()), ..Error::new(ErrorCode::DeadlineExceeded, message) };
+        Self { code: "request_timeout", status: StatusCode::REQUEST_TIMEOUT, ..error.into() }
     }
 
     /// The body: `{"error": {message, type, param, code}}`.

@@ -15,6 +15,7 @@ mod status;
 mod tokens;
 mod usage;
 
+use crate::config::Config;
 use crate::core::Core;
 use crate::request_id;
 use axum::Router;
@@ -35,6 +36,7 @@ use serde_json::Value;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Instant;
+use tower_http::timeout::{RequestBodyTimeoutLayer, TimeoutError};
 use tracing::Instrument;
 
 static X_REQUEST_ID: HeaderName = HeaderName::from_static(request_id::NAME);
@@ -57,6 +59,7 @@ pub fn router(core: Arc<Core>) -> Router {
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(limit))
+        .layer(RequestBodyTimeoutLayer::new(core.config.read_timeout.get()))
         .layer(middleware::from_fn(around))
         .layer(middleware::from_fn_with_state(core.clone(), cors::cors))
         .with_state(core)
@@ -113,7 +116,7 @@ async fn read<T: Send + 'static>(
     bytes: Result<Bytes, BytesRejection>,
     read: impl FnOnce(&Core, Fields<'_>) -> Result<T, HttpError> + Send + 'static,
 ) -> Result<T, HttpError> {
-    let bytes = body(bytes, core.config.body_limit.as_usize())?;
+    let bytes = body(bytes, &core.config)?;
     let for_work = core.clone();
     core.workers
         .run(bytes.len(), move || {
@@ -133,16 +136,25 @@ async fn write(
     Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
 }
 
-/// A body within the limit.
-fn body(body: Result<Bytes, BytesRejection>, limit: usize) -> Result<Bytes, Error> {
+/// A body within the limit, in time.
+fn body(body: Result<Bytes, BytesRejection>, config: &Config) -> Result<Bytes, HttpError> {
     body.map_err(|rejection| {
         if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
-            let message = format!("body is over the limit of {limit} bytes (gateway.body_limit)");
-            Error { field: Some("body".into()), ..Error::new(ErrorCode::PayloadTooLarge, message) }
-        } else {
-            Error::invalid("body", format!("body cannot be read: {}", rejection.body_text()))
+            let message =
+                format!("body is over the limit of {} bytes (gateway.body_limit)", config.body_limit.as_usize());
+            let error = Error::new(ErrorCode::PayloadTooLarge, message);
+            return Error { field: Some("body".into()), ..error }.into();
         }
+        if causes(&rejection).any(|cause| cause.is::<TimeoutError>()) {
+            return HttpError::too_slow(config.read_timeout.get());
+        }
+        Error::invalid("body", format!("body cannot be read: {}", rejection.body_text())).into()
     })
+}
+
+/// What an error comes from, step by step.
+fn causes(error: &dyn std::error::Error) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
+    std::iter::successors(error.source(), |cause| cause.source())
 }
 
 /// Seconds since 1970.

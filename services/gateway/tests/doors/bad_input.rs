@@ -100,6 +100,7 @@ fn completions_only() -> Vec<Mistake> {
         (json!({"prompt": "word ".repeat(2 * CONTEXT)}), "prompt", &["256"]),
         (json!({"prompt": vec![5; CONTEXT]}), "prompt", &["256"]),
         (json!({"prompt": vec!["x"; 65]}), "prompt", &["65", "64"]),
+        (json!({"prompt": vec!["x"; 64], "n": 3}), "n", &["3", "64", "128"]),
         (json!({"logprobs": 21}), "logprobs", &["21", "20"]),
         (json!({"best_of": 3}), "best_of", &["n"]),
         (json!({"suffix": "x"}), "suffix", &["not"]),

@@ -7,5 +7,6 @@ mod life;
 mod migration;
 mod scripted;
 mod server;
+mod slow_clients;
 mod tenants;
 mod tool_calls;

@@ -98,12 +98,10 @@ impl PackedMatrix<Storage> {
     ///
     /// # Panics
     /// When the format has no codes, when `cols` are no whole groups, or when a q4 code does not fit 4 bits.
-    pub fn pack_codes<E>(
-        format: Format,
-        rows: usize,
-        cols: usize,
-        fill: &mut dyn FnMut(usize, &mut [f16], &mut [i8]) -> Result<(), E>,
-    ) -> Result<Self, E> {
+    pub fn pack_codes<E, F>(format: Format, rows: usize, cols: usize, mut fill: F) -> Result<Self, E>
+    where
+        F: FnMut(usize, &mut [f16], &mut [i8]) -> Result<(), E>,
+    {
         let group = format.group();
         assert!(matches!(format, Format::Q8 | Format::Q4 { .. }), "{format:?} has no codes");
         assert!(cols.is_multiple_of(group), "{cols} columns are no whole groups of {group}");

@@ -18,7 +18,7 @@ fn code(format: Format, row: usize, col: usize) -> i8 {
 }
 
 fn matrix(format: Format) -> PackedMatrix {
-    let fill = &mut |row: usize, scales: &mut [f16], codes: &mut [i8]| {
+    let fill = |row: usize, scales: &mut [f16], codes: &mut [i8]| {
         scales.iter_mut().enumerate().for_each(|(group, s)| *s = scale(row, group));
         codes.iter_mut().enumerate().for_each(|(col, c)| *c = code(format, row, col));
         Ok::<_, Infallible>(())
@@ -59,7 +59,7 @@ fn every_code_times_its_scale_to_the_bit() {
 #[test]
 fn an_error_ends_the_packing() {
     let mut rows = 0;
-    let packed = PackedMatrix::pack_codes(Format::Q8, 4, 32, &mut |row, _, _| {
+    let packed = PackedMatrix::pack_codes(Format::Q8, 4, 32, |row, _, _| {
         rows += 1;
         if row == 1 { Err("row 1") } else { Ok(()) }
     });
@@ -69,7 +69,7 @@ fn an_error_ends_the_packing() {
 #[test]
 #[should_panic(expected = "does not fit 4 bits")]
 fn a_code_beyond_four_bits_is_refused() {
-    let _ = PackedMatrix::pack_codes(Format::Q4 { group: 32 }, 1, 32, &mut |_, _, codes| {
+    let _ = PackedMatrix::pack_codes(Format::Q4 { group: 32 }, 1, 32, |_, _, codes| {
         codes[3] = 8;
         Ok::<_, Infallible>(())
     });

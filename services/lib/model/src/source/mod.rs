@@ -4,12 +4,14 @@
 //! that `moesaic quantize` wrote (`packed`).
 pub mod gguf;
 mod gguf_blocks;
+mod gguf_metadata;
 pub mod packed;
 pub mod safetensors;
 
 use crate::{Error, Result};
+use half::f16;
 use moesaic_kernels::{MappedFile, PackedMatrix, Storage};
-use moesaic_types::Digest;
+use moesaic_types::{Digest, WeightFormat};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,7 +27,7 @@ pub enum Dtype {
     /// GGUF block formats, by their ggml name (`Q4_0`, `Q8_0`, `Q4_K`, ...).
     Ggml(&'static str),
     /// Packed by `moesaic quantize` in a panel layout of `moesaic-kernels`.
-    Packed(moesaic_types::WeightFormat),
+    Packed(WeightFormat),
     /// A type that is listed but cannot be read, by the file's name for it (`F8_E4M3`, `I64`, `IQ2_XS`, ...).
     Unsupported(&'static str),
 }
@@ -54,9 +56,18 @@ pub trait WeightSource: Send + Sync {
     /// Writes elements `start..start + out.len()` of the tensor in row-major order, converted to f32.
     /// Block formats need `start` and the length on block bounds (a whole row always is).
     fn read_f32(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()>;
-    /// A matrix that is stored packed, by memory map; `None` for any other dtype. `index` selects a matrix of a
-    /// stacked tensor of shape `[count, rows, cols]`; 0 for a plain matrix.
-    fn packed(&self, _name: &str, _index: usize) -> Result<Option<PackedMatrix<Storage>>> {
+    /// The format that holds elements `start..start + len` without rounding, where they are stored as codes of 4 or 8
+    /// bits with a scale for each 32 of them that f16 can hold; `None` for other tensors.
+    fn exact(&self, _name: &str, _start: usize, _len: usize) -> Result<Option<WeightFormat>> {
+        Ok(None)
+    }
+    /// Writes elements from `start` as codes, and the scale of each 32 of them: an element is `code * scale`. For
+    /// elements that [`Self::exact`] has a format for, and on bounds of 32.
+    fn read_codes(&self, name: &str, _start: usize, _scales: &mut [f16], _codes: &mut [i8]) -> Result<()> {
+        Err(tensor_error(self.path(), name, "is not stored as codes"))
+    }
+    /// A matrix that is stored packed, by memory map; `None` for any other dtype.
+    fn packed(&self, _name: &str) -> Result<Option<PackedMatrix<Storage>>> {
         Ok(None)
     }
     /// The metadata of a GGUF file; `None` for other sources.
@@ -165,7 +176,7 @@ pub(crate) fn plain_to_f32(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool 
         }
         Dtype::F16 => {
             for (value, bytes) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *value = half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
+                *value = f16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
             }
         }
         Dtype::Bf16 => {

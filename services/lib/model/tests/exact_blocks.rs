@@ -11,7 +11,7 @@ use std::path::Path;
 use support::gguf::{Blocks, EXPERTS, Gguf, HIDDEN, INNER, model};
 use support::matrices;
 
-const BLOCKS: [Blocks; 3] = [Blocks::Q4_0, Blocks::Q5_0, Blocks::Q8_0];
+const BLOCKS: [Blocks; 4] = [Blocks::Q4_0, Blocks::Q5_0, Blocks::Q8_0, Blocks::Mxfp4];
 const Q4: WeightFormat = WeightFormat::Q4 { group: 32 };
 
 fn models(blocks: Blocks) -> Vec<(&'static str, Gguf)> {
@@ -164,4 +164,45 @@ fn slices_of_experts_are_parts_of_the_whole() {
             }
         }
     }
+}
+
+#[test]
+fn a_tensor_that_cannot_be_read_is_named_before_memory_is_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    for name in ["token_embd.weight", "blk.1.attn_k.weight", "blk.0.ffn_up_exps.weight", "output_norm.weight"] {
+        let mut file = model("llama", true, true, Blocks::Q8_0);
+        let (shape, kind, bytes) = file.tensors.get_mut(name).unwrap();
+        // an IQ type, of which no bytes are looked for
+        (*kind, *bytes) = (17, Vec::new());
+        if name == "token_embd.weight" {
+            shape[0] = 1 << 50;
+        }
+        file.write(&path);
+        let error = load(&path, BackendKind::Native, &LoadOptions::default()).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("IQ") && error.contains("model.gguf"), "{error}");
+    }
+}
+
+#[test]
+fn broken_bytes_of_a_model_are_errors_or_another_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let bytes = model("qwen2moe", true, true, Blocks::Mxfp4).bytes();
+    let options = LoadOptions { threads: 1, ..LoadOptions::default() };
+    let refused = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        load(&path, BackendKind::Native, &options).is_err()
+    };
+    assert!(!refused(&bytes));
+    for cut in (1..40).map(|part| bytes.len() * part / 40) {
+        assert!(refused(&bytes[..cut]), "cut to {cut} of {}", bytes.len());
+    }
+    let mut noticed = 0;
+    for i in 0..400 {
+        let mut bytes = bytes.clone();
+        bytes[i * 7919 % 3500] ^= 1 << (i % 8);
+        noticed += usize::from(refused(&bytes));
+    }
+    assert!(noticed > 200, "only {noticed} of 400 were noticed");
 }

@@ -5,7 +5,7 @@
 mod experts;
 
 use crate::backend::Matrix;
-use crate::source::{Dtype, WeightSource, tensor_error};
+use crate::source::{Dtype, TensorInfo, WeightSource, tensor_error};
 use crate::spec::ModelSpec;
 use crate::{Error, Result};
 use moesaic_kernels::PackedMatrix;
@@ -73,12 +73,16 @@ impl<'a> Weights<'a> {
                 let reason = format!("has shape {:?}, but the configuration says {shape:?}", info.shape);
                 Err(self.fail(name, reason))
             }
+            // before memory is taken for a shape that no bytes stand for
+            Some(TensorInfo { dtype: Dtype::Unsupported(dtype), .. }) => {
+                Err(self.fail(name, format!("is {dtype}, which cannot be read")))
+            }
             Some(info) => Ok(info.dtype),
         }
     }
 
     /// How a matrix is held: as it was asked for, within its role's bounds; else as it is stored, if that is one of
-    /// our formats (`exact`: the one that holds it without rounding), and in q8 if it is not.
+    /// our formats (`exact`: the one that holds it without rounding), and in q8 if it is not (K blocks, FP8).
     fn format(&self, dtype: Dtype, exact: Option<WeightFormat>, role: Role) -> WeightFormat {
         let asked = match (self.format, exact, dtype) {
             _ if role == Role::Gate => return WeightFormat::F32,
@@ -86,7 +90,7 @@ impl<'a> Weights<'a> {
             (Some(asked), ..) => asked,
             (None, None, Dtype::F32 | Dtype::F16) => WeightFormat::F32,
             (None, None, Dtype::Bf16) => WeightFormat::Bf16,
-            (None, None, Dtype::Ggml(_) | Dtype::Packed(_) | Dtype::Unsupported(_)) => WeightFormat::Q8,
+            (None, None, _) => WeightFormat::Q8,
         };
         match (role, asked) {
             (Role::Precise, WeightFormat::Q8 | WeightFormat::Q4 { .. }) => WeightFormat::Bf16,
@@ -170,7 +174,8 @@ impl<'a> Weights<'a> {
         let at = move |row: usize| (first + row_of.as_ref().map_or(row, |row_of| row_of(row))) * cols;
         let at = Arc::new(at);
         let source = self.source;
-        let takes_codes = exact.is_some_and(|exact| exact == format || format == WeightFormat::Q8);
+        let as_codes = matches!(exact, Some(WeightFormat::Q8 | WeightFormat::Q4 { .. }));
+        let takes_codes = as_codes && (exact == Some(format) || format == WeightFormat::Q8);
         let codes = takes_codes.then(|| {
             let (tensor, at) = (tensor.clone(), at.clone());
             Box::new(move |row: usize, scales: &mut [_], codes: &mut [_]| {

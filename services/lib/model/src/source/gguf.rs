@@ -75,19 +75,23 @@ impl WeightSource for GgufSource {
 
     fn read_f32(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
         let (info, bytes) = self.blocks(name, start, out.len())?;
-        match info.dtype {
+        let read = match info.dtype {
             Dtype::Ggml(format) => gguf_blocks::dequantize(format, bytes, out),
             dtype => plain_to_f32(dtype, bytes, out),
         };
+        if !read {
+            let reason = format!("elements {start}+{} of {:?} are not finite", out.len(), info.dtype);
+            return Err(tensor_error(&self.path, name, reason));
+        }
         self.file.passed(bytes.len());
         Ok(())
     }
 
-    fn exact(&self, name: &str, _start: usize, _len: usize) -> Result<Option<WeightFormat>> {
-        Ok(match self.info(name).map(|info| info.dtype) {
-            Some(Dtype::Ggml(format)) => gguf_blocks::exact(format),
-            _ => None,
-        })
+    fn exact(&self, name: &str, start: usize, len: usize) -> Result<Option<WeightFormat>> {
+        match self.info(name).map(|info| info.dtype) {
+            Some(Dtype::Ggml(format)) => Ok(gguf_blocks::exact(format, self.blocks(name, start, len)?.1)),
+            _ => Ok(None),
+        }
     }
 
     fn read_codes(&self, name: &str, start: usize, scales: &mut [f16], codes: &mut [i8]) -> Result<()> {
@@ -128,10 +132,10 @@ fn dtype_of(number: u32) -> Dtype {
         13 => Dtype::Ggml("Q5_K"),
         14 => Dtype::Ggml("Q6_K"),
         30 => Dtype::Bf16,
+        39 => Dtype::Ggml("MXFP4"),
         16..=23 | 29 => Dtype::Unsupported("an IQ type"),
         24..=28 => Dtype::Unsupported("an integer or F64 type"),
         34 | 35 => Dtype::Unsupported("a ternary type"),
-        39 => Dtype::Unsupported("MXFP4"),
         _ => Dtype::Unsupported("an unknown type"),
     }
 }

@@ -10,6 +10,7 @@ pub enum Blocks {
     Q4_0,
     Q5_0,
     Q8_0,
+    Mxfp4,
 }
 
 impl Blocks {
@@ -19,6 +20,7 @@ impl Blocks {
             Self::Q4_0 => (2, 18),
             Self::Q5_0 => (6, 22),
             Self::Q8_0 => (8, 34),
+            Self::Mxfp4 => (39, 17),
         }
     }
 
@@ -27,6 +29,10 @@ impl Blocks {
         let size = self.layout().1;
         let mut bytes = noise(seed, values / 32 * size);
         for (i, block) in bytes.chunks_exact_mut(size).enumerate() {
+            if self == Self::Mxfp4 {
+                block[0] = 117 + (i % 4) as u8;
+                continue;
+            }
             let largest = [8.0, 16.0, 128.0][self as usize];
             let scale = (1.0 + (i % 7) as f32) / 64.0 / largest * if i % 3 == 0 { -1.0 } else { 1.0 };
             block[..2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
@@ -38,7 +44,10 @@ impl Blocks {
     pub fn values(self, bytes: &[u8]) -> Vec<f32> {
         let mut out = Vec::new();
         for block in bytes.chunks_exact(self.layout().1) {
-            let d = f16::from_le_bytes([block[0], block[1]]).to_f32();
+            let d = match self {
+                Self::Mxfp4 => 2f32.powi(i32::from(block[0]) - 128),
+                _ => f16::from_le_bytes([block[0], block[1]]).to_f32(),
+            };
             let nibbles = |bytes: &[u8]| -> Vec<i32> {
                 let low = bytes.iter().map(|b| i32::from(b & 15));
                 low.chain(bytes.iter().map(|b| i32::from(b >> 4))).collect()
@@ -49,6 +58,10 @@ impl Blocks {
                     let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
                     let fifth = |i: usize| (high >> i & 1) as i32 * 16;
                     nibbles(&block[6..]).into_iter().enumerate().map(|(i, code)| code + fifth(i) - 16).collect()
+                }
+                Self::Mxfp4 => {
+                    let twice = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+                    nibbles(&block[1..]).into_iter().map(|code| twice[code as usize]).collect()
                 }
                 Self::Q8_0 => block[2..].iter().map(|b| i32::from(*b as i8)).collect(),
             };

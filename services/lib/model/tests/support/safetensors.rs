@@ -37,9 +37,13 @@ impl Tensors {
     }
 }
 
+pub fn golden_folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/goldens").join(name)
+}
+
 /// A reference checkpoint: its tensors in f32 and its configuration.
 pub fn golden(name: &str) -> (Tensors, Value) {
-    let folder: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/goldens").join(name);
+    let folder = golden_folder(name);
     let source = source::open(&folder).unwrap();
     let mut tensors = Tensors::default();
     for info in source.tensors() {

@@ -2,6 +2,7 @@
 use super::{Role, RowOf, Stored, Weights, owned, transposed};
 use crate::Result;
 use crate::backend::{FfnMatrices, Matrix};
+use crate::source::Dtype;
 use crate::spec::Dense;
 use crate::spec::names::{ExpertNames, at_expert, at_layer};
 use std::sync::Arc;
@@ -122,7 +123,8 @@ impl<'a> Weights<'a> {
         Ok(FfnMatrices { gate: Some(gate), up, down: down_matrix, gate_bias, up_bias, down_bias, activation })
     }
 
-    /// Gate, up and down of stacks `[experts, hidden, 2 inner]` and `[experts, inner, hidden]`, whose inputs are rows.
+    /// Gate, up and down of stacks `[experts, hidden, 2 inner]` and `[experts, inner, hidden]`, whose inputs are rows;
+    /// in MXFP4 outputs are.
     fn turned(
         &self,
         gate_up: &str,
@@ -138,6 +140,15 @@ impl<'a> Weights<'a> {
                 matrix.ok_or_else(|| self.fail(name, "is missing"))
             };
             return Ok([gate, ready(&up_name, inner, hidden)?, ready(&down_name, hidden, inner)?]);
+        }
+        if self.source.info(gate_up).is_some_and(|info| info.dtype == Dtype::Mxfp4) {
+            let member = Member { expert, experts };
+            let half = |name, part: usize| {
+                let row_of: RowOf<'a> = Arc::new(move |row| 2 * row + part);
+                self.member(name, (gate_up, 2 * inner), (inner, hidden), member, Some(row_of))
+            };
+            let down = self.member(down_name, (down, hidden), (hidden, inner), member, None)?;
+            return Ok([half(gate_name, 0)?, half(up_name, 1)?, down]);
         }
         let read = |tensor: &str, shape: [usize; 3]| {
             let format = self.format(self.dtype(tensor, &shape)?, None, role);

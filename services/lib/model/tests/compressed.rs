@@ -300,6 +300,9 @@ fn fp8_is_expanded_by_its_definition_and_held_as_q8() {
         worst = worst.max(relative_error(&values, &expanded[&name].2));
         count += usize::from(from_fp8);
     }
+    for (name, (_, _, values)) in held(&fp8, Some(WeightFormat::Bf16)).unwrap() {
+        assert!(relative_error(&values, &expanded[&name].2) < 0.002, "{name} in bf16");
+    }
     let original = source::open(&golden_folder("deepseek_v3")).unwrap();
     let own = relative_error(&whole, &read(&*original, name));
     println!("{count} matrices from FP8, whose own error is {own:.4}; q8 adds at most {worst:.5}");

@@ -1,6 +1,6 @@
 //! FP8 of type e4m3 (OCP FP8 1.0: no infinities, one pattern that is no number), with a scale for each block of a
 //! matrix, as DeepSeek-V3 is published: a value is `code * scale` in f32. No format of ours holds these values; by
-//! default they are rounded to q8, which takes what the file takes and adds 0.6 % at most (relative root mean square of
+//! default they are rounded to q8, which takes about what the file takes and adds 0.6 % at most (relative root mean square of
 //! a matrix) to FP8's own error of 2.6 % (`tests/compressed.rs`); `--weights bf16` adds 0.2 % and takes twice as much.
 
 /// The values of all codes.

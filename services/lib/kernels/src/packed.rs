@@ -8,6 +8,8 @@
 //!
 //! Rows beyond the last and columns beyond the last group are zeros. Quantization is to nearest, symmetric: the scale
 //! of a q8 group is max|w| / 127; that of a q4 group maps the value of largest magnitude to -8 (as GGUF's Q4_0 does).
+//! Codes that a file holds already are taken as they are ([`PackedMatrix::pack_codes`]): there a q8 code may be -128 and
+//! a scale negative or subnormal. A weight is `code as f32 * scale as f32`, whatever it came from.
 use crate::storage::{AlignedBytes, Storage};
 use crate::{Error, isa::Isa, isa::for_each_isa};
 use half::{bf16, f16};
@@ -16,6 +18,8 @@ use std::sync::Arc;
 
 /// Rows of a panel.
 pub const PANEL: usize = 32;
+/// Values of the longest group that is quantized at load.
+const MAX_GROUP: usize = 128;
 
 /// How a matrix is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -84,6 +88,35 @@ impl PackedMatrix<Storage> {
             pack_row(format, panel, r % PANEL, &row);
         }
         Self { format, rows, cols, storage: Storage::Owned(Arc::new(bytes)) }
+    }
+
+    /// Packs codes that were quantized elsewhere, row by row, without rounding: `fill(row, scales, codes)` writes a
+    /// row's scales, one for each group, and its `cols` codes: for q8 any, for q4 from -8 to 7.
+    ///
+    /// # Errors
+    /// What `fill` says; the first error ends the packing.
+    ///
+    /// # Panics
+    /// When the format has no codes, when `cols` are no whole groups, or when a q4 code does not fit 4 bits.
+    pub fn pack_codes<E, F>(format: Format, rows: usize, cols: usize, mut fill: F) -> Result<Self, E>
+    where
+        F: FnMut(usize, &mut [f16], &mut [i8]) -> Result<(), E>,
+    {
+        let group = format.group();
+        assert!(matches!(format, Format::Q8 | Format::Q4 { .. }), "{format:?} has no codes");
+        assert!(cols.is_multiple_of(group), "{cols} columns are no whole groups of {group}");
+        let mut bytes = AlignedBytes::from_zeroed(Self::packed_len(format, rows, cols));
+        let panel_len = Self::panel_len(format, cols);
+        let (mut scales, mut codes) = (vec![f16::ZERO; cols / group], vec![0i8; cols]);
+        for r in 0..rows {
+            fill(r, &mut scales, &mut codes)?;
+            let panel = &mut bytes.as_mut_slice()[r / PANEL * panel_len..][..panel_len];
+            let groups = codes.chunks_exact(group).zip(&scales);
+            for ((codes, scale), bytes) in groups.zip(panel.chunks_exact_mut(format.group_bytes())) {
+                put_group(format, bytes, r % PANEL, *scale, codes);
+            }
+        }
+        Ok(Self { format, rows, cols, storage: Storage::Owned(Arc::new(bytes)) })
     }
 
     /// Takes bytes that are packed already.
@@ -188,6 +221,7 @@ impl PackedMatrix<Storage> {
 
 fn pack_row(format: Format, panel: &mut [u8], lane: usize, row: &[f32]) {
     let (group, group_bytes) = (format.group(), format.group_bytes());
+    let mut codes = [0i8; MAX_GROUP];
     for (values, bytes) in row.chunks_exact(group).zip(panel.chunks_exact_mut(group_bytes)) {
         match format {
             Format::F32 => bytes[lane * 4..][..4].copy_from_slice(&values[0].to_le_bytes()),
@@ -195,24 +229,37 @@ fn pack_row(format: Format, panel: &mut [u8], lane: usize, row: &[f32]) {
             Format::Q8 => {
                 let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
                 let scale = f16::from_f32(largest / 127.0);
-                bytes[lane * 2..][..2].copy_from_slice(&scale.to_le_bytes());
                 let inverse = inverse(scale);
-                for (k, v) in values.iter().enumerate() {
-                    bytes[PANEL * 2 + k * PANEL + lane] = (v * inverse).round().clamp(-127.0, 127.0) as i8 as u8;
-                }
+                let code = |v: f32| (v * inverse).round().clamp(-127.0, 127.0) as i8;
+                codes.iter_mut().zip(values).for_each(|(c, v)| *c = code(*v));
+                put_group(format, bytes, lane, scale, &codes[..group]);
             }
             Format::Q4 { .. } => {
                 let extreme = values.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m });
                 let scale = f16::from_f32(extreme / -8.0);
-                bytes[lane * 2..][..2].copy_from_slice(&scale.to_le_bytes());
                 let inverse = inverse(scale);
-                for (k, v) in values.iter().enumerate() {
-                    let nibble = ((v * inverse).round() + 8.0).clamp(0.0, 15.0) as u8;
-                    let byte = &mut bytes[PANEL * 2 + k * (PANEL / 2) + lane % 16];
-                    *byte = if lane < 16 { (*byte & 0xf0) | nibble } else { (*byte & 0x0f) | nibble << 4 };
-                }
+                let code = |v: f32| (v * inverse).round().clamp(-8.0, 7.0) as i8;
+                codes.iter_mut().zip(values).for_each(|(c, v)| *c = code(*v));
+                put_group(format, bytes, lane, scale, &codes[..group]);
             }
         }
+    }
+}
+
+/// Writes one row's scale and codes of a group of q8 or q4.
+fn put_group(format: Format, bytes: &mut [u8], lane: usize, scale: f16, codes: &[i8]) {
+    let (scales, lines) = bytes.split_at_mut(PANEL * 2);
+    scales[lane * 2..][..2].copy_from_slice(&scale.to_le_bytes());
+    if format == Format::Q8 {
+        for (line, code) in lines.chunks_exact_mut(PANEL).zip(codes) {
+            line[lane] = *code as u8;
+        }
+        return;
+    }
+    for (line, code) in lines.chunks_exact_mut(PANEL / 2).zip(codes) {
+        assert!((-8..8).contains(code), "the q4 code {code} does not fit 4 bits");
+        let (byte, nibble) = (&mut line[lane % 16], (code + 8) as u8);
+        *byte = if lane < 16 { (*byte & 0xf0) | nibble } else { (*byte & 0x0f) | nibble << 4 };
     }
 }
 

@@ -1,34 +1,45 @@
 //! Packs a model's matrices, one at a time, into a folder that loads by memory map.
-use crate::backend::kernel_format;
-use crate::source::packed::{DATA, Entry, INDEX, Index, RAW, RAW_BF16, VERSION, stack};
-use crate::source::{self, Dtype, WeightSource, corrupt, elements};
+//!
+//! The model is loaded as for serving, by a [`Loader`] that writes: every matrix stands in the folder as a backend holds
+//! it, under its own name, and loading takes it from the map as it is.
+use crate::backend::{FfnMatrices, Loader, Matrix};
+use crate::decoder::visit;
+use crate::source::packed::{DATA, Entry, INDEX, Index, RAW, RAW_BF16, VERSION};
+use crate::source::{self, Dtype, TensorInfo, WeightSource, corrupt, elements};
+use crate::spec::{self, Norm};
 use crate::{Error, Result};
+use half::{bf16, f16};
 use moesaic_kernels::PackedMatrix;
 use moesaic_types::WeightFormat;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// Values that are read at a time from a tensor that stays plain.
 const CHUNK: usize = 1 << 16;
-/// The output matrix: its error goes into every logit.
-const OUTPUT: &str = "lm_head.weight";
+/// Bytes of a value as progress and [`Report::bytes_in`] count it.
+const BYTES_IN: u64 = 2;
 
 /// What was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// Tensors in all.
+    /// Entries of the folder.
     pub tensors: usize,
-    /// Tensors that were packed.
+    /// Those that are packed matrices.
     pub packed: usize,
-    /// Bytes of the values read, counted as f32 / 2 (bf16).
+    /// Bytes of the model's values, two a value (bf16).
     pub bytes_in: u64,
     /// Bytes of the data file.
     pub bytes_out: u64,
 }
 
-/// Writes `out`: matrices of attention, networks and experts in `format`, the output matrix in `format` but never below
-/// q8, everything else as it is (f16 as f32), and the model's small files. Memory: one matrix at a time. `progress(done, total, tensor)` counts bytes read.
+/// Writes `out`: each matrix as loading with `--weights format` holds it (the embedding in bf16, the output matrix never
+/// below q8, gates in f32), vectors as they are (f16 as f32), and the model's small files. Tensors that the model does
+/// not use are left out. Memory: one matrix at a time, or one expert of a transposed stack. `progress(done, total,
+/// tensor)` counts bytes.
 ///
 /// # Errors
 /// `Corrupt` when `out` is not empty or the model is a GGUF file; what the source says; `Io` for the files written.
@@ -37,132 +48,186 @@ pub fn quantize(model: &Path, out: &Path, format: WeightFormat, progress: &dyn F
     if source.gguf().is_some() {
         return Err(corrupt(model, "is GGUF, which is quantized already; serve it as it is with --weights q4 or q8"));
     }
-    let io = |path: &Path| {
-        let path = path.to_owned();
-        move |source| Error::Io { path, source }
-    };
+    let spec = spec::read(model, &*source)?;
     std::fs::create_dir_all(out).map_err(io(out))?;
     if std::fs::read_dir(out).map_err(io(out))?.next().is_some() {
         return Err(corrupt(out, "is not empty; name a new folder"));
     }
-    let total: u64 = source.tensors().iter().map(|t| elements(&t.shape).unwrap_or(0) as u64 * 2).sum();
+    let total = source.tensors().iter().map(|t| elements(&t.shape).unwrap_or(0) as u64 * BYTES_IN).sum();
     let partial = out.join(format!("{DATA}.partial"));
-    let mut writer = Writer { file: BufWriter::new(File::create(&partial).map_err(io(&partial))?), offset: 0 };
-    let (mut entries, mut done, mut packed) = (Vec::new(), 0, 0);
-    for info in source.tensors() {
-        progress(done, total, &info.name);
-        let offset = writer.align().map_err(io(&partial))?;
-        let stored = if let Some(shape) = matrices(&info.name, &info.shape) {
-            packed += 1;
-            let format = match format {
-                WeightFormat::Q4 { .. } if info.name == OUTPUT => WeightFormat::Q8,
-                format => format,
-            };
-            pack(&*source, &info.name, shape, format, &mut writer, &partial)?;
-            format.to_string()
-        } else {
-            let bf16 = info.dtype == Dtype::Bf16;
-            copy(&*source, &info.name, elements(&info.shape).unwrap_or(0), bf16, &mut writer, &partial)?;
-            if bf16 { RAW_BF16 } else { RAW }.to_owned()
-        };
-        let (name, shape) = (info.name.clone(), info.shape.clone());
-        entries.push(Entry { name, shape, format: stored, offset, len: writer.offset - offset });
-        done += elements(&info.shape).unwrap_or(0) as u64 * 2;
+    let file = BufWriter::new(File::create(&partial).map_err(io(&partial))?);
+    let state = State { file, offset: 0, entries: Vec::new(), packed: BTreeSet::new(), done: 0 };
+    let writer = Writer { state: RefCell::new(state), path: partial.clone(), total, progress };
+    let watched = Watched { source: &*source, read: Mutex::default() };
+    visit(&watched, &spec, Some(format), &writer)?;
+    let mut state = writer.state.into_inner();
+    let packed = state.entries.len();
+    let read = watched.read.into_inner().unwrap_or_else(PoisonError::into_inner);
+    for name in read.difference(&std::mem::take(&mut state.packed)) {
+        progress(state.done, total, name);
+        let info = source.info(name).ok_or_else(|| source::tensor_error(model, name, "is missing"))?;
+        state.copy(&*source, info, &partial)?;
     }
     progress(total, total, "");
-    let file = writer.file.into_inner().map_err(|e| io(&partial)(e.into_error()))?;
+    let file = state.file.into_inner().map_err(|e| io(&partial)(e.into_error()))?;
     file.sync_all().map_err(io(&partial))?;
     copy_small_files(model, out)?;
     std::fs::rename(&partial, out.join(DATA)).map_err(io(&partial))?;
-    let report = Report { tensors: entries.len(), packed, bytes_in: total, bytes_out: writer.offset as u64 };
+    let report = Report { tensors: state.entries.len(), packed, bytes_in: total, bytes_out: state.offset as u64 };
     // the index last: a folder without it is not taken for a model
-    let index = serde_json::to_vec(&Index { format: VERSION.into(), tensors: entries });
+    let index = serde_json::to_vec(&Index { format: VERSION.into(), tensors: state.entries });
     let index = index.map_err(|e| corrupt(out, e.to_string()))?;
     std::fs::write(out.join(INDEX), index).map_err(io(out))?;
     Ok(report)
 }
 
-/// The matrices of a tensor that is packed: a projection of attention, a network or an expert. Embeddings, norms,
-/// gates and the transposed stacks of GPT-OSS stay as they are.
-fn matrices(name: &str, shape: &[usize]) -> Option<(usize, usize, usize)> {
-    let leaf = name.strip_suffix(".weight")?;
-    let plain = ["embed", "norm", "gate", "router", "kv_b_proj"];
-    let last = leaf.rsplit('.').next().unwrap_or(leaf);
-    let is_gate_proj = last == "gate_proj";
-    if !is_gate_proj && plain.iter().any(|word| last.contains(word) || leaf.contains("router")) {
-        return None;
-    }
-    stack(shape).filter(|(_, rows, cols)| *rows > 1 && *cols > 1)
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { path, source }
 }
 
-struct Writer {
+/// A source that remembers what is read from it.
+struct Watched<'a> {
+    source: &'a dyn WeightSource,
+    read: Mutex<BTreeSet<String>>,
+}
+
+impl WeightSource for Watched<'_> {
+    fn path(&self) -> &Path {
+        self.source.path()
+    }
+
+    fn tensors(&self) -> &[TensorInfo] {
+        self.source.tensors()
+    }
+
+    fn read_f32(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
+        {
+            let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+            if !read.contains(name) {
+                read.insert(name.to_owned());
+            }
+        }
+        self.source.read_f32(name, start, out)
+    }
+
+    fn exact(&self, name: &str, start: usize, len: usize) -> Result<Option<WeightFormat>> {
+        self.source.exact(name, start, len)
+    }
+
+    fn read_codes(&self, name: &str, start: usize, scales: &mut [f16], codes: &mut [i8]) -> Result<()> {
+        self.source.read_codes(name, start, scales, codes)
+    }
+
+    fn packed(&self, name: &str) -> Result<Option<PackedMatrix>> {
+        self.source.packed(name)
+    }
+}
+
+/// A loader that writes.
+struct Writer<'a> {
+    state: RefCell<State>,
+    path: PathBuf,
+    total: u64,
+    progress: &'a dyn Fn(u64, u64, &str),
+}
+
+struct State {
     file: BufWriter<File>,
     offset: usize,
+    entries: Vec<Entry>,
+    /// Tensors whose matrices are written.
+    packed: BTreeSet<String>,
+    done: u64,
 }
 
-impl Writer {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+impl State {
+    fn write(&mut self, bytes: &[u8], path: &Path) -> Result<()> {
         self.offset += bytes.len();
-        self.file.write_all(bytes)
+        self.file.write_all(bytes).map_err(io(path))
     }
 
     /// Moves to the next 64-byte bound.
-    fn align(&mut self) -> std::io::Result<usize> {
+    fn align(&mut self, path: &Path) -> Result<usize> {
         let gap = self.offset.next_multiple_of(64) - self.offset;
-        self.write(&[0; 64][..gap])?;
+        self.write(&[0; 64][..gap], path)?;
         Ok(self.offset)
     }
-}
 
-fn pack(
-    source: &dyn WeightSource,
-    name: &str,
-    (count, rows, cols): (usize, usize, usize),
-    format: WeightFormat,
-    writer: &mut Writer,
-    path: &Path,
-) -> Result<()> {
-    for index in 0..count {
-        let mut failed = None;
-        let matrix = PackedMatrix::pack(kernel_format(format), rows, cols, &mut |row, out| {
-            if let Err(error) = source.read_f32(name, (index * rows + row) * cols, out) {
-                failed.get_or_insert(error);
-            }
-        });
-        if let Some(error) = failed {
-            return Err(error);
+    fn add(&mut self, name: &str, shape: &[usize], format: String, offset: usize) {
+        let len = self.offset - offset;
+        self.entries.push(Entry { name: name.to_owned(), shape: shape.to_vec(), format, offset, len });
+        self.done += elements(shape).unwrap_or(0) as u64 * BYTES_IN;
+    }
+
+    /// A tensor's plain values.
+    fn copy(&mut self, source: &dyn WeightSource, info: &TensorInfo, path: &Path) -> Result<()> {
+        let (len, as_bf16) = (elements(&info.shape).unwrap_or(0), info.dtype == Dtype::Bf16);
+        let offset = self.align(path)?;
+        let mut values = vec![0.0; CHUNK.min(len)];
+        for start in (0..len).step_by(CHUNK) {
+            let values = &mut values[..CHUNK.min(len - start)];
+            source.read_f32(&info.name, start, values)?;
+            let bytes: Vec<u8> = if as_bf16 {
+                values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect()
+            } else {
+                values.iter().flat_map(|v| v.to_le_bytes()).collect()
+            };
+            self.write(&bytes, path)?;
         }
-        let written = writer.write(matrix.storage().bytes());
-        written.map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        let format = if as_bf16 { RAW_BF16 } else { RAW };
+        self.add(&info.name, &info.shape, format.to_owned(), offset);
+        Ok(())
     }
-    Ok(())
 }
 
-fn copy(source: &dyn WeightSource, name: &str, len: usize, bf16: bool, writer: &mut Writer, path: &Path) -> Result<()> {
-    let mut values = vec![0.0; CHUNK.min(len)];
-    for start in (0..len).step_by(CHUNK) {
-        let values = &mut values[..CHUNK.min(len - start)];
-        source.read_f32(name, start, values)?;
-        let bytes: Vec<u8> = if bf16 {
-            values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()
-        } else {
-            values.iter().flat_map(|v| v.to_le_bytes()).collect()
-        };
-        writer.write(&bytes).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+impl Loader for Writer<'_> {
+    type Linear = ();
+    type Embedding = ();
+    type Norm = ();
+    type Ffn = ();
+
+    fn load_linear(&self, matrix: Matrix<'_>, _bias: Option<Vec<f32>>) -> Result<()> {
+        let state = &mut *self.state.borrow_mut();
+        (self.progress)(state.done, self.total, &matrix.name);
+        let (name, shape, format) = (matrix.name.clone(), [matrix.rows, matrix.cols], matrix.format);
+        if !state.packed.contains(&matrix.tensor) {
+            state.packed.insert(matrix.tensor.clone());
+        }
+        let packed = matrix.pack()?;
+        let offset = state.align(&self.path)?;
+        state.write(packed.storage().bytes(), &self.path)?;
+        state.add(&name, &shape, format.to_string(), offset);
+        Ok(())
     }
-    Ok(())
+
+    fn load_embedding(&self, matrix: Matrix<'_>) -> Result<()> {
+        self.load_linear(matrix, None)
+    }
+
+    fn tie(&self, _embedding: &()) -> Result<()> {
+        Ok(())
+    }
+
+    fn load_norm(&self, _norm: Norm, _weight: Vec<f32>, _bias: Option<Vec<f32>>) -> Result<()> {
+        Ok(())
+    }
+
+    fn load_ffn(&self, matrices: FfnMatrices<'_>) -> Result<()> {
+        let FfnMatrices { gate, up, down, .. } = matrices;
+        gate.into_iter().chain([up, down]).try_for_each(|matrix| self.load_linear(matrix, None))
+    }
 }
 
 /// Configuration, tokenizer and template.
 fn copy_small_files(model: &Path, out: &Path) -> Result<()> {
-    let io = |path: &Path, source| Error::Io { path: path.to_owned(), source };
-    for entry in std::fs::read_dir(model).map_err(|e| io(model, e))? {
-        let from = entry.map_err(|e| io(model, e))?.path();
+    for entry in std::fs::read_dir(model).map_err(io(model))? {
+        let from = entry.map_err(io(model))?.path();
         let name = from.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let kind = from.extension().unwrap_or_default().to_string_lossy().into_owned();
         let wanted = matches!(kind.as_str(), "json" | "jinja" | "model") && !name.ends_with(".index.json");
         if wanted && from.is_file() {
-            std::fs::copy(&from, out.join(name)).map_err(|e| io(&from, e))?;
+            std::fs::copy(&from, out.join(name)).map_err(io(&from))?;
         }
     }
     Ok(())

@@ -2,7 +2,7 @@
 //!
 //! Activations and arithmetic are f32. Weights are f32 on the CPU (q8 and q4 with the rounding that the packed
 //! formats bring) and may stay bf16 on a GPU. The KV cache is f32 or bf16, in blocks as everywhere.
-use super::{AttentionCall, AttentionSequence, Backend, FfnMatrices, KvLayout, Matrix};
+use super::{AttentionCall, AttentionSequence, Backend, FfnMatrices, KvLayout, Loader, Matrix};
 use crate::expert_pool::Routing;
 use crate::spec::{Activation, Norm, NormKind};
 use crate::{Error, Result};
@@ -206,19 +206,11 @@ fn sigmoid(x: &Tensor) -> Result<Tensor> {
     Ok((x.neg()?.exp()? + 1.0)?.recip()?)
 }
 
-impl Backend for CandleBackend {
-    type Tensor = Tensor;
+impl Loader for CandleBackend {
     type Linear = Linear;
     type Embedding = Tensor;
     type Norm = NormWeights;
     type Ffn = Ffn;
-    type Experts = Vec<Option<Ffn>>;
-    type Rotation = Rotation;
-    type Kv = Kv;
-
-    fn name(&self) -> &'static str {
-        "candle"
-    }
 
     fn load_linear(&self, matrix: Matrix<'_>, bias: Option<Vec<f32>>) -> Result<Linear> {
         let bias = bias.map(|bias| self.vector(bias)).transpose()?;
@@ -245,6 +237,17 @@ impl Backend for CandleBackend {
             down: self.load_linear(matrices.down, matrices.down_bias)?,
             activation: matrices.activation,
         })
+    }
+}
+
+impl Backend for CandleBackend {
+    type Tensor = Tensor;
+    type Experts = Vec<Option<Ffn>>;
+    type Rotation = Rotation;
+    type Kv = Kv;
+
+    fn name(&self) -> &'static str {
+        "candle"
     }
 
     fn gather_experts(&self, experts: Vec<Option<Ffn>>, _hidden: usize) -> Result<Vec<Option<Ffn>>> {

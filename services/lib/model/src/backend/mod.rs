@@ -6,14 +6,15 @@
 pub mod candle;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod matrix;
 pub mod native;
 
+pub use matrix::{FfnMatrices, Matrix, ReadCodes, ReadRow, TensorSlice, kernel_format};
+
 use crate::expert_pool::Routing;
-use crate::spec::{Activation, Norm};
+use crate::spec::Norm;
 use crate::{Error, Result};
-use moesaic_kernels::{Format, PackedMatrix};
-use moesaic_types::{KvFormat, WeightFormat};
-use std::ops::Range;
+use moesaic_types::KvFormat;
 use std::sync::Arc;
 
 /// Which backend runs a model.
@@ -34,155 +35,6 @@ impl std::str::FromStr for BackendKind {
             "candle" => Ok(Self::Candle),
             _ => Err(format!("backend '{text}' is unknown; use native or candle")),
         }
-    }
-}
-
-/// Writes one row of a matrix; called with each row once, in order.
-pub type ReadRow<'a> = Box<dyn FnMut(usize, &mut [f32]) -> Result<()> + 'a>;
-
-/// A weight matrix `[rows, cols]` on its way to a device: `y = x Wᵀ`, so `rows` is the output's width.
-pub struct Matrix<'a> {
-    /// Output width.
-    pub rows: usize,
-    /// Input width.
-    pub cols: usize,
-    /// How the device should hold it.
-    pub format: WeightFormat,
-    /// The matrix as the file holds it already, in `format`.
-    pub packed: Option<PackedMatrix>,
-    /// Its rows.
-    pub read: ReadRow<'a>,
-}
-
-impl<'a> Matrix<'a> {
-    /// Some rows and columns of it; the columns start and end on bounds of its format's groups, or at its end.
-    pub fn slice(self, rows: Range<usize>, cols: Range<usize>) -> Self {
-        let Self { cols: all_cols, format, packed, mut read, .. } = self;
-        let packed = packed.map(|packed| packed.slice(rows.clone(), cols.clone()));
-        let (count, width, first) = (rows.len(), cols.len(), rows.start);
-        let mut whole = vec![0.0; all_cols];
-        let read = move |row: usize, out: &mut [f32]| {
-            read(first + row, &mut whole)?;
-            out.copy_from_slice(&whole[cols.clone()]);
-            Ok(())
-        };
-        Self { rows: count, cols: width, format, packed, read: Box::new(read) }
-    }
-
-    /// The matrix in the kernels' panel layout.
-    pub fn pack(mut self) -> Result<PackedMatrix> {
-        if let Some(packed) = self.packed {
-            return Ok(packed);
-        }
-        let mut failure = None;
-        let packed = PackedMatrix::pack(kernel_format(self.format), self.rows, self.cols, &mut |row, out| {
-            if failure.is_none() {
-                failure = (self.read)(row, out).err();
-            }
-        });
-        match failure {
-            None => Ok(packed),
-            Some(error) => Err(error),
-        }
-    }
-
-    /// All rows in f32, with the rounding that the format brings.
-    pub fn to_f32(mut self) -> Result<Vec<f32>> {
-        let (rows, cols) = (self.rows, self.cols);
-        let mut values = vec![0.0; rows * cols];
-        if self.format == WeightFormat::F32 && self.packed.is_none() {
-            for (row, out) in values.chunks_exact_mut(cols).enumerate() {
-                (self.read)(row, out)?;
-            }
-        } else {
-            let packed = self.pack()?;
-            values.chunks_exact_mut(cols).enumerate().for_each(|(row, out)| packed.dequantize_row(row, out));
-        }
-        Ok(values)
-    }
-}
-
-/// The kernels' word for a weight format.
-pub fn kernel_format(format: WeightFormat) -> Format {
-    match format {
-        WeightFormat::F32 => Format::F32,
-        WeightFormat::Bf16 => Format::Bf16,
-        WeightFormat::Q8 => Format::Q8,
-        WeightFormat::Q4 { group } => Format::Q4 { group },
-    }
-}
-
-/// A feed-forward network on its way to a device.
-pub struct FfnMatrices<'a> {
-    /// The gate, if the network is gated.
-    pub gate: Option<Matrix<'a>>,
-    /// Up.
-    pub up: Matrix<'a>,
-    /// Down.
-    pub down: Matrix<'a>,
-    /// Bias of the gate.
-    pub gate_bias: Option<Vec<f32>>,
-    /// Bias of up.
-    pub up_bias: Option<Vec<f32>>,
-    /// Bias of down.
-    pub down_bias: Option<Vec<f32>>,
-    /// The nonlinearity.
-    pub activation: Activation,
-}
-
-impl FfnMatrices<'_> {
-    /// The slice of the intermediate dimension that `slice` names. The slices' outputs add up to the whole network's;
-    /// the bias of down is in the first one's.
-    ///
-    /// # Errors
-    /// `Backend` when the dimension has too few groups for so many slices.
-    pub fn slice(self, slice: TensorSlice) -> Result<Self> {
-        if slice == TensorSlice::WHOLE {
-            return Ok(self);
-        }
-        let (inner, hidden) = (self.up.rows, self.up.cols);
-        let group = kernel_format(self.down.format).group();
-        let part = slice.of(inner, group).ok_or_else(|| Error::Backend {
-            backend: "experts",
-            reason: format!(
-                "an intermediate width of {inner} in groups of {group} cannot be cut into {} slices",
-                slice.ranks
-            ),
-        })?;
-        let cut = |bias: Option<Vec<f32>>| bias.map(|bias| bias[part.clone()].to_vec());
-        Ok(Self {
-            gate: self.gate.map(|gate| gate.slice(part.clone(), 0..hidden)),
-            up: self.up.slice(part.clone(), 0..hidden),
-            gate_bias: cut(self.gate_bias),
-            up_bias: cut(self.up_bias),
-            down: {
-                let rows = self.down.rows;
-                self.down.slice(0..rows, part.clone())
-            },
-            down_bias: self.down_bias.filter(|_| slice.rank == 0),
-            activation: self.activation,
-        })
-    }
-}
-
-/// Which slice of each expert a device holds (tensor parallelism).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TensorSlice {
-    /// Which one, from 0.
-    pub rank: usize,
-    /// How many there are; at least 1.
-    pub ranks: usize,
-}
-
-impl TensorSlice {
-    /// No slicing.
-    pub const WHOLE: Self = Self { rank: 0, ranks: 1 };
-
-    /// The slice's part of a dimension that is cut on multiples of `group` only; `None` where a slice would be empty.
-    fn of(self, width: usize, group: usize) -> Option<Range<usize>> {
-        let groups = width.div_ceil(group);
-        let bound = |rank: usize| (groups * rank / self.ranks * group).min(width);
-        (groups >= self.ranks).then(|| bound(self.rank)..bound(self.rank + 1))
     }
 }
 
@@ -225,10 +77,8 @@ pub struct AttentionSequence<'a> {
     pub rows: usize,
 }
 
-/// A device that runs models.
-pub trait Backend: Send + Sync + Sized + 'static {
-    /// Rows of f32 on the device.
-    type Tensor: Send;
+/// Takes a model's weights, one after another: a device that will run it, or something that writes them elsewhere.
+pub trait Loader {
     /// A matrix with an optional bias.
     type Linear: Send + Sync;
     /// A table of rows.
@@ -237,15 +87,6 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Norm: Send + Sync;
     /// A feed-forward network; a clone shares its memory.
     type Ffn: Clone + Send + Sync;
-    /// One layer's experts; those that are elsewhere are missing.
-    type Experts: Send + Sync;
-    /// Cosines and sines of a batch's positions.
-    type Rotation: Send;
-    /// The KV cache of all layers.
-    type Kv: Send;
-
-    /// `native` or `candle`.
-    fn name(&self) -> &'static str;
 
     /// Takes a matrix.
     fn load_linear(&self, matrix: Matrix<'_>, bias: Option<Vec<f32>>) -> Result<Self::Linear>;
@@ -257,6 +98,22 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn load_norm(&self, norm: Norm, weight: Vec<f32>, bias: Option<Vec<f32>>) -> Result<Self::Norm>;
     /// Takes a feed-forward network.
     fn load_ffn(&self, matrices: FfnMatrices<'_>) -> Result<Self::Ffn>;
+}
+
+/// A device that runs models.
+pub trait Backend: Loader + Send + Sync + Sized + 'static {
+    /// Rows of f32 on the device.
+    type Tensor: Send;
+    /// One layer's experts; those that are elsewhere are missing.
+    type Experts: Send + Sync;
+    /// Cosines and sines of a batch's positions.
+    type Rotation: Send;
+    /// The KV cache of all layers.
+    type Kv: Send;
+
+    /// `native` or `candle`.
+    fn name(&self) -> &'static str;
+
     /// Gathers a layer's experts.
     fn gather_experts(&self, experts: Vec<Option<Self::Ffn>>, hidden: usize) -> Result<Self::Experts>;
 

@@ -2,7 +2,7 @@
 //!
 //! Deterministic: every operation computes a row in an order that does not depend on the other rows, so a request's
 //! logits are bit-identical whatever the batch and the chunking.
-use super::{AttentionCall, AttentionSequence, Backend, FfnMatrices, KvLayout, Matrix};
+use super::{AttentionCall, AttentionSequence, Backend, FfnMatrices, KvLayout, Loader, Matrix};
 use crate::Result;
 use crate::expert_pool::Routing;
 use crate::spec::{Activation, Norm, NormKind};
@@ -108,19 +108,11 @@ fn kv_shape(layout: &KvLayout, format: KvFormat) -> KvShape {
     KvShape { kv_heads: layout.heads, k_dim: layout.k_dim, v_dim: layout.v_dim, v_in_k: layout.v_in_k, format }
 }
 
-impl Backend for NativeBackend {
-    type Tensor = Rows;
+impl Loader for NativeBackend {
     type Linear = Linear;
     type Embedding = Arc<PackedMatrix>;
     type Norm = NormWeights;
     type Ffn = Ffn;
-    type Experts = Experts;
-    type Rotation = Rotation;
-    type Kv = Kv;
-
-    fn name(&self) -> &'static str {
-        "native"
-    }
 
     fn load_linear(&self, matrix: Matrix<'_>, bias: Option<Vec<f32>>) -> Result<Linear> {
         Ok(Linear { weight: Arc::new(matrix.pack()?), bias })
@@ -154,6 +146,17 @@ impl Backend for NativeBackend {
             down_bias: matrices.down_bias,
         };
         Ok(Ffn::Gated(Arc::new(weights), activation))
+    }
+}
+
+impl Backend for NativeBackend {
+    type Tensor = Rows;
+    type Experts = Experts;
+    type Rotation = Rotation;
+    type Kv = Kv;
+
+    fn name(&self) -> &'static str {
+        "native"
     }
 
     fn gather_experts(&self, experts: Vec<Option<Ffn>>, hidden: usize) -> Result<Experts> {

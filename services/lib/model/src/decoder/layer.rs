@@ -1,13 +1,13 @@
 //! One layer's weights on a backend, and how it runs.
 use super::weights::{Role, Weights};
 use crate::Result;
-use crate::backend::{AttentionCall, AttentionSequence, Backend};
+use crate::backend::{AttentionCall, AttentionSequence, Backend, Loader};
 use crate::expert_pool::{ExpertPool, Routing, Ticket};
 use crate::spec::names::{QkvNames, at_layer};
 use crate::spec::{Attention, Ffn, Gqa, LayerSpec, Mla, Moe, Norm, NormKind, Position, QkNorm, Rope, alibi_slopes};
 
 /// A layer's weights, but for its experts.
-pub(super) struct Layer<B: Backend> {
+pub(super) struct Layer<B: Loader> {
     attention_norm: B::Norm,
     projections: Projections<B>,
     call: AttentionCall,
@@ -17,12 +17,12 @@ pub(super) struct Layer<B: Backend> {
     ffn: FfnWeights<B>,
 }
 
-enum Projections<B: Backend> {
+enum Projections<B: Loader> {
     Gqa { qkv: [B::Linear; 3], qk_norm: Option<[B::Norm; 2]>, output: B::Linear },
     Mla(Box<MlaWeights<B>>),
 }
 
-struct MlaWeights<B: Backend> {
+struct MlaWeights<B: Loader> {
     /// Down projection and norm of the query's latent.
     q_latent: Option<(B::Linear, B::Norm)>,
     q: B::Linear,
@@ -35,7 +35,7 @@ struct MlaWeights<B: Backend> {
     output: B::Linear,
 }
 
-enum FfnWeights<B: Backend> {
+enum FfnWeights<B: Loader> {
     Dense(B::Ffn),
     Moe { gate: B::Linear, choice_bias: Option<Vec<f32>>, shared: Option<(B::Ffn, Option<B::Linear>)> },
 }
@@ -49,7 +49,7 @@ pub(super) struct Step<'a, B: Backend> {
     pub(super) kv: &'a mut B::Kv,
 }
 
-pub(super) fn load_norm<B: Backend>(
+pub(super) fn load_norm<B: Loader>(
     weights: &Weights<'_>,
     backend: &B,
     norm: Norm,
@@ -61,7 +61,7 @@ pub(super) fn load_norm<B: Backend>(
     backend.load_norm(norm, weight, bias)
 }
 
-impl<B: Backend> Layer<B> {
+impl<B: Loader> Layer<B> {
     /// Loads layer `index`; adds its rotation to `ropes` unless an equal one is there.
     pub(super) fn load(weights: &Weights<'_>, backend: &B, index: usize, ropes: &mut Vec<Rope>) -> Result<Self> {
         let spec = weights.spec();
@@ -102,7 +102,9 @@ impl<B: Backend> Layer<B> {
             ffn: load_ffn(weights, backend, index)?,
         })
     }
+}
 
+impl<B: Backend> Layer<B> {
     /// Runs the layer on the residual stream `x` up to the dispatch of its tokens to their experts.
     pub(super) fn begin(
         &self,
@@ -221,7 +223,7 @@ impl<B: Backend> Begun<B> {
     }
 }
 
-fn load_gqa<B: Backend>(weights: &Weights<'_>, backend: &B, index: usize, gqa: &Gqa) -> Result<Projections<B>> {
+fn load_gqa<B: Loader>(weights: &Weights<'_>, backend: &B, index: usize, gqa: &Gqa) -> Result<Projections<B>> {
     let (names, hidden) = (&weights.spec().names, weights.spec().hidden);
     let (q_width, kv_width) = (gqa.heads * gqa.head_dim, gqa.kv_heads * gqa.head_dim);
     let qkv = match names.qkv {
@@ -237,13 +239,14 @@ fn load_gqa<B: Backend>(weights: &Weights<'_>, backend: &B, index: usize, gqa: &
             let name = at_layer(name, index);
             let head_dim = gqa.head_dim;
             let biases = weights.bias(&name, 3 * q_width, gqa.qkv_bias)?;
-            let load = |part: usize| {
+            let load = |part: usize, part_name: &str| {
                 let row_of = move |row: usize| (row / head_dim * 3 + part) * head_dim + row % head_dim;
                 let bias = biases.as_ref().map(|all| (0..q_width).map(|row| all[row_of(row)]).collect());
-                let matrix = weights.matrix_rows(&name, 3 * q_width, (q_width, hidden), Role::Body, row_of)?;
+                let matrix =
+                    weights.matrix_rows((&name, part_name), 3 * q_width, (q_width, hidden), Role::Body, row_of)?;
                 backend.load_linear(matrix, bias)
             };
-            [load(0)?, load(1)?, load(2)?]
+            [load(0, "query")?, load(1, "key")?, load(2, "value")?]
         }
     };
     let qk_norm = match gqa.qk_norm {
@@ -264,7 +267,7 @@ fn load_gqa<B: Backend>(weights: &Weights<'_>, backend: &B, index: usize, gqa: &
     Ok(Projections::Gqa { qkv, qk_norm, output })
 }
 
-fn load_mla<B: Backend>(weights: &Weights<'_>, backend: &B, index: usize, mla: &Mla) -> Result<MlaWeights<B>> {
+fn load_mla<B: Loader>(weights: &Weights<'_>, backend: &B, index: usize, mla: &Mla) -> Result<MlaWeights<B>> {
     let (names, hidden) = (&weights.spec().names, weights.spec().hidden);
     let linear = |name: &str, rows: usize, cols: usize, bias: bool| {
         let bias = weights.bias(name, rows, bias)?;
@@ -290,8 +293,10 @@ fn load_mla<B: Backend>(weights: &Weights<'_>, backend: &B, index: usize, mla: &
     let mut expand_v = Vec::with_capacity(mla.heads);
     for head in 0..mla.heads {
         let (first, middle) = (head * head_rows, head * head_rows + mla.nope_dim);
-        absorb_k.push(backend.load_linear(weights.part(&kv_up, shape, first..middle, true)?, None)?);
-        expand_v.push(backend.load_linear(weights.part(&kv_up, shape, middle..first + head_rows, false)?, None)?);
+        let (k, v) = (format!("{head}.key"), format!("{head}.value"));
+        absorb_k.push(backend.load_linear(weights.part((&kv_up, &k), shape, first..middle, true)?, None)?);
+        let rows = middle..first + head_rows;
+        expand_v.push(backend.load_linear(weights.part((&kv_up, &v), shape, rows, false)?, None)?);
     }
     Ok(MlaWeights {
         q_latent,
@@ -304,7 +309,7 @@ fn load_mla<B: Backend>(weights: &Weights<'_>, backend: &B, index: usize, mla: &
     })
 }
 
-fn load_ffn<B: Backend>(weights: &Weights<'_>, backend: &B, index: usize) -> Result<FfnWeights<B>> {
+fn load_ffn<B: Loader>(weights: &Weights<'_>, backend: &B, index: usize) -> Result<FfnWeights<B>> {
     let (spec, names) = (weights.spec(), &weights.spec().names);
     let moe: &Moe = match &spec.layers[index].ffn {
         Ffn::Dense(form) => {

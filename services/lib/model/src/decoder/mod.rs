@@ -1,9 +1,11 @@
 //! The decoder: one forward pass over a batch, for every architecture that a [`ModelSpec`] can describe.
+mod body;
 mod experts;
 mod layer;
 mod micro_batch;
 mod weights;
 
+pub use body::visit;
 pub use experts::{ExpertStore, load_experts};
 
 use crate::Result;
@@ -14,13 +16,14 @@ use crate::expert_pool::ExpertPool;
 use crate::runner::{BlockIndex, LogitsWanted, Runner, SequenceChunk};
 use crate::source::{self, WeightSource};
 use crate::spec::{self, ModelSpec, Rope};
+use body::Body;
 use bytes::Bytes;
-use layer::{Layer, Step, load_norm};
+use layer::{Layer, Step};
 use micro_batch::{MicroBatch, Recorder, Stream};
 use moesaic_types::{BLOCK_TOKENS, KvFormat, WeightFormat};
 use std::path::Path;
 use std::sync::Arc;
-use weights::{Role, Weights};
+use weights::Weights;
 
 /// What is being loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,26 +119,8 @@ pub fn load_decoder<B: Backend>(
     pool: Arc<dyn ExpertPool<B>>,
 ) -> Result<Decoder<B>> {
     let weights = Weights::new(source, &spec, options.weights);
-    let names = &spec.names;
-    let embedding =
-        backend.load_embedding(weights.matrix(names.embedding, spec.vocab, spec.hidden, Role::Precise)?)?;
-    let embedding_norm = match spec.embedding_norm {
-        Some(norm) => Some(load_norm(&weights, &*backend, norm, names.embedding_norm, spec.hidden)?),
-        None => None,
-    };
-    let final_norm = load_norm(&weights, &*backend, spec.final_norm, names.final_norm, spec.hidden)?;
-    let output = if spec.tied {
-        backend.tie(&embedding)?
-    } else {
-        backend.load_linear(weights.matrix(names.output, spec.vocab, spec.hidden, Role::Output)?, None)?
-    };
-    let mut ropes = Vec::new();
-    let mut layers = Vec::with_capacity(spec.layers.len());
-    for index in 0..spec.layers.len() {
-        options.report(Part::Decoder, index, spec.layers.len());
-        layers.push(Layer::load(&weights, &*backend, index, &mut ropes)?);
-    }
-    options.report(Part::Decoder, spec.layers.len(), spec.layers.len());
+    let Body { embedding, embedding_norm, layers, ropes, final_norm, output } =
+        Body::load(&weights, &*backend, &|done, total| options.report(Part::Decoder, done, total))?;
     Ok(Decoder {
         backend,
         pool,

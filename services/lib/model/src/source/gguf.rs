@@ -1,9 +1,12 @@
 //! GGUF v2 and v3, little-endian: metadata, and tensors by memory map. Every count and length is checked against the
 //! file's size before anything is allocated. Format: ggml's `docs/gguf.md`.
+pub use super::gguf_metadata::{Metadata, Value};
 use super::{Dtype, TensorInfo, WeightSource, check_range, corrupt, elements, gguf_blocks, map, plain_size};
 use super::{plain_to_f32, tensor_error};
 use crate::{Error, Result};
+use half::f16;
 use moesaic_kernels::MappedFile;
+use moesaic_types::WeightFormat;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,132 +20,6 @@ pub const MAGIC: &[u8; 4] = b"GGUF";
 const MAX_ARRAY: usize = 1 << 22;
 const MAX_DEPTH: usize = 4;
 const MAX_DIMS: usize = 4;
-
-/// A metadata value.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Value {
-    /// An unsigned integer of any width.
-    Uint(u64),
-    /// A signed integer of any width.
-    Int(i64),
-    /// A float of either width.
-    Float(f64),
-    /// A truth value.
-    Bool(bool),
-    /// Text.
-    Text(String),
-    /// Values of one type.
-    Array(Vec<Value>),
-}
-
-/// Metadata of a GGUF file by key.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Metadata {
-    values: BTreeMap<String, Value>,
-}
-
-impl Metadata {
-    /// A value as it stands.
-    pub fn get(&self, key: &str) -> Option<&Value> {
-        self.values.get(key)
-    }
-
-    /// All keys and values, sorted.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
-        self.values.iter().map(|(key, value)| (key.as_str(), value))
-    }
-
-    /// Text.
-    pub fn get_str(&self, key: &str) -> Option<&str> {
-        match self.get(key)? {
-            Value::Text(text) => Some(text),
-            _ => None,
-        }
-    }
-
-    /// An integer that is not negative.
-    pub fn get_u64(&self, key: &str) -> Option<u64> {
-        self.get(key).and_then(Value::as_u64)
-    }
-
-    /// A number.
-    pub fn get_f32(&self, key: &str) -> Option<f32> {
-        self.get(key).and_then(Value::as_f32)
-    }
-
-    /// A truth value.
-    pub fn get_bool(&self, key: &str) -> Option<bool> {
-        match self.get(key)? {
-            Value::Bool(value) => Some(*value),
-            _ => None,
-        }
-    }
-
-    /// An array.
-    pub fn get_array(&self, key: &str) -> Option<&[Value]> {
-        match self.get(key)? {
-            Value::Array(values) => Some(values),
-            _ => None,
-        }
-    }
-
-    /// An array of texts; `None` also where one element is something else.
-    pub fn get_array_str(&self, key: &str) -> Option<Vec<&str>> {
-        let mut texts = Vec::new();
-        for value in self.get_array(key)? {
-            let Value::Text(text) = value else { return None };
-            texts.push(text.as_str());
-        }
-        Some(texts)
-    }
-
-    /// An array of numbers.
-    pub fn get_array_f32(&self, key: &str) -> Option<Vec<f32>> {
-        self.get_array(key)?.iter().map(Value::as_f32).collect()
-    }
-
-    /// An array of integers that are not negative.
-    pub fn get_array_u64(&self, key: &str) -> Option<Vec<u64>> {
-        self.get_array(key)?.iter().map(Value::as_u64).collect()
-    }
-
-    /// As a JSON object, without arrays of more than 4,096 elements (vocabularies).
-    pub fn to_json(&self) -> serde_json::Value {
-        let small = |value: &&Value| !matches!(value, Value::Array(values) if values.len() > 4096);
-        let values = self.values.iter().filter(|(_, value)| small(value));
-        serde_json::Value::Object(values.map(|(key, value)| (key.clone(), value.to_json())).collect())
-    }
-}
-
-impl Value {
-    fn as_u64(&self) -> Option<u64> {
-        match *self {
-            Self::Uint(value) => Some(value),
-            Self::Int(value) => u64::try_from(value).ok(),
-            _ => None,
-        }
-    }
-
-    fn as_f32(&self) -> Option<f32> {
-        match *self {
-            Self::Float(value) => Some(value as f32),
-            Self::Uint(value) => Some(value as f32),
-            Self::Int(value) => Some(value as f32),
-            _ => None,
-        }
-    }
-
-    fn to_json(&self) -> serde_json::Value {
-        match self {
-            Self::Uint(value) => (*value).into(),
-            Self::Int(value) => (*value).into(),
-            Self::Float(value) => (*value).into(),
-            Self::Bool(value) => (*value).into(),
-            Self::Text(value) => value.clone().into(),
-            Self::Array(values) => values.iter().map(Self::to_json).collect(),
-        }
-    }
-}
 
 /// Tensors of a `.gguf` file.
 pub struct GgufSource {
@@ -167,6 +44,24 @@ impl GgufSource {
     pub fn metadata(&self) -> &Metadata {
         &self.metadata
     }
+
+    /// A tensor, and the bytes of its elements `start..start + len`, which are whole blocks.
+    fn blocks(&self, name: &str, start: usize, len: usize) -> Result<(&TensorInfo, &[u8])> {
+        let found = self.tensors.binary_search_by(|t| t.name.as_str().cmp(name));
+        let index = found.map_err(|_| tensor_error(&self.path, name, "is missing"))?;
+        let (info, first) = (&self.tensors[index], self.starts[index]);
+        check_range(&self.path, info, start, len)?;
+        let (values, size) = layout(info.dtype)
+            .ok_or_else(|| tensor_error(&self.path, name, format!("is {:?}, which cannot be read", info.dtype)))?;
+        if !start.is_multiple_of(values) || !len.is_multiple_of(values) {
+            let reason = format!("elements {start}+{len} are not on bounds of blocks of {values}");
+            return Err(tensor_error(&self.path, name, reason));
+        }
+        // inside the tensor, whose bytes were found inside the file when it was opened
+        let range = first + start / values * size..first + (start + len) / values * size;
+        let bytes = self.file.bytes().get(range);
+        bytes.map(|bytes| (info, bytes)).ok_or_else(|| tensor_error(&self.path, name, "lies outside its file"))
+    }
 }
 
 impl WeightSource for GgufSource {
@@ -179,23 +74,32 @@ impl WeightSource for GgufSource {
     }
 
     fn read_f32(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
-        let found = self.tensors.binary_search_by(|t| t.name.as_str().cmp(name));
-        let index = found.map_err(|_| tensor_error(&self.path, name, "is missing"))?;
-        let (info, first) = (&self.tensors[index], self.starts[index]);
-        check_range(&self.path, info, start, out.len())?;
-        let (values, size) = layout(info.dtype)
-            .ok_or_else(|| tensor_error(&self.path, name, format!("is {:?}, which cannot be read", info.dtype)))?;
-        if !start.is_multiple_of(values) || !out.len().is_multiple_of(values) {
-            let reason = format!("elements {start}+{} are not on bounds of blocks of {values}", out.len());
-            return Err(tensor_error(&self.path, name, reason));
-        }
-        let range = first + start / values * size..first + (start + out.len()) / values * size;
-        let bytes =
-            self.file.bytes().get(range).ok_or_else(|| tensor_error(&self.path, name, "lies outside its file"))?;
-        match info.dtype {
+        let (info, bytes) = self.blocks(name, start, out.len())?;
+        let read = match info.dtype {
             Dtype::Ggml(format) => gguf_blocks::dequantize(format, bytes, out),
             dtype => plain_to_f32(dtype, bytes, out),
         };
+        if !read {
+            let reason = format!("elements {start}+{} of {:?} are not finite", out.len(), info.dtype);
+            return Err(tensor_error(&self.path, name, reason));
+        }
+        self.file.passed(bytes.len());
+        Ok(())
+    }
+
+    fn exact(&self, name: &str, start: usize, len: usize) -> Result<Option<WeightFormat>> {
+        match self.info(name).map(|info| info.dtype) {
+            Some(Dtype::Ggml(format)) => Ok(gguf_blocks::exact(format, self.blocks(name, start, len)?.1)),
+            _ => Ok(None),
+        }
+    }
+
+    fn read_codes(&self, name: &str, start: usize, scales: &mut [f16], codes: &mut [i8]) -> Result<()> {
+        let (info, bytes) = self.blocks(name, start, codes.len())?;
+        let read = matches!(info.dtype, Dtype::Ggml(format) if gguf_blocks::codes(format, bytes, scales, codes));
+        if !read {
+            return Err(tensor_error(&self.path, name, format!("is {:?}, which is not stored as codes", info.dtype)));
+        }
         self.file.passed(bytes.len());
         Ok(())
     }
@@ -228,10 +132,10 @@ fn dtype_of(number: u32) -> Dtype {
         13 => Dtype::Ggml("Q5_K"),
         14 => Dtype::Ggml("Q6_K"),
         30 => Dtype::Bf16,
+        39 => Dtype::Ggml("MXFP4"),
         16..=23 | 29 => Dtype::Unsupported("an IQ type"),
         24..=28 => Dtype::Unsupported("an integer or F64 type"),
         34 | 35 => Dtype::Unsupported("a ternary type"),
-        39 => Dtype::Unsupported("MXFP4"),
         _ => Dtype::Unsupported("an unknown type"),
     }
 }

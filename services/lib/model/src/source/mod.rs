@@ -2,14 +2,19 @@
 //!
 //! `open` looks at a path and chooses: a Hugging Face folder (`safetensors`), a `.gguf` file (`gguf`), or a folder
 //! that `moesaic quantize` wrote (`packed`).
+mod compressed;
+mod fp8;
 pub mod gguf;
 mod gguf_blocks;
+mod gguf_metadata;
+mod mxfp4;
 pub mod packed;
 pub mod safetensors;
 
 use crate::{Error, Result};
+use half::f16;
 use moesaic_kernels::{MappedFile, PackedMatrix, Storage};
-use moesaic_types::Digest;
+use moesaic_types::{Digest, WeightFormat};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -22,11 +27,15 @@ pub enum Dtype {
     F16,
     /// bfloat16.
     Bf16,
-    /// GGUF block formats, by their ggml name (`Q4_0`, `Q8_0`, `Q4_K`, ...).
+    /// GGUF block formats, by their ggml name (`Q4_0`, `Q8_0`, `Q4_K`, `MXFP4`, ...).
     Ggml(&'static str),
+    /// MXFP4 of safetensors: `X_blocks` and `X_scales`, shown as `X` of shape `[.., rows, cols]`.
+    Mxfp4,
+    /// FP8 (e4m3) of safetensors with a scale for each block of a matrix (`X_scale_inv`).
+    Fp8,
     /// Packed by `moesaic quantize` in a panel layout of `moesaic-kernels`.
-    Packed(moesaic_types::WeightFormat),
-    /// A type that is listed but cannot be read, by the file's name for it (`F8_E4M3`, `I64`, `IQ2_XS`, ...).
+    Packed(WeightFormat),
+    /// A type that is listed but cannot be read, by the file's name for it (`F8_E5M2`, `I64`, `IQ2_XS`, ...).
     Unsupported(&'static str),
 }
 
@@ -54,9 +63,18 @@ pub trait WeightSource: Send + Sync {
     /// Writes elements `start..start + out.len()` of the tensor in row-major order, converted to f32.
     /// Block formats need `start` and the length on block bounds (a whole row always is).
     fn read_f32(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()>;
-    /// A matrix that is stored packed, by memory map; `None` for any other dtype. `index` selects a matrix of a
-    /// stacked tensor of shape `[count, rows, cols]`; 0 for a plain matrix.
-    fn packed(&self, _name: &str, _index: usize) -> Result<Option<PackedMatrix<Storage>>> {
+    /// The format that holds elements `start..start + len` without rounding, where they are stored as codes with a
+    /// scale for each 32 of them: q4 or q8 if f16 holds the scales, else bf16; `None` for other tensors.
+    fn exact(&self, _name: &str, _start: usize, _len: usize) -> Result<Option<WeightFormat>> {
+        Ok(None)
+    }
+    /// Writes elements from `start` as codes, and the scale of each 32 of them: an element is `code * scale`. For
+    /// elements that [`Self::exact`] has q4 or q8 for, and on bounds of 32.
+    fn read_codes(&self, name: &str, _start: usize, _scales: &mut [f16], _codes: &mut [i8]) -> Result<()> {
+        Err(tensor_error(self.path(), name, "is not stored as codes"))
+    }
+    /// A matrix that is stored packed, by memory map; `None` for any other dtype.
+    fn packed(&self, _name: &str) -> Result<Option<PackedMatrix<Storage>>> {
         Ok(None)
     }
     /// The metadata of a GGUF file; `None` for other sources.
@@ -71,7 +89,7 @@ pub fn open(path: &Path) -> Result<Box<dyn WeightSource>> {
         return Ok(if path.join(packed::INDEX).is_file() {
             Box::new(packed::PackedSource::open(path)?)
         } else {
-            Box::new(safetensors::SafetensorsSource::open(path)?)
+            compressed::open(safetensors::SafetensorsSource::open(path)?)?
         });
     }
     let mut magic = [0; 4];
@@ -80,7 +98,7 @@ pub fn open(path: &Path) -> Result<Box<dyn WeightSource>> {
     if is_gguf || path.extension().is_some_and(|extension| extension == "gguf") {
         Ok(Box::new(gguf::GgufSource::open(path)?))
     } else if path.extension().is_some_and(|extension| extension == "safetensors") {
-        Ok(Box::new(safetensors::SafetensorsSource::open(path)?))
+        compressed::open(safetensors::SafetensorsSource::open(path)?)
     } else {
         Err(corrupt(path, "is neither a model folder nor a .safetensors or .gguf file"))
     }
@@ -165,7 +183,7 @@ pub(crate) fn plain_to_f32(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool 
         }
         Dtype::F16 => {
             for (value, bytes) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *value = half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
+                *value = f16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
             }
         }
         Dtype::Bf16 => {
@@ -173,7 +191,7 @@ pub(crate) fn plain_to_f32(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool 
                 *value = half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
             }
         }
-        Dtype::Ggml(_) | Dtype::Packed(_) | Dtype::Unsupported(_) => return false,
+        Dtype::Ggml(_) | Dtype::Mxfp4 | Dtype::Fp8 | Dtype::Packed(_) | Dtype::Unsupported(_) => return false,
     }
     true
 }
@@ -183,6 +201,6 @@ pub(crate) fn plain_size(dtype: Dtype) -> Option<usize> {
     match dtype {
         Dtype::F32 => Some(4),
         Dtype::F16 | Dtype::Bf16 => Some(2),
-        Dtype::Ggml(_) | Dtype::Packed(_) | Dtype::Unsupported(_) => None,
+        Dtype::Ggml(_) | Dtype::Mxfp4 | Dtype::Fp8 | Dtype::Packed(_) | Dtype::Unsupported(_) => None,
     }
 }

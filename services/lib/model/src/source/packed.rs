@@ -1,9 +1,10 @@
 //! Folders that `moesaic quantize` wrote: packed matrices and plain tensors in one data file, mapped into memory.
 //!
-//! `moesaic.index.json` holds `{"format": "moesaic-packed-1", "tensors": [{"name", "shape", "format", "offset",
-//! "len"}]}`; each entry lies in `moesaic.pack` on a 64-byte bound. `format` is a weight format for matrices in the
-//! panel layout of `moesaic-kernels` (a stacked tensor `[count, rows, cols]` is `count` matrices one after another),
-//! or `raw-f32` or `raw-bf16` for plain values.
+//! `moesaic.index.json` holds `{"format": "moesaic-packed-2", "tensors": [{"name", "shape", "format", "offset",
+//! "len"}]}`; each entry lies in `moesaic.pack` on a 64-byte bound. `format` is a weight format for a matrix `[rows,
+//! cols]` in the panel layout of `moesaic-kernels`, as a backend runs it (one entry for each expert, and for each part
+//! of a fused tensor, under the names of `decoder/weights.rs`), or `raw-f32` or `raw-bf16` for plain values of any
+//! shape.
 use super::{Dtype, TensorInfo, WeightSource, check_range, corrupt, elements, map, read_json, tensor_error};
 use crate::Result;
 use crate::backend::kernel_format;
@@ -18,7 +19,7 @@ pub const INDEX: &str = "moesaic.index.json";
 /// Name of the data file.
 pub const DATA: &str = "moesaic.pack";
 /// The version that this build reads and writes.
-pub const VERSION: &str = "moesaic-packed-1";
+pub const VERSION: &str = "moesaic-packed-2";
 /// The format of plain values.
 pub const RAW: &str = "raw-f32";
 /// The format of plain bfloat16 values.
@@ -68,7 +69,8 @@ impl PackedSource {
         let index: Index = serde_json::from_value(read_json(&path)?)
             .map_err(|error| corrupt(&path, format!("is not an index of packed weights: {error}")))?;
         if index.format != VERSION {
-            return Err(corrupt(&path, format!("has format '{}'; this build reads {VERSION}", index.format)));
+            let reason = format!("has format '{}'; this build reads {VERSION}: quantize the model again", index.format);
+            return Err(corrupt(&path, reason));
         }
         let file = map(&folder.join(DATA))?;
         let mut entries = index.tensors;
@@ -100,13 +102,13 @@ impl PackedSource {
             (Dtype::Bf16, bytes(2))
         } else {
             let format: WeightFormat = entry.format.parse().map_err(wrong)?;
-            let (count, rows, cols) = stack(&entry.shape).ok_or_else(|| wrong("is no matrix".into()))?;
-            let whole = elements(&entry.shape).is_some_and(|n| n > 0 && n <= MAX_SIZE);
-            if !whole {
+            let &[rows, cols] = entry.shape.as_slice() else {
+                return Err(wrong(format!("has shape {:?}, which is no matrix", entry.shape)));
+            };
+            if elements(&entry.shape).is_none_or(|n| n == 0 || n > MAX_SIZE) {
                 return Err(wrong(format!("has an impossible shape {:?}", entry.shape)));
             }
-            let one = PackedMatrix::packed_len(kernel_format(format), rows, cols);
-            (Dtype::Packed(format), one.checked_mul(count))
+            (Dtype::Packed(format), Some(PackedMatrix::packed_len(kernel_format(format), rows, cols)))
         };
         if expected != Some(entry.len) {
             return Err(wrong(format!("has {} bytes for shape {:?} in {}", entry.len, entry.shape, entry.format)));
@@ -124,15 +126,6 @@ impl PackedSource {
     }
 }
 
-/// `(count, rows, cols)` of a matrix or a stack of matrices.
-pub(crate) fn stack(shape: &[usize]) -> Option<(usize, usize, usize)> {
-    match *shape {
-        [rows, cols] => Some((1, rows, cols)),
-        [count, rows, cols] => Some((count, rows, cols)),
-        _ => None,
-    }
-}
-
 impl WeightSource for PackedSource {
     fn path(&self) -> &Path {
         &self.path
@@ -145,24 +138,18 @@ impl WeightSource for PackedSource {
     fn read_f32(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
         let (info, offset, len) = self.find(name)?;
         check_range(&self.path, info, start, out.len())?;
-        let Dtype::Packed(_) = info.dtype else {
+        let Some(packed) = self.packed(name)? else {
             let size = super::plain_size(info.dtype).expect("an entry is plain or packed");
             let bytes = &self.file.bytes()[offset..offset + len][start * size..(start + out.len()) * size];
             super::plain_to_f32(info.dtype, bytes, out);
             return Ok(());
         };
-        let (_, rows, cols) = stack(&info.shape).expect("checked when it was added");
+        let cols = packed.cols();
         let mut row = vec![0.0; cols];
-        let mut matrix = None;
         let mut done = 0;
         while done < out.len() {
             let (line, col) = ((start + done) / cols, (start + done) % cols);
-            let index = line / rows;
-            if matrix.as_ref().is_none_or(|(current, _)| *current != index) {
-                matrix = self.packed(name, index)?.map(|m| (index, m));
-            }
-            let (_, packed) = matrix.as_ref().expect("the dtype is packed");
-            packed.dequantize_row(line % rows, &mut row);
+            packed.dequantize_row(line, &mut row);
             let part = (cols - col).min(out.len() - done);
             out[done..done + part].copy_from_slice(&row[col..col + part]);
             done += part;
@@ -170,17 +157,12 @@ impl WeightSource for PackedSource {
         Ok(())
     }
 
-    fn packed(&self, name: &str, index: usize) -> Result<Option<PackedMatrix<Storage>>> {
-        let (info, offset, _) = self.find(name)?;
+    fn packed(&self, name: &str) -> Result<Option<PackedMatrix<Storage>>> {
+        let (info, offset, len) = self.find(name)?;
         let Dtype::Packed(format) = info.dtype else { return Ok(None) };
-        let (count, rows, cols) = stack(&info.shape).expect("checked when it was added");
-        if index >= count {
-            return Err(tensor_error(&self.path, name, format!("has {count} matrices, not a number {index}")));
-        }
-        let format = kernel_format(format);
-        let len = PackedMatrix::packed_len(format, rows, cols);
-        let storage = Storage::Mapped { file: self.file.clone(), offset: offset + index * len, len };
-        let matrix = PackedMatrix::from_storage(format, rows, cols, storage);
+        let &[rows, cols] = info.shape.as_slice() else { unreachable!("checked when it was added") };
+        let storage = Storage::Mapped { file: self.file.clone(), offset, len };
+        let matrix = PackedMatrix::from_storage(kernel_format(format), rows, cols, storage);
         matrix.map(Some).map_err(|error| tensor_error(&self.path, name, error.to_string()))
     }
 }

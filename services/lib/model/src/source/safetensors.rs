@@ -54,6 +54,20 @@ impl SafetensorsSource {
         Ok(source)
     }
 
+    /// Bytes `start..start + len` of a tensor, whatever its type.
+    pub(super) fn raw(&self, name: &str, start: usize, len: usize) -> Result<Raw<'_>> {
+        let found = self.tensors.binary_search_by(|t| t.name.as_str().cmp(name));
+        let place = &self.places[found.map_err(|_| tensor_error(&self.path, name, "is missing"))?];
+        let (path, file) = &self.files[place.file];
+        let first = place.start.checked_add(start);
+        let range = first.and_then(|first| Some(first..first.checked_add(len).filter(|end| *end <= place.end)?));
+        let bytes = range.and_then(|range| file.bytes().get(range));
+        let bytes = bytes.ok_or_else(|| {
+            tensor_error(path, name, format!("has {} bytes, not {start}+{len}", place.end - place.start))
+        })?;
+        Ok(Raw { bytes, file })
+    }
+
     fn add_shards(&mut self, folder: &Path, found: &mut BTreeMap<String, (TensorInfo, Place)>) -> Result<()> {
         let index = folder.join(INDEX);
         let json = read_json(&index)?;
@@ -99,6 +113,19 @@ impl SafetensorsSource {
         }
         self.files.push((path.to_owned(), file));
         Ok(())
+    }
+}
+
+/// Some bytes of a tensor.
+pub(super) struct Raw<'a> {
+    pub(super) bytes: &'a [u8],
+    file: &'a MappedFile,
+}
+
+impl Raw<'_> {
+    /// Says that they are not needed again soon.
+    pub(super) fn passed(&self) {
+        self.file.passed(self.bytes.len());
     }
 }
 
@@ -187,22 +214,18 @@ impl WeightSource for SafetensorsSource {
     }
 
     fn read_f32(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
-        let found = self.tensors.binary_search_by(|t| t.name.as_str().cmp(name));
-        let index = found.map_err(|_| tensor_error(&self.path, name, "is missing"))?;
-        let (info, place) = (&self.tensors[index], &self.places[index]);
-        let (path, file) = &self.files[place.file];
-        check_range(path, info, start, out.len())?;
+        let info = self.info(name).ok_or_else(|| tensor_error(&self.path, name, "is missing"))?;
+        check_range(&self.path, info, start, out.len())?;
         let Some(size) = plain_size(info.dtype) else {
             let Dtype::Unsupported(dtype) = info.dtype else {
-                return Err(tensor_error(path, name, "is of no plain type"));
+                return Err(tensor_error(&self.path, name, "is of no plain type"));
             };
-            return Err(tensor_error(path, name, format!("is {dtype}, which cannot be read; use F32, F16 or BF16")));
+            let reason = format!("is {dtype}, which cannot be read; use F32, F16 or BF16");
+            return Err(tensor_error(&self.path, name, reason));
         };
-        let range = place.start + start * size..place.start + (start + out.len()) * size;
-        let bytes = file.bytes().get(range).filter(|_| place.start + (start + out.len()) * size <= place.end);
-        let bytes = bytes.ok_or_else(|| tensor_error(path, name, "lies outside its file"))?;
-        plain_to_f32(info.dtype, bytes, out);
-        file.passed(bytes.len());
+        let raw = self.raw(name, start * size, out.len() * size)?;
+        plain_to_f32(info.dtype, raw.bytes, out);
+        raw.passed();
         Ok(())
     }
 }

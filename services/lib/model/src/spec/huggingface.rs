@@ -96,13 +96,15 @@ impl<'a> Reader<'a> {
 
     fn model(&self) -> Result<ModelSpec> {
         let config = &self.config;
-        if config.has("quantization_config") {
-            return Err(config.error(
-                "quantization_config",
-                "weights quantized by other tools are not supported; load the unquantized checkpoint and use \
-                 --weights q8 or q4"
-                    .into(),
-            ));
+        if let Some(quantization) = config.object("quantization_config")? {
+            let method = quantization.text("quant_method")?.unwrap_or("unknown");
+            if !(method == "mxfp4" || method == "fp8" && quantization.has("weight_block_size")) {
+                let reason = format!(
+                    "'{method}' is not supported (mxfp4 and fp8 with weight_block_size are); load the unquantized \
+                     checkpoint and use --weights q8 or q4"
+                );
+                return Err(config.error("quantization_config", reason));
+            }
         }
         let granite = self.family == "granitemoe";
         let multiplier = |key| if granite { config.number(key, Some(1.0)) } else { Ok(1.0) };

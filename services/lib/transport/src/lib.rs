@@ -7,10 +7,12 @@ pub mod config;
 pub mod file_queue;
 pub mod host;
 pub mod memory;
+pub mod nats;
 pub mod redis_metadata;
 pub mod subjects;
 
 pub use config::ClusterConfig;
 pub use file_queue::FileQueue;
 pub use memory::{MemoryBus, MemoryMetadata};
+pub use nats::{JetStreamQueue, JobLimits, Nats, NatsBus};
 pub use redis_metadata::RedisMetadata;

@@ -6,6 +6,7 @@
 pub mod config;
 pub mod file_queue;
 pub mod host;
+pub mod membership;
 pub mod memory;
 pub mod nats;
 pub mod redis_metadata;
@@ -13,6 +14,7 @@ pub mod subjects;
 
 pub use config::ClusterConfig;
 pub use file_queue::FileQueue;
+pub use membership::{Directory, Registration};
 pub use memory::{MemoryBus, MemoryMetadata};
 pub use nats::{JetStreamQueue, JobLimits, Nats, NatsBus};
 pub use redis_metadata::RedisMetadata;

@@ -1,10 +1,13 @@
 //! How services reach each other: the boundary traits' implementations that need no model.
 //!
-//! [`memory`] and [`file_queue`] have those of embedded mode; the cluster's (NATS, Redis) stand beside them.
+//! [`memory`] and [`file_queue`] have those of embedded mode; the cluster's ([`grpc`], [`nats`], [`redis_metadata`])
+//! stand beside them. [`membership`] says who is there, and [`channel`] connects to one of them.
 #![forbid(unsafe_code)]
 
+pub mod channel;
 pub mod config;
 pub mod file_queue;
+pub mod grpc;
 pub mod host;
 pub mod membership;
 pub mod memory;
@@ -12,8 +15,10 @@ pub mod nats;
 pub mod redis_metadata;
 pub mod subjects;
 
+pub use channel::channel;
 pub use config::ClusterConfig;
 pub use file_queue::FileQueue;
+pub use grpc::{GrpcPlacer, GrpcReplica};
 pub use membership::{Directory, Registration};
 pub use memory::{MemoryBus, MemoryMetadata};
 pub use nats::{JetStreamQueue, JobLimits, Nats, NatsBus};

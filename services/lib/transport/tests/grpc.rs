@@ -1,0 +1,283 @@
+//! Replicas and routers behind real gRPC servers: the boundaries' promises, and what happens when the server dies.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test fails there")]
+use futures::StreamExt;
+use futures::future::{BoxFuture, FutureExt};
+use futures::stream;
+use moesaic_testkit::{conformance, soon, until};
+use moesaic_transport::channel::{channel, server, to_address};
+use moesaic_transport::grpc::{placer_service, replica_service};
+use moesaic_transport::{GrpcPlacer, GrpcReplica, host};
+use moesaic_types::boundary::{DeltaStream, Placer, Replica, ReplicaLoad};
+use moesaic_types::cluster::{Member, MemberState, Role, Service, Socket};
+use moesaic_types::{
+    Delta, ErrorCode, GenerateRequest, Priority, RequestId, Result, SamplingParams, StopConditions, TenantSalt,
+};
+use std::future::ready;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::transport::server::Router;
+
+/// What a lost server may take to be noticed, and what a busy machine adds to it.
+const NOTICED: Duration = Duration::from_millis(3500);
+
+/// Ends with the test.
+struct Serving {
+    address: SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn serve(router: Router) -> Serving {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let task = tokio::spawn(async move {
+        router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+    });
+    Serving { address, task }
+}
+
+fn replica_at(address: SocketAddr) -> GrpcReplica {
+    GrpcReplica::new("replica r0", to_address(&format!("http://{address}")).unwrap())
+}
+
+/// The services' tasks go on until the test's runtime ends.
+async fn reach(replica: Arc<dyn Replica>) -> Arc<dyn Replica> {
+    let serving = serve(server().add_service(replica_service(replica))).await;
+    let reached = replica_at(serving.address);
+    std::mem::forget(serving);
+    Arc::new(reached)
+}
+
+async fn reach_placer(placer: Arc<dyn Placer>) -> Arc<dyn Placer> {
+    let serving = serve(server().add_service(placer_service(placer))).await;
+    let channel = to_address(&format!("http://{}", serving.address)).unwrap();
+    std::mem::forget(serving);
+    Arc::new(GrpcPlacer::new("router", channel))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_replica_in_the_process_keeps_the_boundary_s_promises() {
+    conformance::replica(ready).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_replica_over_grpc_keeps_the_boundary_s_promises() {
+    conformance::replica(reach).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_replica_over_two_hops_keeps_the_boundary_s_promises() {
+    conformance::replica(async |replica| reach(reach(replica).await).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn routers_keep_the_boundary_s_promises() {
+    conformance::placer(ready).await;
+    conformance::placer(reach_placer).await;
+}
+
+/// Sends one token and hangs.
+struct Hanging {
+    open: watch::Sender<usize>,
+}
+
+struct Open(watch::Sender<usize>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.send_modify(|open| *open -= 1);
+    }
+}
+
+impl Hanging {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { open: watch::Sender::new(0) })
+    }
+}
+
+impl Replica for Hanging {
+    fn generate(&self, _: GenerateRequest) -> BoxFuture<'_, Result<DeltaStream>> {
+        self.open.send_modify(|open| *open += 1);
+        let open = Open(self.open.clone());
+        let deltas = stream::iter([Ok(Delta::default())]).chain(stream::pending());
+        let deltas = deltas.map(move |delta| (delta, &open).0);
+        async move { Ok(deltas.boxed()) }.boxed()
+    }
+
+    fn load(&self) -> BoxFuture<'_, Result<ReplicaLoad>> {
+        async { Ok(ReplicaLoad::default()) }.boxed()
+    }
+}
+
+fn request() -> GenerateRequest {
+    GenerateRequest {
+        id: RequestId::new("r"),
+        prompt: vec![1].into(),
+        resumed_tokens: 0,
+        sampling: SamplingParams::default(),
+        stop: StopConditions { max_tokens: 1, ..StopConditions::default() },
+        top_logprobs: None,
+        prompt_logprobs: false,
+        grammar: None,
+        priority: Priority::default(),
+        deadline: None,
+        salt: TenantSalt([0; 16]),
+        traceparent: None,
+    }
+}
+
+async fn first(replica: &dyn Replica) -> DeltaStream {
+    let mut deltas = soon("it is accepted", replica.generate(request())).await.unwrap();
+    soon("a token", deltas.next()).await.unwrap().unwrap();
+    deltas
+}
+
+/// The next piece is `Unavailable`, and soon.
+async fn is_lost(mut deltas: DeltaStream) {
+    let start = Instant::now();
+    let error = soon("the loss is noticed", deltas.next()).await.unwrap().unwrap_err();
+    assert_eq!(error.code, ErrorCode::Unavailable, "{error}");
+    assert!(error.message.starts_with("replica r0: "), "{error}");
+    assert!(error.retry_after.is_some());
+    assert!(start.elapsed() < NOTICED, "{:?}", start.elapsed());
+    assert!(deltas.next().await.is_none(), "an error is the last");
+}
+
+/// What a cable does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Cable {
+    /// It passes bytes on.
+    Whole,
+    /// Its connections stay open, and nothing passes.
+    Cut,
+    /// Its connections are closed and new ones refused, as those of a process that was killed.
+    Gone,
+}
+
+/// Lays a cable from an address of this host to a server.
+async fn lay(from: &str, server: SocketAddr) -> (SocketAddr, watch::Sender<Cable>) {
+    let listener = TcpListener::bind(from).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let state = watch::Sender::new(Cable::Whole);
+    let mut now = state.subscribe();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => {
+                    tokio::spawn(pass(accepted.unwrap().0, server, now.clone()));
+                }
+                () = is(&mut now, Cable::Gone) => return,
+            }
+        }
+    });
+    (address, state)
+}
+
+async fn is(now: &mut watch::Receiver<Cable>, state: Cable) {
+    if now.wait_for(|now| *now == state).await.is_err() {
+        // the test is over
+        std::future::pending::<()>().await;
+    }
+}
+
+async fn pass(mut client: TcpStream, server: SocketAddr, mut now: watch::Receiver<Cable>) {
+    let mut gone = now.clone();
+    let passing = async {
+        let mut server = TcpStream::connect(server).await.unwrap();
+        tokio::select! {
+            _ = copy_bidirectional(&mut client, &mut server) => return,
+            () = is(&mut now, Cable::Cut) => {}
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = passing => {}
+        () = is(&mut gone, Cable::Gone) => {}
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_dies_is_unavailable_at_once_and_found_again_when_it_is_back() {
+    let hanging = Hanging::new();
+    let serving = serve(server().add_service(replica_service(hanging.clone()))).await;
+    let (address, cable) = lay("127.0.0.1:0", serving.address).await;
+    let replica = replica_at(address);
+    let deltas = first(&replica).await;
+    cable.send_replace(Cable::Gone);
+    is_lost(deltas).await;
+    let start = Instant::now();
+    let error = soon("the refusal", replica.load()).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Unavailable, "{error}");
+    assert!(error.message.contains("onnection refused"), "{error}");
+    assert!(start.elapsed() < NOTICED, "{:?}", start.elapsed());
+    let (_, _again) = lay(&address.to_string(), serving.address).await;
+    until("it is back", || async { replica.load().await.is_ok() }).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_is_cut_is_noticed_at_both_ends() {
+    let hanging = Hanging::new();
+    let serving = serve(server().add_service(replica_service(hanging.clone()))).await;
+    let (address, cable) = lay("127.0.0.1:0", serving.address).await;
+    let replica = replica_at(address);
+    let deltas = first(&replica).await;
+    assert_eq!(*hanging.open.borrow(), 1);
+    cable.send_replace(Cable::Cut);
+    is_lost(deltas).await;
+    let mut open = hanging.open.subscribe();
+    soon("the server cancels", open.wait_for(|open| *open == 0)).await.unwrap();
+    let start = Instant::now();
+    let refused = soon("the refusal", replica.load()).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Unavailable);
+    assert!(start.elapsed() < NOTICED, "{:?}", start.elapsed());
+}
+
+fn member(address: &str, socket: Option<Socket>) -> Member {
+    Member {
+        service: Service::Scheduler,
+        id: "s0".into(),
+        generation: 1,
+        address: address.into(),
+        socket,
+        state: MemberState::Ready,
+        role: Role::Plain,
+    }
+}
+
+fn serve_socket(path: &Path) {
+    let listener = UnixListener::bind(path).unwrap();
+    let router = server().add_service(replica_service(Hanging::new()));
+    tokio::spawn(router.serve_with_incoming(UnixListenerStream::new(listener)));
+}
+
+#[tokio::test]
+async fn a_member_on_the_same_host_is_reached_by_its_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s0.sock");
+    serve_socket(&path);
+    // nobody listens at the address
+    let nowhere = "http://127.0.0.1:9";
+    let here = Socket { host: host::id().unwrap(), path: path.clone() };
+    let replica = GrpcReplica::new("s0", channel(&member(nowhere, Some(here.clone()))).unwrap());
+    assert_eq!(soon("the load", replica.load()).await, Ok(ReplicaLoad::default()));
+    drop(first(&replica).await);
+    let there = Socket { host: "another".into(), ..here.clone() };
+    let missing = Socket { path: folder.path().join("missing.sock"), ..here };
+    for socket in [there, missing] {
+        let replica = GrpcReplica::new("s0", channel(&member(nowhere, Some(socket))).unwrap());
+        assert_eq!(soon("the refusal", replica.load()).await.unwrap_err().code, ErrorCode::Unavailable);
+    }
+}

@@ -13,6 +13,7 @@ pub mod membership;
 pub mod memory;
 pub mod nats;
 pub mod redis_metadata;
+pub mod serve;
 pub mod subjects;
 
 pub use channel::channel;
@@ -23,3 +24,4 @@ pub use membership::{Directory, Registration};
 pub use memory::{MemoryBus, MemoryMetadata};
 pub use nats::{JetStreamQueue, JobLimits, Nats, NatsBus};
 pub use redis_metadata::RedisMetadata;
+pub use serve::{SocketListener, serve};

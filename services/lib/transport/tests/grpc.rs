@@ -5,9 +5,9 @@ use futures::StreamExt;
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream;
 use moesaic_testkit::{conformance, soon, until};
-use moesaic_transport::channel::{channel, server, to_address};
+use moesaic_transport::channel::{channel, to_address};
 use moesaic_transport::grpc::{placer_service, replica_service};
-use moesaic_transport::{GrpcPlacer, GrpcReplica, host};
+use moesaic_transport::{GrpcPlacer, GrpcReplica, SocketListener, host};
 use moesaic_types::boundary::{DeltaStream, Placer, Replica, ReplicaLoad};
 use moesaic_types::cluster::{Member, MemberState, Role, Service, Socket};
 use moesaic_types::{
@@ -19,34 +19,32 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::copy_bidirectional;
-use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
-use tonic::transport::server::Router;
+use tonic::service::Routes;
 
 /// What a lost server may take to be noticed, and what a busy machine adds to it.
 const NOTICED: Duration = Duration::from_millis(3500);
 
-/// Ends with the test.
+/// A server; its running calls end with the test.
 struct Serving {
     address: SocketAddr,
-    task: JoinHandle<()>,
+    stop: watch::Sender<bool>,
+    task: JoinHandle<Result<()>>,
 }
 
-impl Drop for Serving {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-async fn serve(router: Router) -> Serving {
+async fn serve(routes: Routes, socket: Option<&Path>) -> Serving {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let task = tokio::spawn(async move {
-        router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
-    });
-    Serving { address, task }
+    let socket = socket.map(|path| SocketListener::bind(path).unwrap());
+    let (stop, stopped) = watch::channel(false);
+    let task = tokio::spawn(moesaic_transport::serve(routes, listener, socket, stopped));
+    Serving { address, stop, task }
+}
+
+async fn serve_replica(replica: Arc<dyn Replica>) -> Serving {
+    serve(Routes::new(replica_service(replica)), None).await
 }
 
 fn replica_at(address: SocketAddr) -> GrpcReplica {
@@ -55,16 +53,16 @@ fn replica_at(address: SocketAddr) -> GrpcReplica {
 
 /// The services' tasks go on until the test's runtime ends.
 async fn reach(replica: Arc<dyn Replica>) -> Arc<dyn Replica> {
-    let serving = serve(server().add_service(replica_service(replica))).await;
+    let serving = serve_replica(replica).await;
     let reached = replica_at(serving.address);
-    std::mem::forget(serving);
+    std::mem::forget(serving.stop);
     Arc::new(reached)
 }
 
 async fn reach_placer(placer: Arc<dyn Placer>) -> Arc<dyn Placer> {
-    let serving = serve(server().add_service(placer_service(placer))).await;
+    let serving = serve(Routes::new(placer_service(placer)), None).await;
     let channel = to_address(&format!("http://{}", serving.address)).unwrap();
-    std::mem::forget(serving);
+    std::mem::forget(serving.stop);
     Arc::new(GrpcPlacer::new("router", channel))
 }
 
@@ -212,7 +210,7 @@ async fn pass(mut client: TcpStream, server: SocketAddr, mut now: watch::Receive
 #[tokio::test]
 async fn a_server_that_dies_is_unavailable_at_once_and_found_again_when_it_is_back() {
     let hanging = Hanging::new();
-    let serving = serve(server().add_service(replica_service(hanging.clone()))).await;
+    let serving = serve_replica(hanging.clone()).await;
     let (address, cable) = lay("127.0.0.1:0", serving.address).await;
     let replica = replica_at(address);
     let deltas = first(&replica).await;
@@ -230,7 +228,7 @@ async fn a_server_that_dies_is_unavailable_at_once_and_found_again_when_it_is_ba
 #[tokio::test]
 async fn a_connection_that_is_cut_is_noticed_at_both_ends() {
     let hanging = Hanging::new();
-    let serving = serve(server().add_service(replica_service(hanging.clone()))).await;
+    let serving = serve_replica(hanging.clone()).await;
     let (address, cable) = lay("127.0.0.1:0", serving.address).await;
     let replica = replica_at(address);
     let deltas = first(&replica).await;
@@ -257,27 +255,40 @@ fn member(address: &str, socket: Option<Socket>) -> Member {
     }
 }
 
-fn serve_socket(path: &Path) {
-    let listener = UnixListener::bind(path).unwrap();
-    let router = server().add_service(replica_service(Hanging::new()));
-    tokio::spawn(router.serve_with_incoming(UnixListenerStream::new(listener)));
-}
-
 #[tokio::test]
 async fn a_member_on_the_same_host_is_reached_by_its_socket() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s0.sock");
-    serve_socket(&path);
+    let serving = serve(Routes::new(replica_service(Hanging::new())), Some(&path)).await;
     // nobody listens at the address
     let nowhere = "http://127.0.0.1:9";
     let here = Socket { host: host::id().unwrap(), path: path.clone() };
     let replica = GrpcReplica::new("s0", channel(&member(nowhere, Some(here.clone()))).unwrap());
     assert_eq!(soon("the load", replica.load()).await, Ok(ReplicaLoad::default()));
     drop(first(&replica).await);
+    assert_eq!(soon("the load", replica_at(serving.address).load()).await, Ok(ReplicaLoad::default()), "by both");
     let there = Socket { host: "another".into(), ..here.clone() };
     let missing = Socket { path: folder.path().join("missing.sock"), ..here };
     for socket in [there, missing] {
         let replica = GrpcReplica::new("s0", channel(&member(nowhere, Some(socket))).unwrap());
         assert_eq!(soon("the refusal", replica.load()).await.unwrap_err().code, ErrorCode::Unavailable);
     }
+    serving.stop.send_replace(true);
+    soon("it stops", serving.task).await.unwrap().unwrap();
+    assert!(!path.exists(), "its socket is gone with it");
+}
+
+#[tokio::test]
+async fn a_server_that_stops_lets_running_calls_end() {
+    let hanging = Hanging::new();
+    let serving = serve_replica(hanging.clone()).await;
+    let replica = replica_at(serving.address);
+    let running = first(&replica).await;
+    serving.stop.send_replace(true);
+    let other = replica_at(serving.address);
+    until("it takes no more", || async { other.load().await.is_err() }).await;
+    assert_eq!(*hanging.open.borrow(), 1, "the call goes on");
+    assert!(!serving.task.is_finished());
+    drop(running);
+    soon("it ends with its last call", serving.task).await.unwrap().unwrap();
 }

@@ -3,11 +3,13 @@
 //! The metadata are the truth, and events make it known at once. Without events a change is seen a second later;
 //! without metadata everyone goes on with what was known last, and says so.
 mod directory;
+mod peers;
 mod record;
 mod registration;
 mod view;
 
 pub use directory::Directory;
+pub use peers::{Followed, Peers};
 pub use record::{Change, MembershipEvent, Record};
 pub use registration::{Registration, Standing};
 pub use view::View;

@@ -6,12 +6,15 @@ use futures::future::{BoxFuture, FutureExt};
 use futures::stream;
 use moesaic_testkit::{conformance, soon, until};
 use moesaic_transport::channel::{channel, to_address};
-use moesaic_transport::grpc::{placer_service, replica_service};
-use moesaic_transport::{GrpcPlacer, GrpcReplica, SocketListener, host};
-use moesaic_types::boundary::{DeltaStream, Placer, Replica, ReplicaLoad};
+use moesaic_transport::grpc::{Routers, placer_service, replica_service};
+use moesaic_transport::{
+    Directory, GrpcPlacer, GrpcReplica, MemoryBus, MemoryMetadata, Registration, SocketListener, host,
+};
+use moesaic_types::boundary::{DeltaStream, PlaceRequest, Placed, Placer, Replica, ReplicaLoad};
 use moesaic_types::cluster::{Member, MemberState, Role, Service, Socket};
 use moesaic_types::{
-    Delta, ErrorCode, GenerateRequest, Priority, RequestId, Result, SamplingParams, StopConditions, TenantSalt,
+    Delta, Error, ErrorCode, GenerateRequest, Priority, ReplicaId, RequestId, Result, SamplingParams, StopConditions,
+    TenantSalt,
 };
 use std::future::ready;
 use std::net::SocketAddr;
@@ -291,4 +294,68 @@ async fn a_server_that_stops_lets_running_calls_end() {
     assert!(!serving.task.is_finished());
     drop(running);
     soon("it ends with its last call", serving.task).await.unwrap().unwrap();
+}
+
+/// A router that sends everything to one replica, or says that there is none.
+struct Sure(Option<&'static str>);
+
+impl Placer for Sure {
+    fn place(&self, _: PlaceRequest) -> BoxFuture<'_, Result<Placed>> {
+        let placed = self.0.map(|id| Placed { replica: ReplicaId::new(id), overlap_blocks: 0 });
+        async { placed.ok_or_else(|| Error::unavailable("no replica is ready")) }.boxed()
+    }
+
+    fn ready(&self) -> BoxFuture<'_, Result<Vec<ReplicaId>>> {
+        let ready = self.0.map(|id| vec![ReplicaId::new(id)]);
+        async { ready.ok_or_else(|| Error::new(ErrorCode::Internal, "a bug")) }.boxed()
+    }
+}
+
+#[tokio::test]
+async fn any_router_that_answers_will_do() {
+    let (metadata, events) = (Arc::new(MemoryMetadata::new()), Arc::new(MemoryBus::new()));
+    let lease = Duration::from_secs(60);
+    let directory = Directory::start(metadata.clone(), events.clone(), Service::Router, lease);
+    let mut views = directory.watch();
+    let routers = Routers::new(directory);
+    let place = || async {
+        let request =
+            PlaceRequest { id: RequestId::new("r"), blocks: vec![], prompt_tokens: 1, max_tokens: 1, exclude: vec![] };
+        soon("an answer", routers.place(request)).await.map(|placed| placed.replica.to_string())
+    };
+    assert!(place().await.unwrap_err().message.contains("no router is ready (0 known)"));
+    let (a, b) = (Arc::new(Sure(Some("a"))), Arc::new(Sure(Some("b"))));
+    let serving =
+        [serve(Routes::new(placer_service(a)), None).await, serve(Routes::new(placer_service(b)), None).await];
+    let addresses = serving.each_ref().map(|serving| format!("http://{}", serving.address));
+    // nobody listens at the last one's
+    let places = [("a", &*addresses[0]), ("b", &*addresses[1]), ("dead", "http://127.0.0.1:9")].map(|(id, address)| {
+        let member = Member { service: Service::Router, id: id.into(), ..member(address, None) };
+        Registration::start(metadata.clone(), events.clone(), member, lease)
+    });
+    soon("all are known", views.wait_for(|view| view.members.len() == 3)).await.unwrap();
+    let mut placed = Vec::new();
+    for _ in 0..6 {
+        placed.push(place().await.unwrap());
+    }
+    placed.sort();
+    assert!(placed.iter().filter(|id| *id == "a").count() >= 2, "the work is spread: {placed:?}");
+    assert!(placed.iter().filter(|id| *id == "b").count() >= 2, "the work is spread: {placed:?}");
+    for registration in &places[..2] {
+        registration.set_state(MemberState::Draining);
+    }
+    soon("both drain", views.wait_for(|view| view.ready().count() == 1)).await.unwrap();
+    let error = place().await.unwrap_err();
+    assert!(error.message.starts_with("router dead: "), "{error}");
+    let none = Routes::new(placer_service(Arc::new(Sure(None))));
+    let sure = serve(none, None).await;
+    let member =
+        Member { service: Service::Router, id: "none".into(), ..member(&format!("http://{}", sure.address), None) };
+    let _none = Registration::start(metadata, events, member, lease);
+    soon("it is known", views.wait_for(|view| view.ready().count() == 2)).await.unwrap();
+    assert_eq!(place().await.unwrap_err().code, ErrorCode::Unavailable);
+    until("a bug is told as it is", || async {
+        routers.ready().await.is_err_and(|error| error.code == ErrorCode::Internal)
+    })
+    .await;
 }

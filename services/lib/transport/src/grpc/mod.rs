@@ -1,9 +1,11 @@
 //! The boundaries between services over gRPC: clients that implement a trait, and services that serve one.
 mod placer;
 mod replica;
+mod routers;
 
 pub use placer::{GrpcPlacer, PlacerService, placer_service};
 pub use replica::{GrpcReplica, ReplicaService, replica_service};
+pub use routers::Routers;
 
 use moesaic_telemetry::propagation;
 use moesaic_types::{Error, ErrorCode};

@@ -2,13 +2,14 @@
 //!
 //! [`Router::start`] wires two actors: the replica table (load, readiness, circuit breakers) and the prefix index
 //! (which replica is believed to have which KV blocks, fed by numbered events). The decision itself is
-//! [`policy::choose`], a pure function.
+//! [`policy::choose`], a pure function. In a cluster, [`grpc`] finds the replicas and takes the requests.
 #![forbid(unsafe_code)]
 
 pub mod actors;
 mod app;
 pub mod breaker;
 pub mod config;
+pub mod grpc;
 pub mod index;
 mod metrics;
 pub mod policy;

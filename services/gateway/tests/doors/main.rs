@@ -5,6 +5,7 @@ mod bad_input;
 mod client;
 mod life;
 mod migration;
+mod reach;
 mod scripted;
 mod server;
 mod slow_clients;

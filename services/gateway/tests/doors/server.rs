@@ -1,5 +1,6 @@
 //! A gateway with both doors open on ports of their own.
 use crate::client::{self, Answer};
+use crate::reach;
 use crate::scripted::{Act, InOrder, Scripted};
 use moesaic_gateway::core::Core;
 use moesaic_gateway::{Config, Gateway, ServedModel};
@@ -9,6 +10,7 @@ use moesaic_model::tokenizer::Tokenizer;
 use moesaic_proto::inference::v1::inference_service_client::InferenceServiceClient;
 use moesaic_types::{BlockHasher, Digest, KvFormat, Result, WeightFormat};
 use serde_json::Value;
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -87,11 +89,10 @@ impl Doors {
         let replicas: Vec<_> =
             named.map(|(i, acts)| Scripted::new(&format!("replica-{i}"), &model.tokenizer, acts)).collect();
         self.replicas = replicas.clone();
-        let placer = Arc::new(InOrder(replicas.iter().map(|replica| replica.id.clone()).collect()));
-        let lookup = move |id: &_| {
-            let found = replicas.iter().find(|replica| replica.id == *id);
-            found.map(|replica| replica.clone() as Arc<dyn moesaic_types::boundary::Replica>)
-        };
+        let placer = reach::placer(Arc::new(InOrder(replicas.iter().map(|replica| replica.id.clone()).collect())));
+        let reached: HashMap<_, _> =
+            replicas.into_iter().map(|replica| (replica.id.clone(), reach::replica(replica))).collect();
+        let lookup = move |id: &_| reached.get(id).cloned();
         self.core.serve(vec![Arc::new(model)], placer, Arc::new(lookup));
     }
 

@@ -23,8 +23,8 @@ pub const ENV_PREFIX: &str = "MOESAIC__";
 /// Variables that other software sets by convention, and the keys that they set. They yield to the file's and the
 /// environment's own keys, and are ignored where the configuration has no such key.
 pub const STANDARD_VARIABLES: &[(&str, &str)] = &[
-    ("NATS_URL", "nats.url"),
-    ("REDIS_URL", "redis.url"),
+    ("NATS_URL", "cluster.nats_url"),
+    ("REDIS_URL", "cluster.redis_url"),
     ("OTEL_EXPORTER_OTLP_ENDPOINT", "telemetry.otlp_endpoint"),
     ("OTEL_SERVICE_NAME", "telemetry.service_name"),
 ];

@@ -1,4 +1,6 @@
-//! The names of events: `moesaic.v1.<plane>.<service>.<instance>.<event>`, built here and nowhere else.
+//! The names of events, `moesaic.v1.<plane>.<service>.<instance>.<event>`, and of jobs,
+//! `moesaic.v1.jobs.<queue>.<id>`: built here and nowhere else.
+use moesaic_types::cluster::Service;
 use std::fmt::Write;
 
 /// What an event is about.
@@ -49,6 +51,11 @@ impl Subject {
         Self::new(Plane::Kv, "scheduler", replica, "blocks")
     }
 
+    /// A member came, went or changed.
+    pub fn membership(service: Service, id: &str) -> Self {
+        Self::new(Plane::Membership, service.name(), id, "member")
+    }
+
     /// A replica's load.
     pub fn load(replica: &str) -> Self {
         Self::new(Plane::Load, "scheduler", replica, "load")
@@ -74,6 +81,28 @@ impl std::fmt::Display for Subject {
         let (service, instance, event) = (escape(&self.service), escape(&self.instance), escape(&self.event));
         write!(f, "moesaic.v1.{}.{service}.{instance}.{event}", self.plane.name())
     }
+}
+
+/// All jobs of a queue, for a subscription.
+pub fn jobs(queue: &str) -> String {
+    format!("moesaic.v1.jobs.{}.>", escape(queue))
+}
+
+/// A job.
+pub fn job(queue: &str, id: &str) -> String {
+    format!("moesaic.v1.jobs.{}.{}", escape(queue), escape(id))
+}
+
+/// A job's id; `None` if the subject is no job's.
+pub fn job_id(subject: &str) -> Option<String> {
+    let mut parts = subject.strip_prefix("moesaic.v1.jobs.")?.split('.');
+    let (_queue, id) = (parts.next()?, unescape(parts.next()?)?);
+    parts.next().is_none().then_some(id)
+}
+
+/// The name of the stream that holds a queue's jobs.
+pub fn job_stream(queue: &str) -> String {
+    format!("moesaic_jobs_{}", escape(queue))
 }
 
 /// Ids may hold dots and wildcards, subjects' parts may not: such bytes become `=` and two hex digits.
@@ -117,6 +146,19 @@ mod tests {
             assert!(text.starts_with(&Plane::Load.prefix()));
             assert_eq!(text.split('.').count(), 6, "{text}");
             assert_eq!(Subject::parse(&text), Some(subject));
+        }
+    }
+
+    #[test]
+    fn jobs_are_read_back_whatever_the_id() {
+        assert_eq!(job("batch", "b1-0"), "moesaic.v1.jobs.batch.b1-0");
+        assert!(job("batch.dead", "1").starts_with(jobs("batch.dead").trim_end_matches('>')));
+        assert_eq!(job_stream("batch.dead"), "moesaic_jobs_batch=2edead");
+        for id in ["1", "a.b", "a*b>c d", "\u{e9}"] {
+            assert_eq!(job_id(&job("q.x", id)).as_deref(), Some(id));
+        }
+        for other in ["moesaic.v1.kv.q.1", "moesaic.v1.jobs.q", "moesaic.v1.jobs.q.1.2", "moesaic.v1.jobs.q."] {
+            assert_eq!(job_id(other), None, "{other}");
         }
     }
 

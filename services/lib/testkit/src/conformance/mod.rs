@@ -2,12 +2,17 @@
 mod event_bus;
 mod job_queue;
 mod metadata;
+mod placer;
+mod player;
 mod prefix_store;
+mod replica;
 
 pub use event_bus::event_bus;
 pub use job_queue::job_queue;
 pub use metadata::metadata;
+pub use placer::placer;
 pub use prefix_store::{block, prefix_store};
+pub use replica::replica;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

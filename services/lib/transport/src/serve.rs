@@ -1,0 +1,100 @@
+//! Serving gRPC at a port and at a Unix socket, until told to stop.
+use crate::channel::server;
+use moesaic_types::{Error, Result};
+use std::io::ErrorKind;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::service::Routes;
+use tonic::transport::server::TcpIncoming;
+
+/// A Unix socket that is bound; its file goes with it.
+#[derive(Debug)]
+pub struct SocketListener {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl SocketListener {
+    /// Makes the folder and the socket; one that an earlier process left there is replaced.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming `cluster.socket_folder` when it cannot be made, or something else has its name.
+    pub fn bind(path: &Path) -> Result<Self> {
+        let refused = |reason: &dyn std::fmt::Display| {
+            let message = format!("cluster.socket_folder: {} cannot be bound: {reason}", path.display());
+            Error::invalid("cluster.socket_folder", message)
+        };
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(|error| refused(&error))?;
+        }
+        match std::fs::symlink_metadata(path) {
+            Ok(found) if !found.file_type().is_socket() => return Err(refused(&"it is there and no socket")),
+            Ok(_) => std::fs::remove_file(path).map_err(|error| refused(&error))?,
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(refused(&error)),
+        }
+        let listener = UnixListener::bind(path).map_err(|error| refused(&error))?;
+        Ok(Self { listener, path: path.to_owned() })
+    }
+}
+
+/// Removes a socket's file.
+struct Unlink(PathBuf);
+
+impl Drop for Unlink {
+    fn drop(&mut self) {
+        // it may be gone, or another's: then there is nothing to do
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Serves until `stop` is true or its sender is gone; then takes no more calls and returns when the running ones have
+/// ended. Drop it to end those as well.
+///
+/// # Errors
+/// `Unavailable` when a listener fails.
+pub async fn serve(
+    routes: Routes,
+    listener: TcpListener,
+    socket: Option<SocketListener>,
+    stop: watch::Receiver<bool>,
+) -> Result<()> {
+    let failed = |error: tonic::transport::Error| Error::unavailable(format!("serve gRPC: {error}"));
+    // the server's own setting holds for ports that it binds itself
+    let connections = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let at_port = server().add_routes(routes.clone()).serve_with_incoming_shutdown(connections, stopped(stop.clone()));
+    let Some(SocketListener { listener, path }) = socket else { return at_port.await.map_err(failed) };
+    let _unlink = Unlink(path);
+    let connections = UnixListenerStream::new(listener);
+    let at_socket = server().add_routes(routes).serve_with_incoming_shutdown(connections, stopped(stop));
+    tokio::try_join!(at_port, at_socket).map_err(failed)?;
+    Ok(())
+}
+
+async fn stopped(mut stop: watch::Receiver<bool>) {
+    // an error: the sender is gone
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_that_was_left_is_replaced_and_a_file_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new/s.sock");
+        let left = SocketListener::bind(&path).unwrap();
+        let again = SocketListener::bind(&path).unwrap();
+        drop((left, again));
+        let file = folder.path().join("file");
+        std::fs::write(&file, "precious").unwrap();
+        let error = SocketListener::bind(&file).unwrap_err();
+        assert_eq!(error.field.as_deref(), Some("cluster.socket_folder"));
+        assert!(error.message.contains("no socket"), "{error}");
+        assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    }
+}

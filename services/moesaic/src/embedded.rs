@@ -12,8 +12,7 @@ use moesaic_model::backend::candle::CandleBackend;
 use moesaic_model::backend::native::NativeBackend;
 use moesaic_model::chat::ChatTemplate;
 use moesaic_model::decoder::{Progress, load_decoder, load_experts};
-use moesaic_model::generation_config::GenerationConfig;
-use moesaic_model::source::WeightSource;
+use moesaic_model::generation_config::{GenerationConfig, end_tokens};
 use moesaic_model::spec::ModelSpec;
 use moesaic_model::tokenizer::Tokenizer;
 use moesaic_model::{LoadOptions, Runner, source, spec};
@@ -45,14 +44,17 @@ pub async fn start(config: &Config, gateway: &Core) -> Result<Services> {
     let served_as = digest.tagged(&format!("{:?} blocks v1{stored}", config.model.backend));
     let weights = config.model.weights.unwrap_or_default();
     let hasher = BlockHasher::new(&served_as, weights, config.model.kv, None);
-    let mut served = served(&path, config, &*source, &model, hasher.clone())?;
+    let mut served = served(&path, config, &model, hasher.clone())?;
     drop(source);
 
     let events = Arc::new(MemoryBus::new());
     let store = KvStore::start(&config.kv_store)?;
     let router = Router::start(&config.router, events.clone())?;
+    // ids beyond the tokenizer's stand for nothing, and tokens beyond the model's cannot be generated
+    let mut token_bytes = served.tokenizer.all_token_bytes().to_vec();
+    token_bytes.resize(served.vocab, Vec::new());
     let vocabulary = Vocabulary {
-        token_bytes: served.tokenizer.all_token_bytes().to_vec(),
+        token_bytes,
         special: (0..served.tokenizer.vocab_size() as u32).map(|id| served.tokenizer.is_special(id)).collect(),
         eos: served.eos.clone(),
     };
@@ -77,22 +79,10 @@ pub async fn start(config: &Config, gateway: &Core) -> Result<Services> {
     Ok(Services { scheduler })
 }
 
-fn served(
-    path: &Path,
-    config: &Config,
-    source: &dyn WeightSource,
-    model: &ModelSpec,
-    hasher: BlockHasher,
-) -> Result<ServedModel> {
+fn served(path: &Path, config: &Config, model: &ModelSpec, hasher: BlockHasher) -> Result<ServedModel> {
     let tokenizer = Tokenizer::open(path)?;
-    let defaults = match source.gguf() {
-        Some(metadata) => GenerationConfig::from_gguf(metadata),
-        None => GenerationConfig::from_dir(path)?,
-    };
-    let mut eos = model.eos.clone();
-    eos.extend_from_slice(defaults.eos());
-    eos.sort_unstable();
-    eos.dedup();
+    let defaults = GenerationConfig::open(path)?;
+    let eos = end_tokens(path, model.vocab, &tokenizer)?;
     let template = match ChatTemplate::open(path) {
         Ok(template) => Some(template),
         // a template that is broken is an error: clients would read that there is none

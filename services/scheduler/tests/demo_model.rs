@@ -23,7 +23,7 @@ fn vocabulary() -> Vocabulary {
     let tokenizer = tokenizer();
     let token_bytes = tokenizer.all_token_bytes().to_vec();
     let special = (0..token_bytes.len() as u32).map(|id| tokenizer.is_special(id)).collect();
-    let eos = moesaic_model::generation_config::end_tokens(&folder(), &tokenizer).unwrap();
+    let eos = moesaic_model::generation_config::end_tokens(&folder(), tokenizer.vocab_size(), &tokenizer).unwrap();
     Vocabulary { token_bytes, special, eos }
 }
 

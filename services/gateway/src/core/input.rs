@@ -72,6 +72,10 @@ impl SamplingInput {
             return Err(Error::invalid("prompt", "prompt is empty; it must have at least one token"));
         }
         fits(&model, prompt.len())?;
+        if let Some(id) = prompt.iter().find(|id| **id as usize >= model.vocab) {
+            // a tokenizer may know tokens that the model has no embedding for
+            token("prompt", u64::from(*id), model.vocab)?;
+        }
         let n = whole("n", self.n.unwrap_or(1), 1, limits.max_n as u64)?;
         let top_logprobs = self.top_logprobs.map(|top| whole("top_logprobs", top, 0, MAX_TOP_LOGPROBS)).transpose()?;
         if !(-MAX_PRIORITY..=MAX_PRIORITY).contains(&self.priority) {
@@ -139,10 +143,6 @@ impl SamplingInput {
 
     fn sampling(&self, model: &ServedModel) -> Result<SamplingParams> {
         let defaults = &model.defaults;
-        let default_temperature = match (defaults.temperature, defaults.do_sample) {
-            (_, false) => 0.0,
-            (temperature, true) => temperature.unwrap_or(1.0),
-        };
         let top_k = match self.top_k {
             None => defaults.top_k,
             Some(0 | -1) => None,
@@ -156,11 +156,11 @@ impl SamplingInput {
             let field = format!("logit_bias[{id}]");
             logit_bias.insert(id, number(&field, *bias, -100.0, 100.0, Open::None)?);
         }
-        let or = |value: Option<f64>, own: Option<f32>, off: f64| value.or(own.map(f64::from)).unwrap_or(off);
-        let temperature = or(self.temperature, Some(default_temperature), 0.0);
-        let top_p = or(self.top_p, defaults.top_p, 1.0);
-        let min_p = or(self.min_p, defaults.min_p, 0.0);
-        let repetition = or(self.repetition_penalty, defaults.repetition_penalty, 1.0);
+        let or = |value: Option<f64>, own: f32| value.unwrap_or(f64::from(own));
+        let temperature = or(self.temperature, defaults.temperature);
+        let top_p = or(self.top_p, defaults.top_p);
+        let min_p = or(self.min_p, defaults.min_p);
+        let repetition = or(self.repetition_penalty, defaults.repetition_penalty);
         let presence = self.presence_penalty.unwrap_or(0.0);
         let frequency = self.frequency_penalty.unwrap_or(0.0);
         Ok(SamplingParams {

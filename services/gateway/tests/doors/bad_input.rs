@@ -3,9 +3,12 @@ use crate::client::{self, Answer};
 use crate::scripted::Act;
 use crate::server::{CONTEXT, Doors, MODEL, config, model};
 use moesaic_config::ByteSize;
-use moesaic_gateway::Config;
+use moesaic_gateway::core::{Core, SamplingInput};
+use moesaic_gateway::{Config, ServedModel};
 use moesaic_proto::inference::v1 as wire;
+use moesaic_types::RequestId;
 use serde_json::{Value, json};
+use std::sync::Arc;
 use tonic::Code;
 use tonic_types::StatusExt;
 
@@ -215,4 +218,15 @@ async fn every_mistake_over_grpc_names_its_field_in_the_details() {
     assert_eq!(status.get_details_bad_request().unwrap().field_violations[0].field, "messages[0].role");
     let mut stream = client.generate(good()).await.unwrap().into_inner();
     assert!(stream.message().await.unwrap().is_some(), "it serves on");
+}
+
+#[test]
+fn tokens_that_only_the_tokenizer_has_are_refused_before_the_model_sees_them() {
+    let small = Arc::new(ServedModel { vocab: 100, ..model() });
+    let core = Core::new(config());
+    let input = SamplingInput::default();
+    let job = input.into_job(RequestId::new("r"), small, vec![5, 100, 7], &core.limits(), core.salt(None));
+    let error = job.err().expect("token 100 is outside a vocabulary of 100");
+    assert_eq!(error.field.as_deref(), Some("prompt"));
+    assert!(error.message.contains("token 100") && error.message.contains("vocabulary of 100"), "{}", error.message);
 }

@@ -42,7 +42,7 @@ pub fn model() -> ServedModel {
         eos: vec![2],
         tokenizer,
         template: Some(ChatTemplate::open(&demo()).unwrap()),
-        defaults: GenerationConfig::from_dir(&demo()).unwrap(),
+        defaults: GenerationConfig::open(&demo()).unwrap(),
         hasher: BlockHasher::new(&Digest::of(b"m"), WeightFormat::F32, KvFormat::F32, None),
     }
 }

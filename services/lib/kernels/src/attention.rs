@@ -152,10 +152,12 @@ fn write_token(
                 let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
                 let scale = largest / 127.0;
                 let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+                // the inverse of a denormal overflows
+                let quantize = |v: f32| if inverse.is_finite() { v * inverse } else { v / scale };
                 let (scales, elements) = bytes.split_at_mut(BLOCK * 4);
                 scales[slot * 4..][..4].copy_from_slice(&scale.to_le_bytes());
                 for (i, v) in values.iter().enumerate() {
-                    elements[place(i)] = (v * inverse).round().clamp(-127.0, 127.0) as i8 as u8;
+                    elements[place(i)] = quantize(*v).round().clamp(-127.0, 127.0) as i8 as u8;
                 }
             }
         }

@@ -18,7 +18,8 @@ pub(crate) const ROWS: usize = 8;
 /// The values of the nibbles.
 static NIBBLES: [f32; 16] = [-8., -7., -6., -5., -4., -3., -2., -1., 0., 1., 2., 3., 4., 5., 6., 7.];
 
-/// Multiplies `rows` rows of x with a panel; false where the format has no fused kernel (f32).
+/// Multiplies `rows` rows of x with a panel; false, and nothing done, where there is no fused kernel: for f32, and for
+/// more than 8 rows.
 ///
 /// # Safety
 /// The CPU must have AVX-512 F, BW, VL and DQ.
@@ -44,6 +45,7 @@ pub(crate) unsafe fn tile(
         };
     }
     match rows {
+        0 => {}
         1 => run!(1),
         2 => run!(2),
         3 => run!(3),
@@ -51,7 +53,8 @@ pub(crate) unsafe fn tile(
         5 => run!(5),
         6 => run!(6),
         7 => run!(7),
-        _ => run!(8),
+        8 => run!(8),
+        _ => return false,
     }
     true
 }

@@ -5,6 +5,8 @@
 //! Outline: few rows of x run over the packed panel itself (`fused`, AVX-512). Otherwise a panel of 32 rows is expanded
 //! to f32 once for all rows of x (f32 panels are read in place), then tiles of up to 8 rows of x run over it with 8 x 32
 //! accumulators in registers.
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Kind;
 use crate::isa::{Isa, for_each_isa};
 use crate::packed::{Format, PANEL, PackedMatrix, expand_panel};
 use crate::pool::Pool;
@@ -23,10 +25,8 @@ thread_local! {
 /// The kernels with their threads and instruction set.
 #[derive(Clone)]
 pub struct Kernels {
-    /// Threads.
-    pub pool: Arc<Pool>,
-    /// Instruction set.
-    pub isa: Isa,
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) isa: Isa,
 }
 
 /// A slice that several tasks write, each its own elements.
@@ -65,9 +65,9 @@ impl Kernels {
         Self::with_isa(threads, Isa::best())
     }
 
-    /// Kernels with an instruction set of [`Isa::available`]; a better one than the machine has is lowered.
+    /// Kernels with an instruction set of [`Isa::available`].
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
-        Self { pool: Pool::new(threads), isa: isa.min(Isa::best()) }
+        Self { pool: Pool::new(threads), isa }
     }
 
     /// `out[m, n] = x[m, k] · Wᵀ + bias[n]`.
@@ -118,13 +118,8 @@ pub(crate) fn panel_product(
         }
     };
     let mut tile = [[0f32; PANEL]; TILE];
-    if fuses(isa, w.format(), m) {
-        for row in (0..m).step_by(TILE) {
-            let rows = TILE.min(m - row);
-            fused_tile(w, panel, &x[row * k..(row + rows) * k], rows, &mut tile);
-            finish(row, rows, &mut tile);
-        }
-        return;
+    if m <= FUSED_ROWS && fused_tile(isa, w, panel, x, m, &mut tile) {
+        return finish(0, m, &mut tile);
     }
     SCRATCH.with_borrow_mut(|scratch| {
         let lines: &[f32] = match (w.format(), bytemuck::try_cast_slice(w.panel(panel))) {
@@ -143,21 +138,24 @@ pub(crate) fn panel_product(
     });
 }
 
-/// Whether weights are expanded in registers: for few rows, where writing them out would cost more than the products.
-fn fuses(isa: Isa, format: Format, m: usize) -> bool {
-    cfg!(target_arch = "x86_64") && isa == Isa::Avx512 && format != Format::F32 && m <= FUSED_ROWS
-}
-
+/// Expands weights in registers, which pays for few rows: writing them out would cost more than the products. False,
+/// and nothing done, where there is no such kernel for the format and the instruction set.
 #[cfg(target_arch = "x86_64")]
-fn fused_tile(w: &PackedMatrix, panel: usize, x: &[f32], rows: usize, tile: &mut [[f32; PANEL]; TILE]) {
-    // SAFETY: `fuses` lets only `Isa::Avx512` in, which `Isa::available` makes only where the CPU has it.
-    let done = unsafe { crate::fused::tile(w.format(), w.panel(panel), x, w.cols(), rows, tile) };
-    debug_assert!(done, "`fuses` lets only formats with a fused kernel in");
+fn fused_tile(
+    isa: Isa,
+    w: &PackedMatrix,
+    panel: usize,
+    x: &[f32],
+    rows: usize,
+    tile: &mut [[f32; PANEL]; TILE],
+) -> bool {
+    // SAFETY: a token of this kind is made only where the CPU has these parts of AVX-512.
+    isa.kind() == Kind::Avx512 && unsafe { crate::fused::tile(w.format(), w.panel(panel), x, w.cols(), rows, tile) }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn fused_tile(_: &PackedMatrix, _: usize, _: &[f32], _: usize, _: &mut [[f32; PANEL]; TILE]) {
-    unreachable!("`fuses` is false on this architecture");
+fn fused_tile(_: Isa, _: &PackedMatrix, _: usize, _: &[f32], _: usize, _: &mut [[f32; PANEL]; TILE]) -> bool {
+    false
 }
 
 for_each_isa! {

@@ -2,14 +2,21 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-/// An instruction set that the kernels are compiled for.
+/// A token for an instruction set that this CPU has: [`Self::available`] and [`Self::best`] are the only ways to get
+/// one, so holding it is the proof that its instructions may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Isa {
+pub struct Isa(Kind);
+
+/// The instruction sets that the kernels are compiled for, the simplest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Kind {
     /// Portable code.
     Scalar,
     /// AVX2 with FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
     Avx2,
     /// AVX-512 F, BW, VL, DQ.
+    #[cfg(target_arch = "x86_64")]
     Avx512,
 }
 
@@ -17,15 +24,15 @@ impl Isa {
     /// Those that this machine has, the simplest first.
     pub fn available() -> Vec<Self> {
         #[allow(unused_mut, reason = "other architectures have one only")]
-        let mut list = vec![Self::Scalar];
+        let mut list = vec![Self(Kind::Scalar)];
         #[cfg(target_arch = "x86_64")]
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             if avx2 && is_x86_feature_detected!("f16c") {
-                list.push(Self::Avx2);
+                list.push(Self(Kind::Avx2));
                 let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
                 if avx512 && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512dq") {
-                    list.push(Self::Avx512);
+                    list.push(Self(Kind::Avx512));
                 }
             }
         }
@@ -35,16 +42,23 @@ impl Isa {
     /// The best that this machine has.
     pub fn best() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
-        *BEST.get_or_init(|| Self::available().last().copied().unwrap_or(Self::Scalar))
+        *BEST.get_or_init(|| Self::available().last().copied().unwrap_or(Self(Kind::Scalar)))
+    }
+
+    /// Which it is.
+    pub(crate) fn kind(self) -> Kind {
+        self.0
     }
 }
 
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Scalar => "scalar",
-            Self::Avx2 => "avx2",
-            Self::Avx512 => "avx512",
+        f.write_str(match self.0 {
+            Kind::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => "avx512",
         })
     }
 }
@@ -65,12 +79,12 @@ macro_rules! for_each_isa {
                 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
                 #[allow(clippy::too_many_arguments, reason = "a kernel's inner call")]
                 fn avx512($($arg: $ty),*) { $body($($arg),*) }
-                match isa {
-                    $crate::isa::Isa::Scalar => {}
-                    // SAFETY: `Isa::Avx2` is made by `Isa::available` only where the CPU has it.
-                    $crate::isa::Isa::Avx2 => return unsafe { avx2($($arg),*) },
-                    // SAFETY: `Isa::Avx512` is made by `Isa::available` only where the CPU has it.
-                    $crate::isa::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                match isa.kind() {
+                    $crate::isa::Kind::Scalar => {}
+                    // SAFETY: a token of this kind is made only where the CPU has AVX2, FMA and F16C.
+                    $crate::isa::Kind::Avx2 => return unsafe { avx2($($arg),*) },
+                    // SAFETY: a token of this kind is made only where the CPU has these parts of AVX-512.
+                    $crate::isa::Kind::Avx512 => return unsafe { avx512($($arg),*) },
                 }
             }
             let _ = isa;

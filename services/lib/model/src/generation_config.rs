@@ -1,109 +1,141 @@
-//! A model's own sampling defaults and end-of-sequence tokens, from `generation_config.json`.
-use crate::source::{gguf::Metadata, read_json};
+//! A model's own sampling defaults and end-of-sequence tokens.
+use crate::source::gguf::GgufSource;
+use crate::source::read_json;
+use crate::spec::Config;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 use moesaic_types::TokenId;
-use serde::Deserialize;
+use serde_json::Value;
 use std::path::Path;
 
-/// Sampling defaults of a model.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default)]
+const FILE: &str = "generation_config.json";
+/// Keys of GGUF metadata that name a token which ends a text, a turn or a message.
+const GGUF_ENDS: [&str; 3] =
+    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
+
+/// What a request samples with where it does not say: the values of `generation_config.json`, else neutral ones.
+#[derive(Clone, Debug, PartialEq)]
 pub struct GenerationConfig {
-    /// False or absent: greedy by default.
-    pub do_sample: bool,
-    /// Default temperature.
-    pub temperature: Option<f32>,
-    /// Default top-k.
+    /// The file's `temperature`, whatever its `do_sample` says, as other servers read it. Without one: 0 (greedy)
+    /// where `do_sample` is there and false, which a model's author must have set on purpose, else 1.
+    pub temperature: f32,
+    /// The best so many tokens; `None`: all (also where the file has 0 or -1).
     pub top_k: Option<u32>,
-    /// Default top-p.
-    pub top_p: Option<f32>,
-    /// Default min-p.
-    pub min_p: Option<f32>,
-    /// Default repetition penalty.
-    pub repetition_penalty: Option<f32>,
-    /// The token that a text begins with.
-    pub bos_token_id: Option<TokenId>,
-    /// The token that fills up a batch; means nothing.
-    pub pad_token_id: Option<TokenId>,
-    eos_token_id: Option<OneOrMany>,
+    /// Above 0, at most 1.
+    pub top_p: f32,
+    /// From 0, below 1.
+    pub min_p: f32,
+    /// Above 0, at most 10; 1 is none.
+    pub repetition_penalty: f32,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(TokenId),
-    Many(Vec<TokenId>),
+impl Default for GenerationConfig {
+    fn default() -> Self {
+        Self { temperature: 1.0, top_k: None, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
+    }
 }
 
 impl GenerationConfig {
-    /// Reads the file of a folder; defaults where there is none.
+    /// Reads `generation_config.json` of a folder; neutral values where there is none, as for a GGUF file.
     ///
     /// # Errors
-    /// `Io` or `Corrupt`, naming the file.
-    pub fn from_dir(folder: &Path) -> Result<Self> {
-        let path = folder.join("generation_config.json");
+    /// `Io`, `Corrupt` or `Config`, naming the file and the key.
+    pub fn open(model: &Path) -> Result<Self> {
+        let path = model.join(FILE);
         if !path.is_file() {
             return Ok(Self::default());
         }
-        let text = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
-        serde_json::from_slice(&text).map_err(|e| Error::Corrupt { path, reason: e.to_string() })
-    }
-
-    /// The tokens that end a sequence.
-    pub fn eos(&self) -> &[TokenId] {
-        match &self.eos_token_id {
-            None => &[],
-            Some(OneOrMany::One(token)) => std::slice::from_ref(token),
-            Some(OneOrMany::Many(tokens)) => tokens,
-        }
-    }
-
-    /// The special tokens of GGUF metadata; it has no sampling defaults.
-    pub fn from_gguf(metadata: &Metadata) -> Self {
-        let token = |name: &str| {
-            let id = metadata.get_u64(&format!("tokenizer.ggml.{name}_token_id"))?;
-            TokenId::try_from(id).ok()
+        let value = read_json(&path)?;
+        let config = Config::new(&path, &value)?;
+        let number = |key: &str, default: f64, inside: &dyn Fn(f64) -> bool, bounds: &str| {
+            let value = config.number(key, Some(default))?;
+            match inside(value) {
+                true => Ok(value as f32),
+                false => Err(config.error(key, format!("is {value}; it must be {bounds}"))),
+            }
         };
-        let mut eos: Vec<TokenId> = ["eos", "eot", "eom"].into_iter().filter_map(token).collect();
-        eos.sort_unstable();
-        eos.dedup();
-        Self {
-            bos_token_id: token("bos"),
-            pad_token_id: token("padding"),
-            eos_token_id: Some(OneOrMany::Many(eos)),
-            ..Self::default()
+        let greedy = config.has("do_sample") && !config.flag("do_sample", true)?;
+        let top_k = config.number("top_k", Some(0.0))?;
+        if top_k < -1.0 || top_k.fract() != 0.0 {
+            return Err(config.error("top_k", format!("is {top_k}; it must be a whole number from -1")));
         }
+        let temperature = if greedy { 0.0 } else { 1.0 };
+        Ok(Self {
+            temperature: number("temperature", temperature, &|t| (0.0..=2.0).contains(&t), "from 0 to 2")?,
+            top_k: (top_k > 0.0).then_some(top_k as u32),
+            top_p: number("top_p", 1.0, &|p| p > 0.0 && p <= 1.0, "above 0, at most 1")?,
+            min_p: number("min_p", 0.0, &|p| (0.0..1.0).contains(&p), "from 0, below 1")?,
+            repetition_penalty: number("repetition_penalty", 1.0, &|p| p > 0.0 && p <= 10.0, "above 0, at most 10")?,
+        })
     }
 }
 
-/// Every token that ends a sequence of the model in a folder, ascending: those of `generation_config.json` and
-/// `config.json`, and the `eos_token` of `tokenizer_config.json`, which chat models name their end of turn in.
+/// Every token that ends a sequence of a model, ascending. Of a folder: those of `generation_config.json` and
+/// `config.json` (of its `text_config` too), and the `eos_token` of `tokenizer_config.json`, which chat models name
+/// their end of turn in. Of a GGUF file: the ends of text, turn and message. One that is outside the vocabulary of
+/// `vocab` tokens cannot be generated; it is left out, with a warning.
 ///
 /// # Errors
-/// `Io` or `Corrupt`, naming the file.
-pub fn end_tokens(folder: &Path, tokenizer: &Tokenizer) -> Result<Vec<TokenId>> {
-    let mut tokens = GenerationConfig::from_dir(folder)?.eos().to_vec();
-    let config = folder.join("config.json");
-    if config.is_file() {
-        match serde_json::from_value(read_json(&config)?["eos_token_id"].take()) {
-            Ok(Some(OneOrMany::One(token))) => tokens.push(token),
-            Ok(Some(OneOrMany::Many(more))) => tokens.extend(more),
-            Ok(None) => {}
-            Err(_) => {
-                let reason = "'eos_token_id' is neither a token's number nor a list of them".into();
-                return Err(Error::Corrupt { path: config, reason });
+/// `Io`, `Corrupt` or `Config`, naming the file and the key.
+pub fn end_tokens(model: &Path, vocab: usize, tokenizer: &Tokenizer) -> Result<Vec<TokenId>> {
+    let mut tokens = Ends { vocab, found: Vec::new() };
+    if model.is_dir() {
+        for name in [FILE, "config.json"] {
+            let path = model.join(name);
+            if path.is_file() {
+                let json = read_json(&path)?;
+                tokens.add(&path, "eos_token_id", &json["eos_token_id"])?;
+                tokens.add(&path, "text_config.eos_token_id", &json["text_config"]["eos_token_id"])?;
+            }
+        }
+        let path = model.join("tokenizer_config.json");
+        if path.is_file() {
+            let json = read_json(&path)?;
+            let eos = &json["eos_token"];
+            let text = eos.as_str().or_else(|| eos["content"].as_str());
+            if let Some(token) = text.and_then(|text| tokenizer.token_id(text)) {
+                tokens.add(&path, "eos_token", &token.into())?;
+            }
+        }
+    } else {
+        let source = GgufSource::open(model)?;
+        for key in GGUF_ENDS {
+            if let Some(token) = source.metadata().get_u64(key) {
+                tokens.add(model, key, &token.into())?;
             }
         }
     }
-    let config = folder.join("tokenizer_config.json");
-    if config.is_file() {
-        let json = read_json(&config)?;
-        let eos = &json["eos_token"];
-        let text = eos.as_str().or_else(|| eos["content"].as_str());
-        tokens.extend(text.and_then(|text| tokenizer.token_id(text)));
+    tokens.found.sort_unstable();
+    tokens.found.dedup();
+    Ok(tokens.found)
+}
+
+struct Ends {
+    vocab: usize,
+    found: Vec<TokenId>,
+}
+
+impl Ends {
+    /// Takes a token's number, a list of them, or null.
+    fn add(&mut self, path: &Path, key: &str, value: &Value) -> Result<()> {
+        let list = match value {
+            Value::Null => return Ok(()),
+            Value::Array(list) => list.as_slice(),
+            one => std::slice::from_ref(one),
+        };
+        for value in list {
+            if !(value.is_u64() || value.is_i64()) {
+                let reason = format!("{value} is neither a token's number nor a list of them");
+                return Err(Error::Config { path: path.to_owned(), key: key.to_owned(), reason });
+            }
+            match value.as_u64().and_then(|id| TokenId::try_from(id).ok()).filter(|id| (*id as usize) < self.vocab) {
+                Some(token) => self.found.push(token),
+                None => tracing::warn!(
+                    path = %path.display(), key, token = %value, vocabulary = self.vocab,
+                    "an end token is outside the vocabulary and is left out"
+                ),
+            }
+        }
+        Ok(())
     }
-    tokens.sort_unstable();
-    tokens.dedup();
-    Ok(tokens)
 }

@@ -39,7 +39,7 @@ pub struct Routing {
     pub experts_sorted_per_layer: Vec<Vec<Vec<u32>>>,
 }
 
-/// What a comparison found.
+/// What a comparison found. A NaN of ours is a failure, and the largest finite number where it enters a difference.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// Cases compared.
@@ -93,7 +93,7 @@ impl Golden {
 /// divergence (bf16 0.01, q8 0.02, q4 0.35).
 ///
 /// # Errors
-/// What the runner says; `Text` when the reference is of another vocabulary.
+/// What the runner says; `Text` when a case is of another vocabulary or its parts do not fit each other.
 pub fn check(runner: &mut dyn Runner, golden: &Golden, weights: WeightFormat) -> Result<Report> {
     let vocab = runner.spec().vocab;
     let longest = golden.cases.iter().map(|c| c.prompt_ids.len() + c.greedy_ids.len()).max().unwrap_or(0);
@@ -102,15 +102,22 @@ pub fn check(runner: &mut dyn Runner, golden: &Golden, weights: WeightFormat) ->
     runner.record_routing(true);
     let (mut logit_diff, mut logprob_diff) = (0f32, 0f32);
     let (mut kl, mut greedy, mut routing_match) = (0.0, 0, None);
+    let mut all_numbers = true;
     for (index, case) in golden.cases.iter().enumerate() {
         if case.last_logits.len() != vocab {
             let len = case.last_logits.len();
             return Err(Error::Text(format!("case {index} has {len} logits; the model's vocabulary is {vocab}")));
         }
+        let (prompt, logprobs) = (case.prompt_ids.len(), case.prompt_logprobs.len());
+        if prompt != logprobs + 1 {
+            let reason = format!("case {index} has {logprobs} log-probabilities for a prompt of {prompt} tokens");
+            return Err(Error::Text(reason));
+        }
         let mut logits = Vec::new();
         let all = LogitsWanted::All;
         let chunk = SequenceChunk { tokens: &case.prompt_ids, start: 0, blocks: &blocks, logits: all };
         runner.forward(&[chunk], &mut logits)?;
+        all_numbers &= is_numbers(&logits);
         let rows: Vec<&[f32]> = logits.chunks_exact(vocab).collect();
         if let Some(routing) = golden.routing.as_ref().filter(|r| r.case == index) {
             routing_match = Some(share_equal(runner.routing(), &routing.experts_sorted_per_layer));
@@ -124,7 +131,9 @@ pub fn check(runner: &mut dyn Runner, golden: &Golden, weights: WeightFormat) ->
             logit_diff = worst(logit_diff, got - want);
         }
         kl += divergence(&case.last_logits, last);
-        greedy += usize::from(greedy_equal(runner, case, last.to_vec(), &blocks)?);
+        let decoded = decode(runner, case, last.to_vec(), &blocks)?;
+        greedy += usize::from(decoded.equal);
+        all_numbers &= decoded.all_numbers;
     }
     let cases = golden.cases.len();
     let greedy_match = greedy as f32 / cases.max(1) as f32;
@@ -139,35 +148,46 @@ pub fn check(runner: &mut dyn Runner, golden: &Golden, weights: WeightFormat) ->
         WeightFormat::Q8 => mean_kl <= 0.02,
         WeightFormat::Q4 { .. } => mean_kl <= 0.35,
     };
-    let passed = passed && cases > 0;
-    let max_abs_logit_diff = logit_diff;
     Ok(Report {
         cases,
-        max_abs_logit_diff,
-        mean_kl,
+        max_abs_logit_diff: logit_diff,
+        // JSON has no NaN
+        mean_kl: if mean_kl.is_finite() { mean_kl } else { f64::MAX },
         greedy_match,
-        passed,
+        passed: passed && all_numbers && cases > 0,
         max_logprob_diff: logprob_diff,
         routing_match,
     })
 }
 
-/// The larger magnitude; NaN counts as infinite.
+/// The larger magnitude; what is no finite number counts as the largest.
 fn worst(so_far: f32, difference: f32) -> f32 {
-    if difference.is_nan() { f32::INFINITY } else { so_far.max(difference.abs()) }
+    if difference.is_finite() { so_far.max(difference.abs()) } else { f32::MAX }
 }
 
-fn greedy_equal(runner: &mut dyn Runner, case: &Case, mut logits: Vec<f32>, blocks: &[u32]) -> Result<bool> {
+fn is_numbers(logits: &[f32]) -> bool {
+    !logits.iter().any(|logit| logit.is_nan())
+}
+
+/// What greedy decoding along the reference found.
+struct Decoded {
+    equal: bool,
+    all_numbers: bool,
+}
+
+fn decode(runner: &mut dyn Runner, case: &Case, mut logits: Vec<f32>, blocks: &[u32]) -> Result<Decoded> {
+    let mut all_numbers = is_numbers(&logits);
     for (i, &want) in case.greedy_ids.iter().enumerate() {
         if moesaic_kernels::elementwise::argmax(&logits) != Some(want as usize) {
-            return Ok(false);
+            return Ok(Decoded { equal: false, all_numbers });
         }
         logits.clear();
         let start = case.prompt_ids.len() + i;
         let chunk = SequenceChunk { tokens: &[want], start, blocks, logits: LogitsWanted::Last };
         runner.forward(&[chunk], &mut logits)?;
+        all_numbers &= is_numbers(&logits);
     }
-    Ok(true)
+    Ok(Decoded { equal: true, all_numbers })
 }
 
 fn share_equal(got: &[Vec<Vec<u32>>], want: &[Vec<Vec<u32>>]) -> f32 {

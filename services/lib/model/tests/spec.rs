@@ -48,7 +48,6 @@ fn wrong_values_name_the_file_and_the_key() {
         ("qwen3_moe", json!({"head_dim": 15}), "head_dim"),
         ("qwen3_moe", json!({"rms_norm_eps": "small"}), "rms_norm_eps"),
         ("qwen3_moe", json!({"decoder_sparse_step": 0}), "decoder_sparse_step"),
-        ("qwen3_moe", json!({"eos_token_id": [-1]}), "eos_token_id"),
         ("qwen3_moe", json!({"hidden_act": "tanhish"}), "hidden_act"),
         ("qwen3_moe", json!({"moe_gate": "magic"}), "moe_gate"),
         ("qwen3_moe", json!({"moe_gate": "dynamic_top_p", "moe_top_p": 1.5}), "moe_top_p"),

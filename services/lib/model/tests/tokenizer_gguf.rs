@@ -4,7 +4,6 @@
 use candle_core::quantized::gguf_file::{self, Value};
 use moesaic_model::chat::ChatTemplate;
 use moesaic_model::generation_config::{GenerationConfig, end_tokens};
-use moesaic_model::source::gguf::GgufSource;
 use moesaic_model::tokenizer::{DecodeStream, Tokenizer};
 use proptest::prelude::*;
 use serde_json::Value as Json;
@@ -75,8 +74,9 @@ fn byte_level_metadata_tokenizes_as_the_reference_does() {
     let template = ChatTemplate::open(&path).unwrap();
     let messages = [serde_json::json!({"role": "user", "content": "hi"})];
     assert_eq!(template.render(&messages, None, true, &Default::default()).unwrap(), "<|im_end|>hi");
-    let config = GenerationConfig::from_gguf(GgufSource::open(&path).unwrap().metadata());
-    assert_eq!(config.eos(), [0, 2]);
+    assert_eq!(end_tokens(&path, 512, &tokenizer).unwrap(), [0, 2]);
+    assert_eq!(end_tokens(&path, 2, &tokenizer).unwrap(), [0], "2 is outside a vocabulary of 2");
+    assert_eq!(GenerationConfig::open(&path).unwrap(), GenerationConfig::default());
 }
 
 #[test]
@@ -153,22 +153,6 @@ fn a_corrupt_tokenizer_file_is_named() {
         let error = Tokenizer::from_dir(folder.path()).err().unwrap().to_string();
         assert!(error.contains("tokenizer.json"), "{error}");
     }
-}
-
-#[test]
-fn all_end_tokens_are_gathered() {
-    let from = root().join("tests/goldens/qwen3_moe");
-    let tokenizer = Tokenizer::from_dir(&from).unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
-    assert_eq!(end_tokens(folder.path(), &tokenizer).unwrap(), [0u32; 0]);
-    write("generation_config.json", r#"{"eos_token_id": [9, 7], "temperature": 0.5}"#);
-    write("config.json", r#"{"eos_token_id": 8}"#);
-    write("tokenizer_config.json", r#"{"eos_token": {"content": "<|im_end|>"}}"#);
-    assert_eq!(end_tokens(folder.path(), &tokenizer).unwrap(), [2, 7, 8, 9]);
-    assert_eq!(GenerationConfig::from_dir(folder.path()).unwrap().temperature, Some(0.5));
-    write("config.json", r#"{"eos_token_id": "x"}"#);
-    assert!(end_tokens(folder.path(), &tokenizer).unwrap_err().to_string().contains("config.json"));
 }
 
 static DEMO: LazyLock<Tokenizer> =

@@ -4,6 +4,7 @@
 //! `arith_eval.jsonl` give the share of greedy answers that are right.
 use crate::{args, commands::load_runner, demo};
 use anyhow::{Context, Result, ensure};
+use moesaic_model::generation_config::end_tokens;
 use moesaic_model::{LogitsWanted, Runner, SequenceChunk, chat::ChatTemplate, tokenizer::Tokenizer};
 use moesaic_types::BLOCK_TOKENS;
 use serde::Serialize;
@@ -94,6 +95,7 @@ struct Subject {
     runner: Box<dyn Runner>,
     tokenizer: Tokenizer,
     template: ChatTemplate,
+    eos: Vec<u32>,
     blocks: Vec<u32>,
     logits: Vec<f32>,
 }
@@ -103,7 +105,8 @@ impl Subject {
         let blocks: Vec<u32> = (0..(CONTEXT / BLOCK_TOKENS) as u32).collect();
         runner.allocate_kv(blocks.len())?;
         let (tokenizer, template) = (Tokenizer::open(folder)?, ChatTemplate::open(folder)?);
-        Ok(Self { runner, tokenizer, template, blocks, logits: Vec::new() })
+        let eos = end_tokens(folder, runner.spec().vocab, &tokenizer)?;
+        Ok(Self { runner, tokenizer, template, eos, blocks, logits: Vec::new() })
     }
 
     fn prompt(&self, sample: &Value) -> Result<Vec<u32>> {
@@ -145,12 +148,11 @@ impl Subject {
         let prompt = self.prompt(sample)?;
         self.forward(&prompt, 0, LogitsWanted::Last)?;
         let (mut out, mut position) = (Vec::new(), prompt.len());
-        let eos = self.runner.spec().eos.clone();
         while out.len() < max_tokens && position < CONTEXT {
             let best =
                 (0..self.logits.len()).max_by(|&a, &b| self.logits[a].total_cmp(&self.logits[b]).then(b.cmp(&a)));
             let next = best.context("no logits")? as u32;
-            if eos.contains(&next) {
+            if self.eos.contains(&next) {
                 break;
             }
             out.push(next);

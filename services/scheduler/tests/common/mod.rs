@@ -100,7 +100,6 @@ impl Fake {
             vocab: VOCAB,
             hidden: 1,
             max_context: CONTEXT,
-            eos: vec![EOS],
             embedding_scale: 1.0,
             embedding_norm: None,
             layers: Vec::new(),

@@ -8,20 +8,20 @@ const MAX_DIMENSION: u64 = 1 << 26;
 
 /// One JSON object of a configuration file.
 #[derive(Clone, Copy)]
-pub(super) struct Config<'a> {
+pub(crate) struct Config<'a> {
     path: &'a Path,
     object: &'a Map<String, Value>,
 }
 
 impl<'a> Config<'a> {
-    pub(super) fn new(path: &'a Path, value: &'a Value) -> Result<Self> {
+    pub(crate) fn new(path: &'a Path, value: &'a Value) -> Result<Self> {
         match value.as_object() {
             Some(object) => Ok(Self { path, object }),
             None => Err(Error::Corrupt { path: path.to_owned(), reason: "is not a JSON object".into() }),
         }
     }
 
-    pub(super) fn error(&self, key: &str, reason: String) -> Error {
+    pub(crate) fn error(&self, key: &str, reason: String) -> Error {
         Error::Config { path: self.path.to_owned(), key: key.to_owned(), reason }
     }
 
@@ -29,8 +29,13 @@ impl<'a> Config<'a> {
         self.object.get(key).filter(|value| !value.is_null())
     }
 
+    /// All keys and values.
+    pub(crate) fn entries(&self) -> &'a Map<String, Value> {
+        self.object
+    }
+
     /// Whether the key is there and not null.
-    pub(super) fn has(&self, key: &str) -> bool {
+    pub(crate) fn has(&self, key: &str) -> bool {
         self.get(key).is_some()
     }
 
@@ -39,7 +44,7 @@ impl<'a> Config<'a> {
     }
 
     /// A whole number from 0.
-    pub(super) fn count(&self, key: &str, default: Option<usize>) -> Result<usize> {
+    pub(crate) fn count(&self, key: &str, default: Option<usize>) -> Result<usize> {
         let Some(value) = self.get(key) else { return self.required(key, default) };
         match value.as_u64() {
             Some(n) if n <= MAX_DIMENSION => Ok(n as usize),
@@ -48,7 +53,7 @@ impl<'a> Config<'a> {
     }
 
     /// A whole number from 1.
-    pub(super) fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {
+    pub(crate) fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {
         match self.count(key, default)? {
             0 => Err(self.error(key, "must not be 0".into())),
             n => Ok(n),
@@ -56,16 +61,16 @@ impl<'a> Config<'a> {
     }
 
     /// A whole number from 1, absent or null.
-    pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
+    pub(crate) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
         if self.has(key) { self.size(key, None).map(Some) } else { Ok(None) }
     }
 
     /// The first key of several that is there.
-    pub(super) fn first_of(&self, keys: &[&'static str]) -> &'static str {
+    pub(crate) fn first_of(&self, keys: &[&'static str]) -> &'static str {
         keys.iter().copied().find(|key| self.has(key)).unwrap_or(keys[0])
     }
 
-    pub(super) fn number(&self, key: &str, default: Option<f64>) -> Result<f64> {
+    pub(crate) fn number(&self, key: &str, default: Option<f64>) -> Result<f64> {
         let Some(value) = self.get(key) else { return self.required(key, default) };
         match value.as_f64() {
             Some(n) if n.is_finite() && n.abs() <= 1e12 => Ok(n),
@@ -73,14 +78,14 @@ impl<'a> Config<'a> {
         }
     }
 
-    pub(super) fn positive(&self, key: &str, default: Option<f64>) -> Result<f64> {
+    pub(crate) fn positive(&self, key: &str, default: Option<f64>) -> Result<f64> {
         match self.number(key, default)? {
             n if n > 0.0 => Ok(n),
             n => Err(self.error(key, format!("{n} is not above 0"))),
         }
     }
 
-    pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool> {
+    pub(crate) fn flag(&self, key: &str, default: bool) -> Result<bool> {
         match self.get(key) {
             None => Ok(default),
             Some(Value::Bool(flag)) => Ok(*flag),
@@ -88,7 +93,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>> {
+    pub(crate) fn text(&self, key: &str) -> Result<Option<&'a str>> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
@@ -96,7 +101,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    pub(super) fn object(&self, key: &str) -> Result<Option<Config<'a>>> {
+    pub(crate) fn object(&self, key: &str) -> Result<Option<Config<'a>>> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Object(object)) => Ok(Some(Config { path: self.path, object })),
@@ -104,7 +109,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    pub(super) fn list(&self, key: &str) -> Result<Option<&'a [Value]>> {
+    pub(crate) fn list(&self, key: &str) -> Result<Option<&'a [Value]>> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Array(list)) => Ok(Some(list)),
@@ -113,7 +118,7 @@ impl<'a> Config<'a> {
     }
 
     /// A list of whole numbers; a single number stands for a list of one.
-    pub(super) fn counts(&self, key: &str) -> Result<Vec<u32>> {
+    pub(crate) fn counts(&self, key: &str) -> Result<Vec<u32>> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
         let one = |value: &Value| {
             let id = value.as_u64().and_then(|id| u32::try_from(id).ok());

@@ -98,7 +98,6 @@ impl Reader<'_> {
             vocab,
             hidden,
             max_context,
-            eos: self.config.counts("tokenizer.ggml.eos_token_id")?,
             embedding_scale: 1.0,
             embedding_norm: None,
             layers: vec![layer; count],

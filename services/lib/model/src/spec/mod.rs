@@ -3,24 +3,34 @@
 //! To add a family, add its reading to [`huggingface`] (or [`gguf`]) and its tensor names to [`names`]; only a new
 //! *kind* of layer part touches the decoder.
 mod config;
+mod defaults;
 pub mod gguf;
 pub mod huggingface;
 pub mod names;
 pub mod rope;
 
 pub use crate::gate::{GatePolicy, Groups};
+pub(crate) use config::Config;
 pub use huggingface::{from_config, read_folder};
 pub use names::{ExpertNames, Names};
 pub use rope::{Rope, RopeScaling};
 
 use crate::Result;
 use crate::source::WeightSource;
-use moesaic_types::TokenId;
 use std::path::Path;
 
 /// Reads the architecture of a Hugging Face folder, or of a GGUF file that `source` has open.
 pub fn read(path: &Path, source: &dyn WeightSource) -> Result<ModelSpec> {
-    if path.is_dir() { read_folder(path) } else { gguf::read_file(path, source) }
+    if !path.is_dir() {
+        return gguf::read_file(path, source);
+    }
+    let mut spec = read_folder(path)?;
+    let bare = spec.names.without_prefix();
+    let has = |name: &str| source.info(&format!("{name}.weight")).is_some();
+    if !has(spec.names.embedding) && has(bare.embedding) {
+        spec.names = bare;
+    }
+    Ok(spec)
 }
 
 /// A model's architecture.
@@ -34,8 +44,6 @@ pub struct ModelSpec {
     pub hidden: usize,
     /// The longest context, in tokens.
     pub max_context: usize,
-    /// Tokens that end an answer.
-    pub eos: Vec<TokenId>,
     /// Multiplies embeddings.
     pub embedding_scale: f32,
     /// Normalizes embeddings (Bloom).

@@ -44,6 +44,47 @@ pub struct Names {
     pub experts: ExpertNames,
 }
 
+impl Names {
+    /// The names in a checkpoint that was saved without its output matrix: they lack the first part (`model.`,
+    /// `transformer.`).
+    pub fn without_prefix(self) -> Self {
+        let cut = |name: &'static str| {
+            ["model.", "transformer."].iter().find_map(|prefix| name.strip_prefix(prefix)).unwrap_or(name)
+        };
+        let experts = match self.experts {
+            ExpertNames::Separate(names) => ExpertNames::Separate(names.map(cut)),
+            ExpertNames::Stacked(names) => ExpertNames::Stacked(names.map(cut)),
+            ExpertNames::Fused(names) => ExpertNames::Fused(names.map(cut)),
+            ExpertNames::Interleaved(names) => ExpertNames::Interleaved(names.map(cut)),
+        };
+        let qkv = match self.qkv {
+            QkvNames::Separate(names) => QkvNames::Separate(names.map(cut)),
+            QkvNames::FusedByHead(name) => QkvNames::FusedByHead(cut(name)),
+        };
+        Self {
+            embedding: cut(self.embedding),
+            embedding_norm: cut(self.embedding_norm),
+            final_norm: cut(self.final_norm),
+            output: self.output,
+            attention_norm: cut(self.attention_norm),
+            ffn_norm: cut(self.ffn_norm),
+            qkv,
+            o: cut(self.o),
+            q_norm: cut(self.q_norm),
+            k_norm: cut(self.k_norm),
+            sinks: cut(self.sinks),
+            q_latent: self.q_latent.map(cut),
+            kv_latent: self.kv_latent.map(cut),
+            dense: self.dense.map(cut),
+            shared: self.shared.map(cut),
+            shared_gate: cut(self.shared_gate),
+            gate: cut(self.gate),
+            choice_bias: cut(self.choice_bias),
+            experts,
+        }
+    }
+}
+
 /// Query, key and value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum QkvNames {

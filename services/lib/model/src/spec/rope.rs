@@ -141,11 +141,17 @@ pub(super) struct RopeConfig<'a> {
 }
 
 impl<'a> RopeConfig<'a> {
-    pub(super) fn read(config: &Config<'a>, max_context: usize, default_partial: f64) -> Result<Self> {
-        let parameters = match config.object("rope_parameters")? {
+    /// `partial`: whether the family can turn a part of each head only.
+    pub(super) fn read(config: &Config<'a>, max_context: usize, partial: bool) -> Result<Self> {
+        let parameters = match config.object("rope_scaling")? {
             Some(parameters) => Some(parameters),
-            None => config.object("rope_scaling")?,
+            None => config.object("rope_parameters")?,
         };
+        if let Some(parameters) = &parameters
+            && let Some(layers) = ["full_attention", "sliding_attention"].iter().find(|key| parameters.has(key))
+        {
+            return Err(parameters.error(layers, "rotation by kind of layer is not supported".into()));
+        }
         let number = |key: &str, default: f64| -> Result<f64> {
             match parameters.as_ref().filter(|p| p.has(key)) {
                 Some(parameters) => parameters.positive(key, Some(default)),
@@ -153,12 +159,16 @@ impl<'a> RopeConfig<'a> {
             }
         };
         let theta = number("rope_theta", 10_000.0)?;
-        let partial = number("partial_rotary_factor", default_partial)?;
+        let factor = number("partial_rotary_factor", 1.0)?;
+        if !partial && factor != 1.0 {
+            let reason = format!("{factor} is not supported with this family; every dimension turns");
+            return Err(config.error("partial_rotary_factor", reason));
+        }
         let scaling = match &parameters {
             Some(parameters) => scaling(parameters, config, max_context)?,
             None => RopeScaling::None,
         };
-        Ok(Self { theta, partial, scaling, parameters })
+        Ok(Self { theta, partial: factor, scaling, parameters })
     }
 
     pub(super) fn rope(&self, config: &Config<'_>, head_dim: usize, interleaved: bool) -> Result<Rope> {
@@ -175,9 +185,14 @@ impl<'a> RopeConfig<'a> {
         Ok(Rope { dims, theta: self.theta, interleaved, scaling: self.scaling, divisors: None })
     }
 
-    /// DeepSeek scales attention by the square of YaRN's temperature for `mscale_all_dim`.
+    /// DeepSeek scales attention by the square of YaRN's temperature for `mscale_all_dim`, whatever the scaling.
     pub(super) fn mla_scale(&self) -> Result<f64> {
-        let RopeScaling::Yarn { factor, .. } = self.scaling else { return Ok(1.0) };
+        let factor = match self.scaling {
+            RopeScaling::None => return Ok(1.0),
+            RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. } | RopeScaling::Yarn { factor, .. } => {
+                factor
+            }
+        };
         let mscale = match &self.parameters {
             Some(parameters) => parameters.number("mscale_all_dim", Some(0.0))?,
             None => 0.0,
@@ -193,8 +208,9 @@ fn scaling(parameters: &Config<'_>, config: &Config<'_>, max_context: usize) -> 
     };
     let original_context = || -> Result<f64> {
         let key = "original_max_position_embeddings";
-        let fallback = config.positive(key, Some(max_context as f64))?;
-        parameters.positive(key, Some(fallback))
+        // the one beside the parameters wins
+        let own = parameters.positive(key, Some(max_context as f64))?;
+        config.positive(key, Some(own))
     };
     Ok(match kind.unwrap_or("default") {
         "default" | "none" => RopeScaling::None,

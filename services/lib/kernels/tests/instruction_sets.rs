@@ -1,0 +1,237 @@
+//! Every instruction set that this machine has against the portable code, to the bit: all formats, row counts on both
+//! sides of the fused kernels' limit and of the tiles', and inputs that are random, extreme (without overflow) or
+//! denormal.
+use moesaic_kernels::{
+    Activation, AttentionCall, AttentionSequence, ExpertWeights, Format, Isa, Kernels, KvFormat, KvLayer, KvShape,
+    PackedMatrix,
+};
+
+const FORMATS: [Format; 6] = [
+    Format::F32,
+    Format::Bf16,
+    Format::Q8,
+    Format::Q4 { group: 32 },
+    Format::Q4 { group: 64 },
+    Format::Q4 { group: 128 },
+];
+const ROWS: [usize; 13] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 23, 32, 33, 512];
+
+/// Inputs whose products and sums stay finite.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Random,
+    /// Magnitudes up to 1e30, beside small ones and zeros of both signs.
+    Extreme,
+    /// Below the smallest normal number, beside a few normal ones.
+    Denormal,
+}
+
+const KINDS: [Kind; 3] = [Kind::Random, Kind::Extreme, Kind::Denormal];
+
+impl Kind {
+    /// Values that are the same for one seed.
+    fn values(self, seed: u64, len: usize) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        let value = |(i, noise): (usize, f32)| match (self, i % 7) {
+            (Self::Random, _) | (Self::Extreme, 2) => noise,
+            (Self::Extreme, 0) => noise * 1e30,
+            (Self::Extreme, 1) => noise * 1e-30,
+            (Self::Extreme, 3) => -0.0,
+            (Self::Extreme, 4) => 0.0,
+            (Self::Extreme, 5) => noise * 1e25,
+            (Self::Extreme, _) => noise * f32::MIN_POSITIVE,
+            (Self::Denormal, 0) => noise,
+            (Self::Denormal, 1) => f32::from_bits(1).copysign(noise),
+            (Self::Denormal, _) => noise * 1e-39,
+        };
+        (0..len).map(|i| value((i, next()))).collect()
+    }
+}
+
+fn pack(format: Format, n: usize, k: usize, values: &[f32]) -> PackedMatrix {
+    PackedMatrix::pack(format, n, k, &mut |row, out| out.copy_from_slice(&values[row * k..(row + 1) * k]))
+}
+
+/// Runs `work` with every instruction set and holds the results to the first's, which is the portable code's.
+fn agree(what: &dyn Fn() -> String, work: &dyn Fn(&Kernels) -> Vec<f32>) {
+    let mut all = Isa::available().into_iter().map(|isa| (isa, work(&Kernels::with_isa(2, isa))));
+    let (first, reference) = all.next().expect("there is portable code");
+    assert_eq!(first.to_string(), "scalar");
+    assert!(reference.iter().all(|v| v.is_finite()), "{}: the inputs overflow", what());
+    for (isa, results) in all {
+        for (i, (got, want)) in results.iter().zip(&reference).enumerate() {
+            assert_eq!(got.to_bits(), want.to_bits(), "{isa}, {}, element {i}: {got} for {want}", what());
+        }
+    }
+}
+
+#[test]
+fn linear_agrees_for_every_format_row_count_and_kind_of_input() {
+    for format in FORMATS {
+        for (n, k) in [(1, 1), (45, 72), (64, 130)] {
+            // extreme weights meet ordinary rows, and the other way round: their product would overflow
+            for (weights, inputs) in [
+                (Kind::Random, Kind::Random),
+                (Kind::Random, Kind::Extreme),
+                (Kind::Extreme, Kind::Random),
+                (Kind::Random, Kind::Denormal),
+                (Kind::Denormal, Kind::Random),
+                (Kind::Denormal, Kind::Denormal),
+                (Kind::Denormal, Kind::Extreme),
+            ] {
+                // the formats with scales in f16 hold no weights of 1e30
+                let quantized = !matches!(format, Format::F32 | Format::Bf16);
+                if quantized && matches!(weights, Kind::Extreme) {
+                    continue;
+                }
+                let w = pack(format, n, k, &weights.values(1, n * k));
+                let bias = inputs.values(2, n);
+                for m in ROWS {
+                    let x = inputs.values(3 + m as u64, m * k);
+                    let what = || format!("{format:?} {weights:?} weights, {inputs:?} {m} x {k} to {n}");
+                    agree(&what, &|kernels| {
+                        let mut out = vec![f32::NAN; m * n];
+                        kernels.linear(&w, &x, m, Some(&bias), &mut out);
+                        out
+                    });
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn networks_agree_for_every_activation_row_count_and_kind_of_input() {
+    let (hidden, inter) = (40, 35);
+    let activations = [
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::Relu,
+        Activation::ClampedSwiGlu { alpha: 1.702, limit: 7.0 },
+    ];
+    for format in FORMATS {
+        let matrix = |seed, n, k| pack(format, n, k, &Kind::Random.values(seed, n * k));
+        let network = ExpertWeights {
+            gate: matrix(1, inter, hidden),
+            up: matrix(2, inter, hidden),
+            down: matrix(3, hidden, inter),
+            gate_bias: None,
+            up_bias: Some(Kind::Denormal.values(4, inter)),
+            down_bias: Some(Kind::Random.values(5, hidden)),
+        };
+        for activation in activations {
+            for kind in KINDS {
+                for m in ROWS.into_iter().filter(|m| *m < 512 || activation == Activation::Silu) {
+                    let mut x = kind.values(6, m * hidden);
+                    // gate times up squares what comes in
+                    x.iter_mut().for_each(|x| *x = x.clamp(-1e15, 1e15));
+                    agree(&|| format!("{format:?} {activation:?} {kind:?} {m} rows"), &|kernels| {
+                        let mut out = vec![f32::NAN; m * hidden];
+                        kernels.gated_ffn(&network, activation, &x, m, &mut out);
+                        out
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// One layer's cache of `len` tokens in scattered blocks.
+fn cache(shape: KvShape, len: usize, blocks: &[u32], keys: Kind, values: Kind) -> KvLayer {
+    let mut kv = KvLayer::new(shape, blocks.len() + 2);
+    for t in 0..len {
+        let k = keys.values(100 + t as u64, shape.kv_heads * shape.k_dim);
+        let v = values.values(9_000 + t as u64, shape.kv_heads * shape.v_dim);
+        kv.write(blocks[t / 64], t % 64, &k, if shape.v_in_k { &[] } else { &v });
+    }
+    kv
+}
+
+/// Window, sinks, ALiBi's slopes.
+type Variant<'a> = (Option<usize>, Option<&'a [f32]>, Option<&'a [f32]>);
+
+#[test]
+fn attention_agrees_for_every_cache_variant_and_kind_of_input() {
+    let (heads, len) = (4, 150);
+    let blocks = [3, 0, 4];
+    let sinks = Kind::Random.values(7, heads);
+    let huge_sinks = vec![1e30; heads];
+    let alibi = [0.5, 0.25, 1e-3, 1e-40];
+    let variants: [Variant<'_>; 6] = [
+        (None, None, None),
+        (Some(1), None, None),
+        (Some(37), Some(&sinks), None),
+        (None, Some(&huge_sinks), None),
+        (None, None, Some(&alibi)),
+        (Some(64), Some(&sinks), Some(&alibi)),
+    ];
+    for format in [KvFormat::F32, KvFormat::Bf16, KvFormat::Int8] {
+        for (kv_heads, k_dim, v_dim, v_in_k) in [(2, 24, 24, false), (4, 9, 5, false), (1, 33, 17, true)] {
+            for kind in KINDS {
+                let kv = cache(KvShape { kv_heads, k_dim, v_dim, v_in_k, format }, len, &blocks, kind, kind);
+                // keys of 1e30 against queries of 1e30 would overflow
+                let queries = if matches!(kind, Kind::Extreme) { Kind::Random } else { kind };
+                for (window, sinks, alibi) in variants {
+                    let call = AttentionCall { heads, scale: 0.3, window, sinks, alibi };
+                    for (start, queries_count) in [(0, 1), (63, 2), (149, 1), (0, 150), (100, 17)] {
+                        let q = queries.values(8, queries_count * heads * k_dim);
+                        let what = || {
+                            format!(
+                                "{format:?} {kv_heads}x{k_dim}/{v_dim} {kind:?} window {window:?} sinks {} alibi {} \
+                                 {start}+{queries_count}",
+                                sinks.is_some(),
+                                alibi.is_some()
+                            )
+                        };
+                        agree(&what, &|kernels| {
+                            let mut out = vec![f32::NAN; queries_count * heads * v_dim];
+                            let sequence = AttentionSequence { blocks: &blocks, start, queries: queries_count };
+                            kernels.attention(&kv, &call, &[sequence], &q, &mut out);
+                            out
+                        });
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_averages_the_values_whatever_their_size() {
+    // one key everywhere: every weight is the same, and the output is the values' mean
+    let shape = |format| KvShape { kv_heads: 1, k_dim: 4, v_dim: 3, v_in_k: false, format };
+    for (size, format, tolerance) in [
+        (1e30, KvFormat::F32, 1e-6),
+        (1e30, KvFormat::Bf16, 4e-3),
+        (1e30, KvFormat::Int8, 8e-3),
+        (1e-40, KvFormat::F32, 1e-4),
+        (1e-38, KvFormat::Bf16, 1e-2),
+        (1e-40, KvFormat::Int8, 1e-2),
+    ] {
+        let mut kv = KvLayer::new(shape(format), 2);
+        let len = 100;
+        let value = |t: usize, d: usize| size * (1.0 + ((t * 7 + d * 3) % 10) as f32 / 10.0);
+        for t in 0..len {
+            let v: Vec<f32> = (0..3).map(|d| value(t, d)).collect();
+            kv.write((t / 64) as u32, t % 64, &[0.5; 4], &v);
+        }
+        for isa in Isa::available() {
+            let mut out = [f32::NAN; 3];
+            let call = AttentionCall { heads: 1, scale: 1.0, window: None, sinks: None, alibi: None };
+            let sequence = AttentionSequence { blocks: &[0, 1], start: len - 1, queries: 1 };
+            Kernels::with_isa(1, isa).attention(&kv, &call, &[sequence], &[1.0; 4], &mut out);
+            for (d, got) in out.iter().enumerate() {
+                let want = (0..len).map(|t| f64::from(value(t, d))).sum::<f64>() / len as f64;
+                let error = (f64::from(*got) - want).abs() / f64::from(size);
+                assert!(error <= tolerance, "{isa} {format:?} {size}: {got} for {want}");
+            }
+        }
+    }
+}

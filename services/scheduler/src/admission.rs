@@ -22,33 +22,38 @@ pub fn validate(request: &GenerateRequest, info: &Info) -> Result<()> {
         return Err(Error::invalid("resumed_tokens", message));
     }
     if prompt.len() >= info.max_context {
-        let message = format!(
-            "prompt has {} tokens; with one token of output it must fit the model's context of {}",
-            prompt.len(),
-            info.max_context
-        );
+        let message =
+            format!("prompt has {} tokens; with one token of output it must fit {}", prompt.len(), context_limit(info));
         return Err(Error::invalid("prompt", message));
     }
     if request.stop.max_tokens == 0 {
         return Err(Error::invalid("max_tokens", "max_tokens must be at least 1"));
     }
-    let longest = prompt.len().saturating_add(request.stop.max_tokens).min(info.max_context);
-    if blocks_for(longest) > info.kv_blocks {
+    // Beyond the model's own context an answer is cut; what the pool cannot hold is refused.
+    let longest = prompt.len().saturating_add(request.stop.max_tokens).min(info.model_context);
+    if longest > info.max_context {
         let message = format!(
-            "prompt of {} tokens with max_tokens {} needs {} KV blocks of {BLOCK_TOKENS} tokens; this replica has {}: \
-             shorten the prompt or lower max_tokens",
+            "prompt of {} tokens with max_tokens {} needs {} KV blocks of {BLOCK_TOKENS} tokens; it must fit {}: \
+             shorten the prompt or lower max_tokens to {}",
             prompt.len(),
             request.stop.max_tokens,
             blocks_for(longest),
-            info.kv_blocks
+            context_limit(info),
+            info.max_context - prompt.len()
         );
-        let field = if blocks_for(prompt.len() + 1) > info.kv_blocks { "prompt" } else { "max_tokens" };
-        return Err(Error::invalid(field, message));
+        return Err(Error::invalid("max_tokens", message));
     }
     if request.top_logprobs.is_some_and(|n| n > MAX_TOP_LOGPROBS) {
         return Err(Error::invalid("top_logprobs", format!("top_logprobs must be at most {MAX_TOP_LOGPROBS}")));
     }
     sampling(&request.sampling, info)
+}
+
+fn context_limit(info: &Info) -> String {
+    match info.max_context < info.model_context {
+        true => format!("this replica's KV pool of {} blocks, {} tokens", info.kv_blocks, info.max_context),
+        false => format!("the model's context of {} tokens", info.max_context),
+    }
 }
 
 fn sampling(params: &SamplingParams, info: &Info) -> Result<()> {

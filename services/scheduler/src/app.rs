@@ -1,22 +1,27 @@
 //! Puts a replica together: the engine under its control, the door for requests, the publisher of KV events.
 use crate::actors::engine_control::{EngineControl, Slot, Status};
 use crate::admission;
+use crate::answer::{Answer, engine_restarted, overdue};
 use crate::config::Config;
 use crate::engine::{Command, Info, Parts, RunnerFactory, Snapshot, Submission};
 use crate::grammar::Compiler;
+use crate::health::{Bounds, Health, Pulse};
+use crate::metrics::Ends;
+use crate::outcome::Outcomes;
 use crate::vocabulary::Vocabulary;
+use crate::watchdog;
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use futures::stream::StreamExt;
 use moesaic_actors::{Handle, Supervised};
 use moesaic_telemetry::propagation;
 use moesaic_types::boundary::{DeltaStream, EventBus, KvEvent, PrefixStore, Replica, ReplicaLoad};
-use moesaic_types::{BlockHasher, Delta, Error, ErrorCode, GenerateRequest, Result};
+use moesaic_types::{BlockHasher, Error, ErrorCode, GenerateRequest, RequestId, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::TrySendError;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinHandle;
 use tracing::Span;
 
 /// Batches of KV events that wait for the bus.
@@ -29,9 +34,13 @@ pub struct Scheduler {
     parts: Arc<Parts>,
     slot: Arc<Slot>,
     status: watch::Receiver<Status>,
+    health: watch::Receiver<Health>,
+    watchdog: JoinHandle<()>,
     compiler: Arc<Compiler>,
     places: Arc<Semaphore>,
     in_flight: Arc<()>,
+    ends: Arc<Ends>,
+    outcomes: Arc<Outcomes>,
     draining: AtomicBool,
     control: Handle<EngineControl>,
 }
@@ -50,9 +59,9 @@ impl Scheduler {
         events: Option<Arc<dyn EventBus>>,
     ) -> Result<Arc<Self>> {
         config.validate()?;
-        let max_grammar_bytes = config.max_grammar_bytes;
         let eos = vocabulary.eos.clone();
-        let compiler = tokio::task::spawn_blocking(move || Compiler::new(&vocabulary, max_grammar_bytes))
+        let limits = config.clone();
+        let compiler = tokio::task::spawn_blocking(move || Compiler::new(&vocabulary, &limits))
             .await
             .map_err(|error| Error::internal(format!("prepare the vocabulary for grammars: {error}")))??;
         let events = events.map(|bus| {
@@ -72,6 +81,7 @@ impl Scheduler {
             eos,
             runtime: tokio::runtime::Handle::current(),
             snapshot: watch::Sender::new(Snapshot::default()),
+            pulse: Pulse::default(),
         });
         let slot = Arc::new(Slot::default());
         let mut status = slot.status();
@@ -85,13 +95,20 @@ impl Scheduler {
             control.stop();
             return Err(error);
         }
+        let ends = Arc::new(Ends::new(&parts.config.model_name, &parts.config.replica));
+        let (health_sender, health) = watch::channel(Health::Working);
+        let watchdog = tokio::spawn(watchdog::watch(Arc::clone(&parts), health_sender));
         Ok(Arc::new(Self {
             parts,
             slot,
             status,
+            health,
+            watchdog,
             compiler: Arc::new(compiler),
             places,
             in_flight: Arc::new(()),
+            ends,
+            outcomes: Arc::default(),
             draining: AtomicBool::new(false),
             control,
         }))
@@ -114,6 +131,28 @@ impl Scheduler {
             Status::Starting => Err(Error::unavailable("the engine is starting")),
             Status::Failed(error) => Err(error.clone()),
         }
+    }
+
+    /// Whether a request would be served now: an engine runs and its steps end. `Unavailable`, with a reason, if not.
+    pub fn ready(&self) -> Result<()> {
+        if self.draining.load(Ordering::Acquire) {
+            return Err(Error::unavailable("the scheduler is shutting down; send the request again"));
+        }
+        self.info()?;
+        self.health().check()
+    }
+
+    /// Whether the process can still recover by itself; an error, with a reason, when it must be restarted.
+    pub fn live(&self) -> Result<()> {
+        match self.health() {
+            dead @ Health::Dead(_) => dead.check(),
+            Health::Working | Health::Stalled(_) | Health::WithoutExperts(_) => Ok(()),
+        }
+    }
+
+    /// How the present step does, looked at now.
+    pub fn health(&self) -> Health {
+        Bounds::new(&self.parts.config).judge_now(&self.parts.pulse)
     }
 
     /// The configuration.
@@ -173,8 +212,13 @@ impl Scheduler {
         let span = tracing::info_span!(
             "generate",
             gen_ai.operation.name = "text_completion",
+            gen_ai.provider.name = "moesaic",
             gen_ai.request.model = self.parts.config.model_name,
+            gen_ai.response.model = self.parts.config.model_name,
             gen_ai.request.max_tokens = request.stop.max_tokens,
+            gen_ai.request.temperature = request.sampling.temperature as f64,
+            gen_ai.request.top_p = request.sampling.top_p as f64,
+            gen_ai.response.finish_reasons = tracing::field::Empty,
             gen_ai.usage.input_tokens = tracing::field::Empty,
             gen_ai.usage.output_tokens = tracing::field::Empty,
             "error.type" = tracing::field::Empty,
@@ -190,9 +234,7 @@ impl Scheduler {
 
     async fn submit(&self, request: GenerateRequest) -> Result<DeltaStream> {
         let submitted = Instant::now();
-        if self.draining.load(Ordering::Acquire) {
-            return Err(Error::unavailable("the scheduler is shutting down; send the request again"));
-        }
+        self.ready()?;
         let in_flight = Arc::clone(&self.in_flight);
         admission::validate(&request, &self.info()?)?;
         if request.deadline.is_some_and(|deadline| deadline <= submitted) {
@@ -204,12 +246,14 @@ impl Scheduler {
         let grammar = match request.grammar.clone() {
             None => None,
             Some(grammar) => {
-                let (compiler, prompt, resumed) =
-                    (Arc::clone(&self.compiler), Arc::clone(&request.prompt), request.resumed_tokens);
-                let compiled =
-                    tokio::task::spawn_blocking(move || compiler.compile(&grammar, &prompt[prompt.len() - resumed..]));
-                let failed = |_| Error::invalid("response_format", "the grammar cannot be compiled");
-                Some(compiled.await.map_err(failed)??)
+                let resumed = request.prompt[request.prompt.len() - request.resumed_tokens..].to_vec();
+                let compiling = self.compiler.compile_aside(grammar, resumed);
+                Some(match request.deadline {
+                    Some(deadline) => {
+                        tokio::time::timeout_at(deadline.into(), compiling).await.map_err(|_| overdue(0))??
+                    }
+                    None => compiling.await?,
+                })
             }
         };
         let chain = match self.parts.config.prefix_cache {
@@ -217,36 +261,26 @@ impl Scheduler {
             false => Vec::new(),
         };
         let span = self.span(&request);
-        let (deltas, answers) = mpsc::channel(self.parts.config.delivery_capacity);
-        let submission = Submission { request, grammar, chain, deltas, place, in_flight, submitted, span };
+        let (sender, deltas) = mpsc::channel(self.parts.config.delivery_capacity);
+        let entered = self.outcomes.enter(&request.id, &self.ends, submitted);
+        let outcome = Arc::clone(&entered.outcome);
+        let answer = Answer { deltas, deadline: request.deadline, health: self.health.clone(), entered };
+        let submission =
+            Submission { request, grammar, chain, deltas: sender, place, in_flight, outcome, submitted, span };
         let sender = self.slot.sender().ok_or_else(|| Error::unavailable("the engine is starting"))?;
         sender.try_send(Command::Submit(Box::new(submission))).map_err(|error| match error {
             TrySendError::Full(_) => full(),
             TrySendError::Disconnected(_) => engine_restarted(),
         })?;
-        Ok(answer(answers))
+        Ok(answer.into_stream())
     }
 }
 
 impl Drop for Scheduler {
     fn drop(&mut self) {
+        self.watchdog.abort();
         self.control.stop();
     }
-}
-
-fn engine_restarted() -> Error {
-    Error::unavailable("the engine restarted; send the request again")
-}
-
-/// The answer's pieces up to the last one; a channel that closes before means that the engine is gone.
-fn answer(answers: mpsc::Receiver<Result<Delta>>) -> DeltaStream {
-    futures::stream::unfold(Some(answers), |answers| async {
-        let mut answers = answers?;
-        let delta = answers.recv().await.unwrap_or_else(|| Err(engine_restarted()));
-        let last = !matches!(&delta, Ok(delta) if delta.finish.is_none());
-        Some((delta, (!last).then_some(answers)))
-    })
-    .boxed()
 }
 
 /// Publishes KV events in order. Ends with the scheduler. A failed batch is tried again, so that no reader of the
@@ -272,15 +306,16 @@ async fn publish(bus: Arc<dyn EventBus>, config: Config, mut batches: mpsc::Rece
 
 impl Replica for Scheduler {
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<DeltaStream>> {
-        Box::pin(self.submit(request))
+        Box::pin(async move { self.submit(request).await.inspect_err(|error| self.ends.failed(error.code)) })
+    }
+
+    fn enough(&self, id: &RequestId) {
+        self.outcomes.enough(id);
     }
 
     fn load(&self) -> BoxFuture<'_, Result<ReplicaLoad>> {
         Box::pin(async move {
-            if self.draining.load(Ordering::Acquire) {
-                return Err(Error::unavailable("the scheduler is shutting down"));
-            }
-            self.info()?;
+            self.ready()?;
             let snapshot = self.snapshot();
             Ok(ReplicaLoad {
                 running: snapshot.running,

@@ -18,7 +18,8 @@ pub struct Config {
     pub max_running: usize,
     /// Requests that may wait for their first step; further ones are refused.
     pub max_waiting: usize,
-    /// KV blocks of 64 tokens. `None`: as many as `kv_memory_bytes` holds.
+    /// KV blocks of 64 tokens. `None`: as many as `kv_memory_bytes` holds. Where the pool cannot hold one request of
+    /// the model's context, the context is cut to the pool, with a warning at start.
     pub kv_blocks: Option<usize>,
     /// Bytes for the KV pool where `kv_blocks` is not set.
     pub kv_memory_bytes: u64,
@@ -34,6 +35,21 @@ pub struct Config {
     pub promote_after_ms: u64,
     /// Longest schema, regular expression or grammar, in bytes.
     pub max_grammar_bytes: usize,
+    /// Grammars that are compiled at once; others wait.
+    pub grammar_workers: usize,
+    /// How long a grammar may wait for its compilation, and how long that may take, in milliseconds.
+    pub grammar_timeout_ms: u64,
+    /// Compiled grammars that are kept for further requests; 0 keeps none.
+    pub grammar_cache: usize,
+    /// A step that takes longer than this makes the replica not ready until it ends, in milliseconds. Above the
+    /// longest step that the hardware needs for `token_budget` tokens.
+    pub step_stalled_after_ms: u64,
+    /// A step that takes longer than this makes the replica not live, so that the process is restarted, and ends the
+    /// requests in flight so that they go on elsewhere; in milliseconds, at least `step_stalled_after_ms`.
+    pub step_dead_after_ms: u64,
+    /// Experts that do not answer are asked again until a request's deadline. A request without one fails after this
+    /// time, in milliseconds; and a replica whose experts have not answered for so long is not ready.
+    pub experts_patience_ms: u64,
     /// The first pause before a crashed engine is started again, in milliseconds; doubles up to 30 s.
     pub restart_backoff_ms: u64,
 }
@@ -55,6 +71,12 @@ impl Default for Config {
             delivery_capacity: 32,
             promote_after_ms: 60_000,
             max_grammar_bytes: 64 << 10,
+            grammar_workers: 2,
+            grammar_timeout_ms: 10_000,
+            grammar_cache: 64,
+            step_stalled_after_ms: 120_000,
+            step_dead_after_ms: 600_000,
+            experts_patience_ms: 30_000,
             restart_backoff_ms: 100,
         }
     }
@@ -68,6 +90,7 @@ impl Config {
             ("max_running", self.max_running),
             ("max_waiting", self.max_waiting),
             ("delivery_capacity", self.delivery_capacity),
+            ("grammar_workers", self.grammar_workers),
         ];
         for (key, value) in positive {
             if value == 0 {
@@ -78,6 +101,20 @@ impl Config {
             let message =
                 format!("token_budget {} must be at least max_running {}", self.token_budget, self.max_running);
             return Err(Error::invalid("token_budget", message));
+        }
+        let milliseconds =
+            [("grammar_timeout_ms", self.grammar_timeout_ms), ("step_stalled_after_ms", self.step_stalled_after_ms)];
+        for (key, value) in milliseconds {
+            if value == 0 {
+                return Err(Error::invalid(key, format!("{key} must be at least 1")));
+            }
+        }
+        if self.step_dead_after_ms < self.step_stalled_after_ms {
+            let message = format!(
+                "step_dead_after_ms {} must be at least step_stalled_after_ms {}",
+                self.step_dead_after_ms, self.step_stalled_after_ms
+            );
+            return Err(Error::invalid("step_dead_after_ms", message));
         }
         if self.kv_blocks == Some(0) {
             return Err(Error::invalid("kv_blocks", "kv_blocks must be at least 1"));

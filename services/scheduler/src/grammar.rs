@@ -1,23 +1,42 @@
 //! Structured output: compiles grammars with llguidance and says which tokens are allowed next.
+//!
+//! Compiling is bounded by the text's length, by llguidance's own limits on the grammar's and the lexer's size, and by
+//! time; a few threads do it, away from the runtime's. What was compiled is kept by content.
+mod cache;
+
+use self::cache::Cache;
+use crate::config::Config;
 use crate::vocabulary::Vocabulary;
 use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::{Matcher, ParserFactory};
 use moesaic_types::{Error, Grammar, Result, TokenId};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::Semaphore;
 use toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
 
 /// Longest part of llguidance's message that a client sees, in characters.
 const MAX_MESSAGE: usize = 600;
+/// Symbols of a compiled grammar; llguidance's default is five times as many, which takes seconds.
+const MAX_GRAMMAR_SYMBOLS: usize = 100_000;
+/// When a request may try again that found all compiling threads taken.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Compiles grammars for one vocabulary.
 pub struct Compiler {
     factory: ParserFactory,
     max_bytes: usize,
+    timeout: Duration,
+    /// Places for compilations that run at once.
+    workers: Arc<Semaphore>,
+    cache: Mutex<Cache<Matcher>>,
+    compiled: AtomicU64,
 }
 
 impl Compiler {
-    /// For a vocabulary; grammars longer than `max_bytes` are refused.
-    pub fn new(vocabulary: &Vocabulary, max_bytes: usize) -> Result<Self> {
+    /// For a vocabulary, within the configuration's limits.
+    pub fn new(vocabulary: &Vocabulary, config: &Config) -> Result<Self> {
         let words: Vec<Vec<u8>> =
             (0..).zip(&vocabulary.token_bytes).map(|(id, text)| word(vocabulary, id, text)).collect();
         let eos = vocabulary.eos.first().copied().unwrap_or(INVALID_TOKEN);
@@ -30,23 +49,88 @@ impl Compiler {
         let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices)
             .map_err(|error| Error::internal(format!("prepare the vocabulary for grammars: {error:#}")))?;
         factory.quiet();
-        *factory.limits_mut() = ParserLimits { verbose_errors: false, ..ParserLimits::default() };
-        Ok(Self { factory, max_bytes })
+        let limits =
+            ParserLimits { max_grammar_size: MAX_GRAMMAR_SYMBOLS, verbose_errors: false, ..Default::default() };
+        *factory.limits_mut() = limits;
+        Ok(Self {
+            factory,
+            max_bytes: config.max_grammar_bytes,
+            timeout: Duration::from_millis(config.grammar_timeout_ms),
+            workers: Arc::new(Semaphore::new(config.grammar_workers)),
+            cache: Mutex::new(Cache::new(config.grammar_cache)),
+            compiled: AtomicU64::new(0),
+        })
+    }
+
+    /// How many grammars were compiled, rather than found in the cache.
+    pub fn compiled(&self) -> u64 {
+        self.compiled.load(Ordering::Relaxed)
+    }
+
+    /// [`Self::compile`] on a thread that may block, within the time limit. Cancel-safe; a compilation that has begun
+    /// goes on to its end, and is found in the cache afterwards.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, naming the field, for a grammar that is wrong, too large or takes too long;
+    /// `ResourceExhausted` where other grammars keep all threads.
+    pub async fn compile_aside(self: &Arc<Self>, grammar: Grammar, resumed: Vec<TokenId>) -> Result<State> {
+        let field = field(&grammar);
+        let timeout_ms = self.timeout.as_millis();
+        let place = tokio::time::timeout(self.timeout, Arc::clone(&self.workers).acquire_owned()).await;
+        let Ok(Ok(place)) = place else {
+            let message = format!("no thread was free to compile {field} within {timeout_ms} ms; try again later");
+            return Err(Error::exhausted(message, RETRY_AFTER));
+        };
+        let compiler = Arc::clone(self);
+        let task = tokio::task::spawn_blocking(move || {
+            let state = compiler.compile(&grammar, &resumed);
+            drop(place);
+            state
+        });
+        match tokio::time::timeout(self.timeout, task).await {
+            Ok(Ok(state)) => state,
+            Ok(Err(panic)) => {
+                tracing::error!(field, %panic, "compile a grammar");
+                Err(Error::invalid(field, format!("{field} cannot be compiled")))
+            }
+            Err(_) => {
+                let message = format!("{field} takes longer than {timeout_ms} ms to compile: make it simpler");
+                Err(Error::invalid(field, message))
+            }
+        }
     }
 
     /// Compiles a grammar and replays the tokens that were emitted before. Takes long for large schemas: call it
     /// where blocking is allowed.
     pub fn compile(&self, grammar: &Grammar, resumed: &[TokenId]) -> Result<State> {
-        let (field, text): (_, &str) = match grammar {
-            Grammar::JsonObject => ("response_format", ""),
-            Grammar::JsonSchema(text) => ("response_format", text),
-            Grammar::Regex(text) => ("regex", text),
-            Grammar::Lark(text) => ("grammar", text),
+        let field = field(grammar);
+        let text: &str = match grammar {
+            Grammar::JsonObject => "",
+            Grammar::JsonSchema(text) | Grammar::Regex(text) | Grammar::Lark(text) => text,
         };
         if text.len() > self.max_bytes {
             let message = format!("{field} has {} bytes; the limit is {}", text.len(), self.max_bytes);
             return Err(Error::invalid(field, message));
         }
+        let mut matcher = match self.cached(grammar) {
+            Some(matcher) => matcher,
+            None => self.parse(grammar, field)?,
+        };
+        if !resumed.is_empty() {
+            matcher.consume_tokens(resumed).map_err(|error| {
+                let reason: String = error.to_string().chars().take(MAX_MESSAGE).collect();
+                Error::invalid(field, format!("the tokens emitted before do not follow {field}: {reason}"))
+            })?;
+        }
+        Ok(State { matcher })
+    }
+
+    fn cached(&self, grammar: &Grammar) -> Option<Matcher> {
+        // Copies made deeply share no state, which a lock would guard, between sequences.
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(grammar).map(Matcher::deep_clone)
+    }
+
+    fn parse(&self, grammar: &Grammar, field: &'static str) -> Result<Matcher> {
         let invalid = |reason: String| {
             let reason: String = reason.chars().take(MAX_MESSAGE).collect();
             Error::invalid(field, format!("{field} cannot be compiled: {}", reason.trim_end()))
@@ -61,17 +145,22 @@ impl Compiler {
             Grammar::Lark(text) => TopLevelGrammar::from_lark(text.to_string()),
         };
         let parser = self.factory.create_parser(top).map_err(|error| invalid(format!("{error:#}")))?;
-        let mut matcher = Matcher::new(Ok(parser));
+        let matcher = Matcher::new(Ok(parser));
         if let Some(error) = matcher.get_error() {
             return Err(invalid(error));
         }
-        if !resumed.is_empty() {
-            matcher.consume_tokens(resumed).map_err(|error| {
-                let reason: String = error.to_string().chars().take(MAX_MESSAGE).collect();
-                Error::invalid(field, format!("the tokens emitted before do not follow {field}: {reason}"))
-            })?;
-        }
-        Ok(State { matcher })
+        self.compiled.fetch_add(1, Ordering::Relaxed);
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner).insert(grammar.clone(), matcher.deep_clone());
+        Ok(matcher)
+    }
+}
+
+/// The field that a grammar came in; the gateway names it as its client did.
+fn field(grammar: &Grammar) -> &'static str {
+    match grammar {
+        Grammar::JsonObject | Grammar::JsonSchema(_) => "response_format",
+        Grammar::Regex(_) => "regex",
+        Grammar::Lark(_) => "grammar",
     }
 }
 
@@ -123,74 +212,4 @@ fn broken(reason: &str) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use moesaic_types::ErrorCode;
-
-    fn bytes() -> Vocabulary {
-        let mut token_bytes: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
-        token_bytes.push(b"<end>".to_vec());
-        token_bytes.push(b"<turn>".to_vec());
-        Vocabulary { token_bytes, special: vec![], eos: vec![256, 257] }
-    }
-
-    fn allowed(state: &mut State) -> Vec<TokenId> {
-        let mask = state.mask().unwrap();
-        (0..258).filter(|&id| mask[id as usize / 32] >> (id % 32) & 1 == 1).collect()
-    }
-
-    #[test]
-    fn a_regex_allows_what_matches_and_ends() {
-        let compiler = Compiler::new(&bytes(), 1000).unwrap();
-        let mut state = compiler.compile(&Grammar::Regex("a(b|c)?/".into()), &[]).unwrap();
-        assert_eq!(allowed(&mut state), [97]);
-        state.advance(97).unwrap();
-        assert_eq!(allowed(&mut state), [47, 98, 99]);
-        state.advance(99).unwrap();
-        assert!(!state.is_complete());
-        state.advance(47).unwrap();
-        assert!(state.is_complete());
-        let mut resumed = compiler.compile(&Grammar::Regex("ab*".into()), &[97, 98]).unwrap();
-        assert_eq!(allowed(&mut resumed), [98, 256, 257]);
-        resumed.advance(257).unwrap();
-        assert!(resumed.is_complete());
-    }
-
-    #[test]
-    fn bad_grammars_are_refused_with_their_field() {
-        let compiler = Compiler::new(&bytes(), 50).unwrap();
-        let long: Arc<str> = "a".repeat(51).into();
-        let cases = [
-            (Grammar::JsonSchema("{".into()), "response_format"),
-            (Grammar::JsonSchema("{\"type\": \"unknown\"}".into()), "response_format"),
-            (Grammar::Regex("(".into()), "regex"),
-            (Grammar::Regex(long), "regex"),
-            (Grammar::Lark("start: missing".into()), "grammar"),
-        ];
-        for (grammar, field) in cases {
-            let error = compiler.compile(&grammar, &[]).err().unwrap_or_else(|| panic!("{grammar:?} compiled"));
-            assert_eq!((error.code, error.field.as_deref()), (ErrorCode::InvalidArgument, Some(field)), "{error}");
-        }
-        assert!(compiler.compile(&Grammar::Regex("ab".into()), &[120]).is_err());
-    }
-
-    #[test]
-    fn a_schema_admits_its_documents_only() {
-        let compiler = Compiler::new(&bytes(), 1000).unwrap();
-        let schema = r#"{"type":"object","properties":{"a":{"type":"integer"}},"required":["a"]}"#;
-        let follow = |text: &str| -> Result<()> {
-            let mut state = compiler.compile(&Grammar::JsonSchema(schema.into()), &[])?;
-            for byte in text.bytes() {
-                let mask = state.mask()?;
-                if mask[byte as usize / 32] >> (byte % 32) & 1 == 0 {
-                    return Err(Error::internal(format!("{byte} is not allowed")));
-                }
-                state.advance(byte as TokenId)?;
-            }
-            Ok(())
-        };
-        follow(r#"{"a": 12}"#).unwrap();
-        assert!(follow(r#"{"a": "x"}"#).is_err());
-        assert!(follow("[1]").is_err());
-    }
-}
+mod tests;

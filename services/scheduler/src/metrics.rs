@@ -2,8 +2,57 @@
 use crate::engine::Snapshot;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use moesaic_telemetry::metrics as names;
-use moesaic_types::FinishReason;
+use moesaic_types::{ErrorCode, FinishReason};
 use std::time::Duration;
+
+fn labels(model: &str, replica: &str) -> [(&'static str, String); 2] {
+    [("model_name", model.to_owned()), ("replica", replica.to_owned())]
+}
+
+/// Counts how requests end.
+pub struct Ends {
+    labels: [(&'static str, String); 2],
+    stopped: Counter,
+    cut: Counter,
+    cancelled: Counter,
+    end_to_end: Histogram,
+}
+
+impl Ends {
+    /// Registers the metrics under `model_name` and `replica`.
+    pub fn new(model: &str, replica: &str) -> Self {
+        let l = labels(model, replica);
+        let success = |reason: &str| {
+            let reason = ("finished_reason", reason.to_owned());
+            counter!(names::REQUEST_SUCCESS_TOTAL, &l.iter().cloned().chain([reason]).collect::<Vec<_>>())
+        };
+        Self {
+            stopped: success("stop"),
+            cut: success("length"),
+            cancelled: counter!(names::REQUESTS_CANCELLED_TOTAL, &l),
+            end_to_end: histogram!(names::E2E_REQUEST_LATENCY_SECONDS, &l),
+            labels: l,
+        }
+    }
+
+    /// A request was answered, so long after it came.
+    pub fn answered(&self, reason: FinishReason, time: Duration) {
+        if reason == FinishReason::Length { &self.cut } else { &self.stopped }.increment(1);
+        self.end_to_end.record(time.as_secs_f64());
+    }
+
+    /// A request was refused or ended with an error.
+    pub fn failed(&self, code: ErrorCode) {
+        let reason = ("reason", code.name().to_owned());
+        let labels: Vec<_> = self.labels.iter().cloned().chain([reason]).collect();
+        counter!(names::REQUEST_FAILURES_TOTAL, &labels).increment(1);
+    }
+
+    /// A reader went away before the end.
+    pub fn cancelled(&self) {
+        self.cancelled.increment(1);
+    }
+}
 
 /// Handles of one replica's metrics.
 pub struct Metrics {
@@ -21,17 +70,14 @@ pub struct Metrics {
     pub generation_tokens: Counter,
     first_token: Histogram,
     inter_token: Histogram,
-    end_to_end: Histogram,
     queue: Histogram,
     step: Histogram,
-    stopped: Counter,
-    cut: Counter,
     /// Tokens computed in a step.
     pub step_tokens: Histogram,
     /// Sequences that lost their blocks.
     pub preemptions: Counter,
-    /// Requests that ended without an answer because nobody read it any longer.
-    pub cancelled: Counter,
+    /// Steps run again because experts did not answer.
+    pub step_retries: Counter,
     /// Blocks read from the prefix store.
     pub store_fetched: Counter,
     /// Evicted blocks offered to the prefix store.
@@ -43,11 +89,7 @@ pub struct Metrics {
 impl Metrics {
     /// Registers the metrics under `model_name` and `replica`.
     pub fn new(model: &str, replica: &str) -> Self {
-        let l = [("model_name", model.to_owned()), ("replica", replica.to_owned())];
-        let success = |reason: &str| {
-            let reason = ("finished_reason", reason.to_owned());
-            counter!(names::REQUEST_SUCCESS_TOTAL, &l.iter().cloned().chain([reason]).collect::<Vec<_>>())
-        };
+        let l = labels(model, replica);
         Self {
             running: gauge!(names::NUM_REQUESTS_RUNNING, &l),
             waiting: gauge!(names::NUM_REQUESTS_WAITING, &l),
@@ -59,14 +101,11 @@ impl Metrics {
             generation_tokens: counter!(names::GENERATION_TOKENS_TOTAL, &l),
             first_token: histogram!(names::TIME_TO_FIRST_TOKEN_SECONDS, &l),
             inter_token: histogram!(names::INTER_TOKEN_LATENCY_SECONDS, &l),
-            end_to_end: histogram!(names::E2E_REQUEST_LATENCY_SECONDS, &l),
             queue: histogram!(names::REQUEST_QUEUE_TIME_SECONDS, &l),
             step: histogram!(names::STEP_SECONDS, &l),
             step_tokens: histogram!(names::STEP_TOKENS, &l),
-            stopped: success("stop"),
-            cut: success("length"),
             preemptions: counter!(names::PREEMPTIONS_TOTAL, &l),
-            cancelled: counter!(names::REQUESTS_CANCELLED_TOTAL, &l),
+            step_retries: counter!(names::STEP_RETRIES_TOTAL, &l),
             store_fetched: counter!(names::PREFIX_STORE_FETCHED_BLOCKS_TOTAL, &l),
             store_offered: counter!(names::PREFIX_STORE_OFFERED_BLOCKS_TOTAL, &l),
             store_dropped: counter!(names::PREFIX_STORE_DROPPED_BLOCKS_TOTAL, &l),
@@ -90,12 +129,6 @@ impl Metrics {
     pub fn token(&self, first: bool, time: Duration) {
         if first { &self.first_token } else { &self.inter_token }.record(time.as_secs_f64());
         self.generation_tokens.increment(1);
-    }
-
-    /// A request was answered.
-    pub fn answered(&self, reason: FinishReason, time: Duration) {
-        if reason == FinishReason::Stop { &self.stopped } else { &self.cut }.increment(1);
-        self.end_to_end.record(time.as_secs_f64());
     }
 
     /// A step took this long.

@@ -104,6 +104,17 @@ impl BlockPool {
         named
     }
 
+    /// Takes a block's name away, so that nobody shares it from now on. Who refers to it keeps it.
+    pub fn forget(&mut self, hash: &BlockHash) {
+        if let Some((block, idle)) = self.index.remove(hash) {
+            self.flush_stored();
+            self.gone.push(*hash);
+            if idle {
+                self.free.push(block);
+            }
+        }
+    }
+
     /// What `acquire` would find.
     pub fn peek(&self, chain: &[BlockHash]) -> Hits {
         let mut hits = Hits::default();
@@ -212,7 +223,7 @@ mod tests {
         #[test]
         fn blocks_are_never_lost_nor_given_twice(
             size in 1usize..12,
-            steps in prop::collection::vec((0u8..4, 0u8..6, 1usize..5), 1..200),
+            steps in prop::collection::vec((0u8..5, 0u8..6, 1usize..5), 1..200),
         ) {
             let mut pool = BlockPool::new(size);
             let mut held: Vec<Vec<BlockIndex>> = Vec::new();
@@ -235,6 +246,10 @@ mod tests {
                     2 => if let Some(&block) = held.iter().flatten().next() {
                         pool.register(block, hash(name));
                     },
+                    3 => {
+                        pool.forget(&hash(name));
+                        prop_assert_eq!(pool.peek(&[hash(name)]), Hits::default());
+                    }
                     _ => {
                         let hits = pool.peek(&[hash(name)]);
                         let blocks = pool.acquire(&[hash(name)]);

@@ -59,6 +59,15 @@ impl PrefixIndex {
         Some((block, hash))
     }
 
+    /// Forgets a name; its block, and whether that was idle.
+    pub fn remove(&mut self, hash: &BlockHash) -> Option<(BlockIndex, bool)> {
+        let block = self.by_hash.remove(hash)?;
+        self.names.remove(&block);
+        let idle = self.is_idle(block);
+        self.set_busy(block);
+        Some((block, idle))
+    }
+
     /// Blocks that could be evicted.
     pub fn idle(&self) -> usize {
         self.idle.len()

@@ -36,13 +36,14 @@ async fn start(config: Config, kv: KvFormat, weights: Option<WeightFormat>) -> A
     Scheduler::start(config, factory, vocabulary(), hasher, None, None).await.unwrap()
 }
 
+/// Sixteen requests: half of them share the start of their prompts; greedy, drawn, with log-probabilities.
 fn requests() -> Vec<GenerateRequest> {
     let shared = prompt(0, 130);
     (0..16u64)
         .map(|n| {
             let mut tokens = if n % 2 == 0 { shared.clone() } else { Vec::new() };
-            tokens.extend(prompt(n + 1, 5 + 11 * n as usize));
-            let mut request = request(tokens, 24 + 3 * n as usize);
+            tokens.extend(prompt(n + 1, 5 + 7 * n as usize));
+            let mut request = request(tokens, 10 + 2 * n as usize);
             request.top_logprobs = Some(2);
             request.prompt_logprobs = n == 5;
             if n % 3 > 0 {
@@ -68,6 +69,15 @@ async fn all(scheduler: &Scheduler, requests: &[GenerateRequest]) -> Vec<Answer>
     futures::future::try_join_all(answers).await.unwrap()
 }
 
+/// Sizes of chunks from 1 to 512: both ends, and two that depend on the formats.
+fn chunk_sizes(kv: KvFormat, weights: Option<WeightFormat>) -> [usize; 4] {
+    let seed = format!("{kv:?} {weights:?}").bytes().fold(7usize, |seed, byte| seed * 31 % 65_521 + byte as usize);
+    [1, 2 + seed % 62, 65 + seed % 446, 512]
+}
+
+/// Each of the sixteen requests alone; then all of them together nine times: for each of four sizes of chunks with a
+/// cold and with a warm prefix cache, and once in a pool so small that sequences are preempted. 144 answers are compared
+/// with their sixteen; with the five pairs of formats below, 720 with 80.
 async fn check(kv: KvFormat, weights: Option<WeightFormat>) {
     let requests = requests();
     let config = Config { kv_blocks: Some(200), ..Config::default() };
@@ -77,7 +87,7 @@ async fn check(kv: KvFormat, weights: Option<WeightFormat>) {
         expected.push(generate(&alone, request.clone()).await.unwrap());
     }
     drop(alone);
-    for chunk in [1, 7, 64, 100, 512] {
+    for chunk in chunk_sizes(kv, weights) {
         let batch = Config { max_running: 16, max_chunk: chunk, token_budget: chunk.max(16), ..config.clone() };
         let scheduler = start(batch, kv, weights).await;
         same(&expected, &all(&scheduler, &requests).await, &format!("batch, chunks of {chunk}"));
@@ -92,12 +102,29 @@ async fn check(kv: KvFormat, weights: Option<WeightFormat>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_are_equal_to_the_bit_in_f32() {
-    check(KvFormat::F32, None).await;
+async fn answers_are_equal_to_the_bit_as_configured_by_default() {
+    let LoadOptions { weights, kv, .. } = LoadOptions::default();
+    assert_eq!((weights, kv), (None, KvFormat::Bf16));
+    check(kv, weights).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_are_equal_to_the_bit_in_q8_with_an_int8_cache() {
+async fn answers_are_equal_to_the_bit_in_f32() {
+    check(KvFormat::F32, Some(WeightFormat::F32)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_are_equal_to_the_bit_in_q8() {
+    check(KvFormat::Bf16, Some(WeightFormat::Q8)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_are_equal_to_the_bit_in_q4() {
+    check(KvFormat::Bf16, Some(WeightFormat::Q4 { group: 32 })).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_are_equal_to_the_bit_with_an_int8_cache() {
     check(KvFormat::Int8, Some(WeightFormat::Q8)).await;
 }
 

@@ -73,6 +73,7 @@ fn same(expected: &[Answer], found: &[Answer], what: &str) {
     }
 }
 
+// 12 cases of 16 requests: each alone, and in three batches.
 proptest! {
     #![proptest_config(ProptestConfig { cases: 12, ..Default::default() })]
     #[test]

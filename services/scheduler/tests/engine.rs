@@ -7,7 +7,7 @@ use common::*;
 use futures::StreamExt;
 use moesaic_scheduler::{Config, Scheduler};
 use moesaic_types::boundary::Replica;
-use moesaic_types::{ErrorCode, FinishReason, Priority, TenantSalt};
+use moesaic_types::{ErrorCode, FinishReason, Grammar, Priority, StopConditions, TenantSalt};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -248,6 +248,62 @@ async fn sequences_end_where_they_should() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nothing_ends_an_answer_before_min_tokens() {
+    let scheduler = start(config(), &Arc::default()).await;
+    let mut eager = request(prompt(7, 30), 40);
+    eager.stop = StopConditions { min_tokens: 6, stop_token_ids: vec![65], ignore_eos: false, ..eager.stop };
+    eager.sampling.logit_bias = [(EOS, 100.0), (65, 60.0)].into();
+    for (stop, end) in [(EOS, vec![EOS]), (65, vec![65])] {
+        if stop == 65 {
+            eager.sampling.logit_bias.remove(&EOS);
+        }
+        let ids = generate(&scheduler, eager.clone()).await.unwrap().ids();
+        assert_eq!((ids.len(), &ids[6..]), (7, &end[..]), "{ids:?}");
+        assert!(ids[..6].iter().all(|id| *id != EOS && *id != 65), "{ids:?}");
+    }
+    // Another replica goes on after two tokens: it is asked for the rest of the minimum.
+    let ids = generate(&scheduler, eager.clone()).await.unwrap().ids();
+    let mut rest = eager.clone();
+    rest.prompt = eager.prompt.iter().chain(&ids[..2]).copied().collect();
+    rest.resumed_tokens = 2;
+    rest.stop.min_tokens -= 2;
+    assert_eq!(generate(&scheduler, rest).await.unwrap().ids(), ids[2..]);
+    // A grammar that allows the end everywhere, and one that is complete earlier.
+    eager.grammar = Some(Grammar::Regex("[a-d]*".into()));
+    eager.sampling.logit_bias = [(EOS, 100.0)].into();
+    let answer = generate(&scheduler, eager.clone()).await.unwrap();
+    assert_eq!((answer.tokens.len(), answer.ids()[6]), (7, EOS), "{answer:?}");
+    eager.grammar = Some(Grammar::Regex("[a-d]{3}".into()));
+    let answer = generate(&scheduler, eager).await.unwrap();
+    assert_eq!((answer.tokens.len(), answer.finish.unwrap().0), (3, FinishReason::Stop), "the grammar's end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_led_to_unusable_logits_is_shared_with_nobody() {
+    let levers: Arc<Levers> = Arc::default();
+    let scheduler = start(Config { max_chunk: 100, ..config() }, &levers).await;
+    let healthy = request(prompt(2, 150), 40);
+    let expected = generate(&scheduler, healthy.clone()).await.unwrap();
+    let wanted = request(prompt(1, 300), 30);
+    // The first chunk, which asks for no logits, spoils its keys and values.
+    levers.poison.store(1, Ordering::SeqCst);
+    levers.hold();
+    let poisoned = scheduler.generate(wanted.clone()).await.unwrap();
+    levers.held().await;
+    let other = scheduler.generate(healthy).await.unwrap();
+    levers.release();
+    let error = read(poisoned).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Internal);
+    assert!(error.message.contains("position 299") && error.message.contains("NaN"), "{error}");
+    assert_eq!(read(other).await.unwrap().tokens, expected.tokens, "others in the batch are untouched");
+    let again = generate(&scheduler, wanted.clone()).await.unwrap();
+    let clean = start(config(), &Arc::default()).await;
+    let clean = generate(&clean, wanted).await.unwrap();
+    assert_eq!((again.usage().cached_tokens, again.tokens), (0, clean.tokens));
+    until_idle(&scheduler).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn impossible_requests_name_the_field_and_the_limit() {
     let scheduler = start(Config { kv_blocks: Some(4), ..config() }, &Arc::default()).await;
     let with = |change: &dyn Fn(&mut moesaic_types::GenerateRequest)| {
@@ -278,7 +334,16 @@ async fn impossible_requests_name_the_field_and_the_limit() {
         let error = scheduler.generate(request).await.err().unwrap_or_else(|| panic!("{field} was accepted"));
         assert_eq!((error.code, error.field.as_deref()), (ErrorCode::InvalidArgument, Some(field)), "{error}");
     }
+    let too_long = [with(&|r| r.prompt = prompt(1, 256).into()), with(&|r| r.stop.max_tokens = 247)];
+    for request in too_long {
+        let error = scheduler.generate(request).await.err().unwrap();
+        assert!(error.message.contains("KV pool of 4 blocks, 256 tokens"), "{error}");
+    }
+    // The router and the gateway see the lower limit.
+    until(&scheduler, |s| s.max_context == 256).await;
     assert_eq!(scheduler.in_flight(), 0);
+    let fits = generate(&scheduler, with(&|r| r.stop.max_tokens = 246)).await.unwrap();
+    assert_eq!(fits.tokens.len(), 246);
     assert_eq!(generate(&scheduler, request(prompt(1, 100), 100)).await.unwrap().tokens.len(), 100);
 }
 

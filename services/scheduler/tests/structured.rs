@@ -4,8 +4,10 @@
 mod common;
 
 use common::*;
+use moesaic_types::boundary::Replica;
 use moesaic_types::{ErrorCode, FinishReason, Grammar};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 fn text(answer: &Answer) -> String {
     let bytes = answer.ids().into_iter().filter(|&id| id < 256).map(|id| id as u8).collect();
@@ -40,6 +42,25 @@ async fn answers_follow_their_grammar_and_stop_at_its_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_mode_for_any_json_object_gives_objects() {
+    let scheduler = start(config(), &Arc::default()).await;
+    let mut longest = 0;
+    for seed in 0..12 {
+        let mut wanted = request(prompt(seed, 20), 600);
+        wanted.sampling.seed = seed;
+        // Random text would never close what it opens.
+        wanted.sampling.logit_bias = [(u32::from(b'"'), 5.0), (u32::from(b'}'), 4.0), (u32::from(b']'), 4.0)].into();
+        wanted.grammar = Some(Grammar::JsonObject);
+        let answer = generate(&scheduler, wanted).await.unwrap();
+        assert_eq!(answer.finish.unwrap().0, FinishReason::Stop);
+        let value: serde_json::Value = serde_json::from_str(&text(&answer)).unwrap();
+        longest = longest.max(value.as_object().unwrap().len());
+    }
+    assert!(longest > 0, "only empty objects");
+    until_idle(&scheduler).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bad_grammars_are_refused_and_leave_the_server_serving() {
     let scheduler = start(config(), &Arc::default()).await;
     let deep: Arc<str> = format!("{}1{}", "[".repeat(4000), "]".repeat(4000)).into();
@@ -60,4 +81,15 @@ async fn bad_grammars_are_refused_and_leave_the_server_serving() {
     huge.grammar = Some(Grammar::Regex("(a{1000}){1000}{1000}".into()));
     assert_eq!(text(&generate(&scheduler, huge).await.unwrap()), "aaaaa");
     assert_eq!(generate(&scheduler, request(prompt(1, 5), 5)).await.unwrap().tokens.len(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deadline_holds_while_a_grammar_is_compiled() {
+    let scheduler = start(config(), &Arc::default()).await;
+    let words: Vec<String> = (0..3000u64).map(|n| format!("{:x}", n.wrapping_mul(0x9e37_79b9_7f4a_7c15))).collect();
+    let mut wanted = request(prompt(1, 5), 5);
+    wanted.grammar = Some(Grammar::JsonSchema(serde_json::json!({ "enum": words }).to_string().into()));
+    wanted.deadline = Some(Instant::now() + Duration::from_millis(2));
+    let error = scheduler.generate(wanted).await.err().expect("refused before it is queued");
+    assert_eq!(error.code, ErrorCode::DeadlineExceeded, "{error}");
 }

@@ -38,11 +38,13 @@ names! {
     histogram REQUEST_QUEUE_TIME_SECONDS = "vllm:request_queue_time_seconds", "From arrival to the batch.";
 
     counter REQUEST_SUCCESS_TOTAL = "moesaic_request_success_total", "Sequences finished, by `finished_reason`.";
-    counter REQUEST_FAILURES_TOTAL = "moesaic_request_failures_total", "Sequences that ended with an error, by `code`.";
+    counter REQUEST_FAILURES_TOTAL = "moesaic_request_failures_total",
+        "Sequences that were refused or ended with an error, by `reason`: the error's code.";
     counter REQUESTS_CANCELLED_TOTAL = "moesaic_requests_cancelled_total", "Sequences whose reader went away.";
     counter PREEMPTIONS_TOTAL = "moesaic_preemptions_total", "Sequences put back because KV blocks ran out.";
     histogram STEP_SECONDS = "moesaic_step_seconds", "Duration of an engine step.";
     histogram STEP_TOKENS = "moesaic_step_tokens", "Tokens of an engine step.";
+    counter STEP_RETRIES_TOTAL = "moesaic_step_retries_total", "Steps run again because experts did not answer.";
     gauge KV_BLOCKS_CACHED = "moesaic_kv_blocks_cached", "Unused KV blocks that hold reusable tokens.";
     counter PREFIX_STORE_FETCHED_BLOCKS_TOTAL = "moesaic_prefix_store_fetched_blocks_total",
         "Blocks read from the prefix store.";

@@ -15,6 +15,9 @@ pub type DeltaStream = BoxStream<'static, Result<Delta>>;
 pub trait Replica: Send + Sync + 'static {
     /// Accepts a request or refuses it (`ResourceExhausted` when the queue is full, `InvalidArgument`, `Unavailable`).
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<DeltaStream>>;
+    /// The reader has all that it wants of this request (a stop text was found) and drops its stream next, which then
+    /// counts as an answer rather than as a cancellation. Nothing depends on it but counts.
+    fn enough(&self, _id: &RequestId) {}
     /// How busy it is; also says whether it is ready at all.
     fn load(&self) -> BoxFuture<'_, Result<ReplicaLoad>>;
 }

@@ -38,7 +38,7 @@ pub struct GenerateRequest {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Priority(pub i32);
 
-/// How the next token is chosen from the logits. Applied in this order: bias, penalties, grammar mask,
+/// How the next token is chosen from the logits. Applied in this order: bias, penalties, grammar mask, `min_tokens`,
 /// temperature, top-k, top-p, min-p, draw.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SamplingParams {
@@ -90,7 +90,8 @@ impl SamplingParams {
 pub struct StopConditions {
     /// Tokens to generate at most (not counting resumed ones); at least 1.
     pub max_tokens: usize,
-    /// End-of-sequence and stop tokens do not end the sequence before this many tokens.
+    /// End-of-sequence and stop tokens are not chosen before this many tokens (not counting resumed ones), unless a
+    /// grammar allows nothing else.
     pub min_tokens: usize,
     /// Further tokens that end the sequence; the model's own are added by the scheduler.
     pub stop_token_ids: Vec<TokenId>,

@@ -30,9 +30,15 @@ pub enum Status {
     Failed(Error),
 }
 
+/// One engine: where its commands go, and the flag that ends it.
+struct Current {
+    sender: SyncSender<Command>,
+    stop: Arc<AtomicBool>,
+}
+
 /// The engine that is there now, for everyone who sends it requests.
 pub struct Slot {
-    current: RwLock<Option<(SyncSender<Command>, Arc<AtomicBool>)>>,
+    current: RwLock<Option<Current>>,
     status: watch::Sender<Status>,
     /// Held by an engine's thread for its life: the next one's memory is taken only when the last one's is free.
     life: Mutex<()>,
@@ -52,13 +58,28 @@ impl Slot {
 
     /// Where to send commands.
     pub fn sender(&self) -> Option<SyncSender<Command>> {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(|(sender, _)| sender.clone())
+        self.current.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(|current| current.sender.clone())
     }
 
-    /// Ends the current engine after its step.
-    pub fn stop(&self) {
-        if let Some((sender, stop)) = self.current.write().unwrap_or_else(PoisonError::into_inner).take() {
-            stop.store(true, Ordering::Release);
+    fn replace(&self, sender: SyncSender<Command>, stop: Arc<AtomicBool>) {
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Some(Current { sender, stop });
+    }
+
+    /// Says how the engine with this flag is, unless another has taken its place meanwhile.
+    fn tell(&self, stop: &Arc<AtomicBool>, status: Status) {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        if current.as_ref().is_some_and(|current| Arc::ptr_eq(&current.stop, stop)) {
+            self.status.send_replace(status);
+        }
+    }
+
+    /// Ends the engine with this flag after its step. If it is the current one there is none from now on, until the
+    /// next one takes requests.
+    fn stop(&self, stop: &Arc<AtomicBool>) {
+        stop.store(true, Ordering::Release);
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Current { sender, .. }) = current.take_if(|current| Arc::ptr_eq(&current.stop, stop)) {
+            self.status.send_replace(Status::Starting);
             // A full queue means that it is awake anyway.
             let _ = sender.try_send(Command::Wake);
         }
@@ -86,13 +107,14 @@ pub struct EngineControl {
     slot: Arc<Slot>,
     life: u64,
     pause: Duration,
+    stop: Arc<AtomicBool>,
 }
 
 impl EngineControl {
     /// For what outlives the actor.
     pub fn new(parts: Arc<Parts>, slot: Arc<Slot>) -> Self {
         let pause = Duration::from_millis(parts.config.restart_backoff_ms);
-        Self { parts, slot, life: 0, pause }
+        Self { parts, slot, life: 0, pause, stop: Arc::default() }
     }
 
     fn launch(&mut self, context: &mut Context<Self>) {
@@ -101,8 +123,8 @@ impl EngineControl {
         let config = &self.parts.config;
         let (sender, commands) = sync_channel(config.max_waiting + 2 * config.max_running + SPARE_COMMANDS);
         let stop = Arc::new(AtomicBool::new(false));
-        let replace = (sender.clone(), Arc::clone(&stop));
-        *self.slot.current.write().unwrap_or_else(PoisonError::into_inner) = Some(replace);
+        self.stop = Arc::clone(&stop);
+        self.slot.replace(sender.clone(), Arc::clone(&stop));
         let (parts, slot, address) = (Arc::clone(&self.parts), Arc::clone(&self.slot), context.address());
         let runtime = parts.runtime.clone();
         let thread = std::thread::Builder::new().name(format!("engine-{}", config.replica)).spawn(move || {
@@ -110,14 +132,15 @@ impl EngineControl {
             let born = Instant::now();
             // The engine is dropped in here, so every request in flight sees its end.
             let end = catch_unwind(AssertUnwindSafe(|| live(&parts, &slot, commands, sender, &stop)));
-            drop(one);
+            parts.pulse.stop();
             let reason = match end {
                 Ok(Ok(())) => return,
                 Ok(Err(error)) => error.message,
                 Err(panic) => format!("the engine panicked: {}", panic_message(&*panic)),
             };
             parts.snapshot.send_modify(|snapshot| snapshot.ready = false);
-            slot.status.send_replace(Status::Failed(Error::unavailable(reason.clone())));
+            drop(one);
+            slot.tell(&stop, Status::Failed(Error::unavailable(reason.clone())));
             let ended = Ended { life, reason, lived: born.elapsed() };
             runtime.spawn(async move {
                 // A closed mailbox means that the actor is gone; its successor starts an engine of its own.
@@ -141,7 +164,7 @@ fn live(
         return Ok(());
     }
     let mut engine = Engine::new(Arc::clone(parts), commands, replies, Arc::clone(stop))?;
-    slot.status.send_replace(Status::Ready(engine.info()));
+    slot.tell(stop, Status::Ready(engine.info()));
     engine.run();
     Ok(())
 }
@@ -161,7 +184,7 @@ impl Actor for EngineControl {
 
 impl Drop for EngineControl {
     fn drop(&mut self) {
-        self.slot.stop();
+        self.slot.stop(&self.stop);
     }
 }
 

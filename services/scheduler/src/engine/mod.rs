@@ -1,19 +1,24 @@
 //! The engine: one thread that owns the model, the block pool and the sequences.
 //!
 //! It takes commands from a bounded queue, plans a step, runs it, and sleeps on the queue when nothing can run.
+mod collect;
+mod outage;
 mod sequence;
 mod step;
 mod store;
 
 pub use sequence::{Phase, Sequence, Submission};
 
+use self::outage::Outage;
+use crate::answer::overdue;
 use crate::config::Config;
+use crate::health::{Bounds, Health, Pulse};
 use crate::metrics::Metrics;
 use crate::pool::{BlockIndex, BlockPool};
 use bytes::Bytes;
 use moesaic_model::Runner;
 use moesaic_types::boundary::{KvEvent, PrefixStore};
-use moesaic_types::{BlockHasher, Error, ErrorCode, FinishReason, Result, TokenId};
+use moesaic_types::{BLOCK_TOKENS, BlockHasher, Error, FinishReason, Result, TokenId};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -46,6 +51,8 @@ pub struct Parts {
     pub runtime: tokio::runtime::Handle,
     /// What everyone may look at.
     pub snapshot: watch::Sender<Snapshot>,
+    /// When the present step began.
+    pub pulse: Pulse,
 }
 
 /// What a model and its pool allow.
@@ -53,10 +60,32 @@ pub struct Parts {
 pub struct Info {
     /// Tokens of the vocabulary.
     pub vocab: usize,
-    /// The longest context, in tokens.
+    /// The longest context that the model was made for, in tokens.
+    pub model_context: usize,
+    /// The longest context that is served, in tokens: the model's, or what the pool holds where that is less.
     pub max_context: usize,
     /// KV blocks.
     pub kv_blocks: usize,
+}
+
+impl Info {
+    /// Of a model and a pool.
+    pub fn new(vocab: usize, model_context: usize, kv_blocks: usize) -> Self {
+        let max_context = model_context.min(kv_blocks.saturating_mul(BLOCK_TOKENS));
+        Self { vocab, model_context, max_context, kv_blocks }
+    }
+
+    /// What the operator should know, where the pool cannot hold one request of the model's context.
+    pub fn warning(&self) -> Option<String> {
+        let needed = crate::planner::blocks_for(self.model_context);
+        (self.max_context < self.model_context).then(|| {
+            format!(
+                "the KV pool of {} blocks holds {} tokens, less than the model's context of {}: longer requests are \
+                 refused; to serve them set scheduler.kv_blocks to {needed}, or raise scheduler.kv_memory_bytes",
+                self.kv_blocks, self.max_context, self.model_context
+            )
+        })
+    }
 }
 
 /// The engine's state as of its last step.
@@ -119,6 +148,8 @@ pub struct Engine {
     metrics: Metrics,
     logits: Vec<f32>,
     preemptions: u64,
+    outage: Outage,
+    bounds: Bounds,
 }
 
 impl Engine {
@@ -133,7 +164,10 @@ impl Engine {
         let mut runner = (parts.runner_factory)().map_err(|error| failed("load the model", error))?;
         let kv_blocks = parts.config.blocks(runner.kv_block_bytes())?;
         runner.allocate_kv(kv_blocks).map_err(|error| failed("allocate the KV pool", error))?;
-        let info = Info { vocab: runner.spec().vocab, max_context: runner.spec().max_context, kv_blocks };
+        let info = Info::new(runner.spec().vocab, runner.spec().max_context, kv_blocks);
+        if let Some(warning) = info.warning() {
+            tracing::warn!(replica = parts.config.replica, "{warning}");
+        }
         let metrics = Metrics::new(&parts.config.model_name, &parts.config.replica);
         let offers = Arc::new(Semaphore::new(parts.config.prefix_store_offers));
         Ok(Self {
@@ -149,6 +183,8 @@ impl Engine {
             metrics,
             logits: Vec::new(),
             preemptions: 0,
+            outage: Outage::default(),
+            bounds: Bounds::new(&parts.config),
             parts,
         })
     }
@@ -162,6 +198,7 @@ impl Engine {
     pub fn run(&mut self) {
         self.publish();
         while !self.stop.load(Ordering::Acquire) {
+            self.parts.pulse.begin();
             while let Ok(command) = self.commands.try_recv() {
                 self.handle(command);
             }
@@ -169,9 +206,16 @@ impl Engine {
             let advanced = self.step();
             self.deliver();
             self.publish_events();
+            if self.sequences.is_empty() {
+                self.end_outage();
+            }
+            self.parts.pulse.begin();
             self.publish();
-            if !advanced && !self.sleep() {
-                break;
+            if !advanced {
+                self.parts.pulse.rest();
+                if !self.sleep() {
+                    break;
+                }
             }
         }
         let error = Error::unavailable("the scheduler is shutting down; send the request again");
@@ -185,7 +229,8 @@ impl Engine {
         let now = Instant::now();
         let mut until = self.sequences.values().filter_map(|s| s.request.deadline).min();
         if self.sequences.values().any(|s| s.phase != Phase::Fetching) {
-            until = Some(until.map_or(now + STALLED, |deadline| deadline.min(now + STALLED)));
+            let again = self.outage.paused_until().unwrap_or(now + STALLED);
+            until = Some(until.map_or(again, |deadline| deadline.min(again)));
         }
         let command = match until {
             Some(until) => self.commands.recv_timeout(until.saturating_duration_since(now)),
@@ -221,20 +266,22 @@ impl Engine {
 
     fn remove_overdue_and_abandoned(&mut self) {
         let now = Instant::now();
-        let abandoned: Vec<u64> =
-            self.sequences.iter().filter(|(_, s)| s.is_abandoned()).map(|(key, _)| *key).collect();
-        for key in abandoned {
-            tracing::debug!(request = %self.sequences[&key].request.id, "nobody reads the answer any longer");
-            self.metrics.cancelled.increment(1);
-            self.remove(key);
-        }
-        let overdue = |s: &Sequence| s.request.deadline.is_some_and(|deadline| deadline <= now);
-        let overdue: Vec<u64> = self.sequences.iter().filter(|(_, s)| overdue(s)).map(|(key, _)| *key).collect();
-        for key in overdue {
+        // First the overdue: their readers may have gone at the deadline too.
+        let is_overdue = |s: &Sequence| s.request.deadline.is_some_and(|deadline| deadline <= now);
+        for key in self.keys_of(is_overdue) {
             let generated = self.sequences[&key].generated();
-            let message = format!("the deadline passed after {generated} generated tokens");
-            self.fail(key, Error::new(ErrorCode::DeadlineExceeded, message));
+            self.fail(key, overdue(generated));
         }
+        for key in self.keys_of(Sequence::is_abandoned) {
+            tracing::debug!(request = %self.sequences[&key].request.id, "nobody reads the answer any longer");
+            if let Some(sequence) = self.remove(key) {
+                sequence.leave();
+            }
+        }
+    }
+
+    fn keys_of(&self, wanted: impl Fn(&Sequence) -> bool) -> Vec<u64> {
+        self.sequences.iter().filter(|(_, s)| wanted(s)).map(|(key, _)| *key).collect()
     }
 
     fn deliver(&mut self) {
@@ -259,7 +306,6 @@ impl Engine {
 
     fn finish(&mut self, key: u64, reason: FinishReason) {
         if let Some(sequence) = self.remove(key) {
-            self.metrics.answered(reason, sequence.submitted.elapsed());
             sequence.finish(reason, &self.parts.runtime);
         }
     }
@@ -269,7 +315,7 @@ impl Engine {
         let (used, cached) = (self.pool.used(), self.pool.cached());
         let restarts = self.parts.snapshot.borrow().restarts;
         let snapshot = Snapshot {
-            ready: !self.stop.load(Ordering::Acquire),
+            ready: !self.stop.load(Ordering::Acquire) && self.bounds.judge_now(&self.parts.pulse) == Health::Working,
             running,
             waiting: self.sequences.len() - running,
             kv_blocks_total: self.pool.total(),
@@ -286,5 +332,22 @@ impl Engine {
             *current = snapshot;
             changed
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Info;
+
+    #[test]
+    fn a_pool_smaller_than_the_models_context_limits_it_and_says_so() {
+        let small = Info::new(10, 1000, 15);
+        assert_eq!((small.max_context, small.model_context), (960, 1000));
+        let warning = small.warning().unwrap();
+        for part in ["15 blocks", "960 tokens", "1000", "kv_blocks to 16", "kv_memory_bytes"] {
+            assert!(warning.contains(part), "{warning}");
+        }
+        let enough = Info::new(10, 1000, 16);
+        assert_eq!((enough.max_context, enough.warning()), (1000, None));
     }
 }

@@ -1,5 +1,6 @@
 //! One request inside the engine.
 use crate::grammar::State;
+use crate::outcome::Outcome;
 use crate::pool::BlockIndex;
 use crate::sampler::Seen;
 use bytes::Bytes;
@@ -26,6 +27,8 @@ pub struct Submission {
     pub place: OwnedSemaphorePermit,
     /// Counts the requests that are not answered yet.
     pub in_flight: Arc<()>,
+    /// Told how the request ends.
+    pub outcome: Arc<Outcome>,
     /// When it came.
     pub submitted: Instant,
     /// Open until the request ends.
@@ -71,6 +74,12 @@ pub struct Sequence {
     pub cached_tokens: Option<usize>,
     /// When it came.
     pub submitted: Instant,
+    /// Since when it waits, where it does.
+    pub waiting_since: Instant,
+    /// Since when its steps fail because experts do not answer.
+    pub without_experts_since: Option<Instant>,
+    /// It has waited so long that it goes before higher priorities, until it is preempted.
+    pub promoted: bool,
     /// Open until the request ends.
     pub span: Span,
     last_token: Option<Instant>,
@@ -78,12 +87,13 @@ pub struct Sequence {
     pending: Delta,
     place: Option<OwnedSemaphorePermit>,
     in_flight: Arc<()>,
+    outcome: Arc<Outcome>,
 }
 
 impl Sequence {
     /// From a submission, with no block.
     pub fn new(submission: Submission) -> Self {
-        let Submission { request, grammar, chain, deltas, place, in_flight, submitted, span } = submission;
+        let Submission { request, grammar, chain, deltas, place, in_flight, outcome, submitted, span } = submission;
         let seen = Seen::needed(&request.sampling).then(|| Seen::new(&request.prompt, request.resumed_tokens));
         // A migrated request's prompt log-probabilities went out with its first token.
         let prompt_logprobs = (request.prompt_logprobs && request.resumed_tokens == 0).then(Vec::new);
@@ -100,12 +110,16 @@ impl Sequence {
             prompt_logprobs,
             cached_tokens: None,
             submitted,
+            waiting_since: submitted,
+            without_experts_since: None,
+            promoted: false,
             span,
             last_token: None,
             deltas,
             pending: Delta::default(),
             place: Some(place),
             in_flight,
+            outcome,
             request,
         }
     }
@@ -113,6 +127,14 @@ impl Sequence {
     /// Tokens generated here.
     pub fn generated(&self) -> usize {
         self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// Tokens that would end the sequence before `min_tokens`.
+    pub fn held_back(&self, eos: &[TokenId]) -> Vec<TokenId> {
+        match self.generated() < self.request.stop.min_tokens {
+            true => eos.iter().chain(&self.request.stop.stop_token_ids).copied().collect(),
+            false => Vec::new(),
+        }
     }
 
     /// How the next token is chosen.
@@ -150,6 +172,13 @@ impl Sequence {
         self.place.take().map(|_| self.submitted.elapsed())
     }
 
+    /// Goes back to the queue.
+    pub fn wait(&mut self) {
+        self.phase = Phase::Waiting;
+        self.waiting_since = Instant::now();
+        self.promoted = false;
+    }
+
     /// Another token; returns whether it is the first and the time since the last one or the request.
     pub fn push(&mut self, token: SampledToken) -> (bool, Duration) {
         let now = Instant::now();
@@ -185,6 +214,11 @@ impl Sequence {
         self.deltas.is_closed()
     }
 
+    /// The reader went away.
+    pub fn leave(self) {
+        self.outcome.left();
+    }
+
     /// Hands over what is there; a full channel leaves it for later.
     pub fn deliver(&mut self) {
         if self.pending.tokens.is_empty() {
@@ -199,11 +233,18 @@ impl Sequence {
 
     /// The last delta.
     pub fn finish(mut self, reason: FinishReason, runtime: &tokio::runtime::Handle) {
+        self.outcome.answered(reason);
         let usage = Usage {
             prompt_tokens: self.prompt_tokens(),
             cached_tokens: self.cached(),
             completion_tokens: self.request.resumed_tokens + self.generated(),
         };
+        let reason_name = match reason {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+            FinishReason::ToolCalls => "tool_calls",
+        };
+        self.span.record("gen_ai.response.finish_reasons", reason_name);
         self.span.record("gen_ai.usage.input_tokens", usage.prompt_tokens);
         self.span.record("gen_ai.usage.output_tokens", usage.completion_tokens);
         self.span.record("moesaic.cached_tokens", usage.cached_tokens);
@@ -216,6 +257,7 @@ impl Sequence {
 
     /// Tokens not handed over yet, then the error.
     pub fn fail(mut self, error: Error, runtime: &tokio::runtime::Handle) {
+        self.outcome.failed(error.code);
         self.span.record("error.type", error.code.name());
         let delta = std::mem::take(&mut self.pending);
         let mut last = vec![Err(error)];

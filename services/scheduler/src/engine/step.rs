@@ -2,24 +2,27 @@
 use super::{Engine, Phase, Sequence};
 use crate::planner::{self, Limits, Plan, Running, Waiting};
 use crate::pool::BlockIndex;
-use crate::sampler;
 use moesaic_model::{LogitsWanted, SequenceChunk};
-use moesaic_types::{BLOCK_TOKENS, Error, ErrorCode, FinishReason, Result, SampledToken};
+use moesaic_types::{BLOCK_TOKENS, Error};
 use std::cmp::Reverse;
 use std::time::{Duration, Instant};
 
 /// Waiting sequences that a plan looks at, where the batch has fewer places.
 const MIN_CANDIDATES: usize = 8;
 
-struct Work {
-    key: u64,
-    tokens: usize,
-    logits: LogitsWanted,
+/// One sequence's part of the step.
+pub(super) struct Work {
+    pub(super) key: u64,
+    pub(super) tokens: usize,
+    pub(super) logits: LogitsWanted,
 }
 
 impl Engine {
-    /// Runs one step; false if there was nothing to run.
+    /// Runs one step; false if there was nothing to run, or if it failed and is run again later.
     pub(super) fn step(&mut self) -> bool {
+        if self.outage.pauses() {
+            return false;
+        }
         let plan = self.plan();
         for key in &plan.preempt {
             self.preempt(*key);
@@ -29,6 +32,7 @@ impl Engine {
         }
         let work = self.prepare(&plan);
         if work.is_empty() {
+            self.end_outage();
             return !plan.preempt.is_empty();
         }
         let started = Instant::now();
@@ -50,23 +54,28 @@ impl Engine {
         drop(batch);
         let tokens = work.iter().map(|work| work.tokens).sum();
         self.metrics.step(started.elapsed(), tokens);
-        match outcome {
-            Ok(()) => self.collect(&work, &mut logits),
-            Err(error) => {
-                let code = match error {
-                    moesaic_model::Error::Experts { .. } => ErrorCode::Unavailable,
-                    _ => ErrorCode::Internal,
-                };
-                tracing::error!(%error, sequences = work.len(), "run a step");
-                let error = Error::new(code, format!("the model failed: {error}"));
-                work.iter().for_each(|work| self.fail(work.key, error.clone()));
+        let advanced = match outcome {
+            Ok(()) => {
+                self.end_outage();
+                self.collect(&work, &mut logits);
+                true
             }
-        }
+            Err(error @ moesaic_model::Error::Experts { .. }) => {
+                self.wait_for_experts(&work, &error);
+                false
+            }
+            Err(error) => {
+                tracing::error!(%error, sequences = work.len(), "run a step");
+                let error = Error::internal(format!("the model failed: {error}"));
+                work.iter().for_each(|work| self.fail(work.key, error.clone()));
+                true
+            }
+        };
         self.logits = logits;
-        true
+        advanced
     }
 
-    fn plan(&self) -> Plan {
+    fn plan(&mut self) -> Plan {
         let limits = Limits {
             token_budget: self.parts.config.token_budget,
             max_chunk: self.parts.config.max_chunk,
@@ -75,13 +84,16 @@ impl Engine {
         };
         let batch: Vec<Running> = self.in_phase(Phase::Running).map(|(key, s)| self.running(key, s)).collect();
         let promote_after = Duration::from_millis(self.parts.config.promote_after_ms);
+        for sequence in self.sequences.values_mut().filter(|s| s.phase == Phase::Waiting) {
+            sequence.promoted |= sequence.waiting_since.elapsed() > promote_after;
+        }
         let mut queue: Vec<_> = self
             .in_phase(Phase::Waiting)
-            .map(|(key, s)| (Reverse(s.submitted.elapsed() > promote_after), Reverse(s.request.priority), key))
+            .map(|(key, s)| (Reverse(s.promoted), Reverse(s.request.priority), key))
             .collect();
         queue.sort_unstable();
         queue.truncate(limits.max_running.saturating_sub(batch.len()).max(MIN_CANDIDATES));
-        let queue: Vec<Waiting> = queue.into_iter().map(|(promoted, _, key)| self.waiting(key, promoted.0)).collect();
+        let queue: Vec<Waiting> = queue.into_iter().map(|(_, _, key)| self.waiting(key)).collect();
         planner::plan(&batch, &queue, &limits)
     }
 
@@ -93,6 +105,7 @@ impl Engine {
         Running {
             key,
             priority: sequence.request.priority,
+            promoted: sequence.promoted,
             tokens: sequence.tokens.len(),
             computed: sequence.computed,
             held: sequence.blocks.len(),
@@ -100,13 +113,13 @@ impl Engine {
         }
     }
 
-    fn waiting(&self, key: u64, promoted: bool) -> Waiting {
+    fn waiting(&self, key: u64) -> Waiting {
         let sequence = &self.sequences[&key];
         let hits = self.pool.peek(sequence.reusable());
         Waiting {
             key,
             priority: sequence.request.priority,
-            promoted,
+            promoted: sequence.promoted,
             tokens: sequence.tokens.len(),
             hits: hits.blocks,
             idle_hits: hits.idle,
@@ -121,7 +134,7 @@ impl Engine {
         let blocks = std::mem::take(&mut sequence.blocks);
         sequence.computed = 0;
         sequence.registered = 0;
-        sequence.phase = Phase::Waiting;
+        sequence.wait();
         self.release(blocks);
         self.metrics.preemptions.increment(1);
         self.preemptions += 1;
@@ -194,105 +207,4 @@ impl Engine {
         self.offer_evicted();
         block
     }
-
-    fn collect(&mut self, work: &[Work], logits: &mut [f32]) {
-        let vocab = self.info.vocab;
-        let mut rows = logits;
-        for work in work {
-            let count = match work.logits {
-                LogitsWanted::None => 0,
-                LogitsWanted::Last => 1,
-                LogitsWanted::All => work.tokens,
-            };
-            let (own, rest) = rows.split_at_mut(count * vocab);
-            rows = rest;
-            let sequence = self.sequences.get_mut(&work.key).expect("sequences of a step stay until it ends");
-            let start = sequence.computed;
-            sequence.computed += work.tokens;
-            self.register(work.key);
-            let sequence = self.sequences.get_mut(&work.key).expect("registering removes nothing");
-            let last = sequence.computed == sequence.tokens.len();
-            let outcome = match (work.logits, last) {
-                (LogitsWanted::None, _) => Ok(None),
-                (LogitsWanted::All, false) => prompt_logprobs(sequence, start, own, vocab).map(|()| None),
-                (LogitsWanted::All, true) => prompt_logprobs(sequence, start, own, vocab)
-                    .and_then(|()| choose(sequence, &mut own[(count - 1) * vocab..])),
-                (LogitsWanted::Last, _) => choose(sequence, own),
-            };
-            match outcome {
-                Err(error) => self.fail(work.key, error),
-                Ok(_) if !last => {}
-                Ok(token) => self.accept(work.key, token),
-            }
-        }
-    }
-
-    /// Names blocks that became full, so that others can share them.
-    fn register(&mut self, key: u64) {
-        if !self.parts.config.prefix_cache {
-            return;
-        }
-        let sequence = self.sequences.get_mut(&key).expect("sequences of a step stay until it ends");
-        for index in sequence.registered..sequence.computed / BLOCK_TOKENS {
-            if sequence.chain.len() == index {
-                let tokens = &sequence.tokens[index * BLOCK_TOKENS..(index + 1) * BLOCK_TOKENS];
-                let parent = index.checked_sub(1).map(|parent| &sequence.chain[parent]);
-                sequence.chain.push(self.parts.hasher.next(&sequence.request.salt, parent, tokens));
-            }
-            self.pool.register(sequence.blocks[index], sequence.chain[index]);
-            sequence.registered = index + 1;
-        }
-    }
-
-    /// Appends a chosen token (`None`: the grammar was complete before it) and ends the sequence if it is time.
-    fn accept(&mut self, key: u64, token: Option<SampledToken>) {
-        let sequence = self.sequences.get_mut(&key).expect("sequences of a step stay until it ends");
-        let Some(token) = token else { return self.finish(key, FinishReason::Stop) };
-        let id = token.id;
-        let (first, since) = sequence.push(token);
-        self.metrics.token(first, since);
-        let stop = &sequence.request.stop;
-        let generated = sequence.generated();
-        let ends = (!stop.ignore_eos && self.parts.eos.contains(&id)) || stop.stop_token_ids.contains(&id);
-        let complete = sequence.grammar.as_ref().is_some_and(|grammar| grammar.is_complete());
-        if complete || (ends && generated >= stop.min_tokens) {
-            self.finish(key, FinishReason::Stop);
-        } else if generated >= stop.max_tokens || sequence.tokens.len() >= self.info.max_context {
-            self.finish(key, FinishReason::Length);
-        } else {
-            sequence.deliver();
-        }
-    }
-}
-
-/// Chooses the next token from its row; `None` if the grammar allows no further one.
-fn choose(sequence: &mut Sequence, row: &mut [f32]) -> Result<Option<SampledToken>> {
-    sampler::check(row)?;
-    if sequence.grammar.as_ref().is_some_and(|grammar| grammar.is_complete()) {
-        return Ok(None);
-    }
-    let mask = sequence.grammar.as_mut().map(|grammar| grammar.mask()).transpose()?;
-    let raw = sequence.request.top_logprobs.map(|top| (top as usize, row.to_vec()));
-    let position = sequence.tokens.len();
-    let id = sampler::sample(row, sequence.sampling(), sequence.seen.as_ref(), mask.as_deref(), position)?;
-    if let Some(grammar) = &mut sequence.grammar {
-        grammar.advance(id)?;
-    }
-    Ok(Some(match raw {
-        Some((top, raw)) => sampler::log_probabilities(&raw, id, top),
-        None => SampledToken { id, logprob: None, top_logprobs: Vec::new() },
-    }))
-}
-
-/// Gathers the log-probabilities of the prompt tokens that follow the positions from `start`.
-fn prompt_logprobs(sequence: &mut Sequence, start: usize, rows: &[f32], vocab: usize) -> Result<()> {
-    let top = sequence.request.top_logprobs.unwrap_or(0) as usize;
-    let Some(gathered) = &mut sequence.prompt_logprobs else { return Ok(()) };
-    for (position, row) in (start + 1..sequence.request.prompt.len()).zip(rows.chunks_exact(vocab)) {
-        if position == gathered.len() + 1 {
-            sampler::check(row)?;
-            gathered.push(sampler::log_probabilities(row, sequence.request.prompt[position], top));
-        }
-    }
-    Ok(())
 }

@@ -1,14 +1,12 @@
-//! From a row of logits to a token. The order is that of `SamplingParams`: bias, penalties, grammar mask,
-//! temperature, top-k, top-p, min-p, draw. Everything is a function of the row, the parameters, the tokens so far
+//! From a row of logits to a token. The order is that of `SamplingParams`: bias, penalties, grammar mask, tokens that
+//! must not come yet, temperature, top-k, top-p, min-p, draw. Everything is a function of the row, the parameters, the tokens so far
 //! and the position, so that neither batching nor preemption can change a draw. Ties go to the lowest id.
+mod best;
 mod rng;
 
+use best::{best, by_logit, nucleus};
 use moesaic_types::{Error, Result, SampledToken, SamplingParams, TokenId};
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
-
-/// Candidates that are sorted first when looking for the nucleus.
-const NUCLEUS_GUESS: usize = 1024;
 
 /// Tokens seen so far, as far as penalties need them.
 #[derive(Clone, Debug, Default)]
@@ -37,13 +35,13 @@ impl Seen {
     }
 }
 
-/// Checks that a row is usable: no NaN, no +infinity, something above -infinity.
-pub fn check(logits: &[f32]) -> Result<()> {
+/// Checks that a row is usable: no NaN, no +infinity, something above -infinity. Says what is wrong otherwise.
+pub fn check(logits: &[f32]) -> Result<(), &'static str> {
     if logits.iter().any(|l| l.is_nan() || *l == f32::INFINITY) {
-        return Err(Error::internal("the model returned logits that are not numbers"));
+        return Err("NaN or infinity");
     }
     if logits.iter().all(|l| *l == f32::NEG_INFINITY) {
-        return Err(Error::internal("the model returned no finite logit"));
+        return Err("no finite number");
     }
     Ok(())
 }
@@ -53,33 +51,28 @@ pub fn log_probabilities(logits: &[f32], token: TokenId, top: usize) -> SampledT
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
     let total = logits.iter().map(|&l| (l as f64 - largest).exp()).sum::<f64>().ln() + largest;
     let logprob = |id: TokenId| (logits[id as usize] as f64 - total) as f32;
-    let mut best: Vec<TokenId> = Vec::new();
-    if top > 0 {
-        best = (0..logits.len() as TokenId).collect();
-        let order = |a: &TokenId, b: &TokenId| by_logit(logits, *a, *b);
-        if top < best.len() {
-            best.select_nth_unstable_by(top - 1, order);
-            best.truncate(top);
-        }
-        best.sort_unstable_by(order);
-    }
     SampledToken {
         id: token,
         logprob: Some(logprob(token)),
-        top_logprobs: best.into_iter().map(|id| (id, logprob(id))).collect(),
+        top_logprobs: best(logits, top).into_iter().map(|id| (id, logprob(id))).collect(),
     }
 }
 
-fn by_logit(logits: &[f32], a: TokenId, b: TokenId) -> Ordering {
-    logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b))
+/// What may come next.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Allowed<'a> {
+    /// A bit per token that the grammar allows.
+    pub mask: Option<&'a [u32]>,
+    /// Tokens that must not come yet; they may where nothing else can.
+    pub held_back: &'a [TokenId],
 }
 
-/// Chooses the token at `position`. `mask` has a bit per token that the grammar allows. Changes `logits`.
+/// Chooses the token at `position`. Changes `logits`.
 pub fn sample(
     logits: &mut [f32],
     params: &SamplingParams,
     seen: Option<&Seen>,
-    mask: Option<&[u32]>,
+    allowed: Allowed<'_>,
     position: usize,
 ) -> Result<TokenId> {
     for (&token, &bias) in &params.logit_bias {
@@ -90,13 +83,14 @@ pub fn sample(
     if let Some(seen) = seen {
         penalize(logits, params, seen);
     }
-    if let Some(mask) = mask {
+    if let Some(mask) = allowed.mask {
         for (id, logit) in logits.iter_mut().enumerate() {
             if mask.get(id / 32).is_none_or(|word| word >> (id % 32) & 1 == 0) {
                 *logit = f32::NEG_INFINITY;
             }
         }
     }
+    hold_back(logits, allowed.held_back);
     let greedy = (0..logits.len() as TokenId)
         .min_by(|a, b| by_logit(logits, *a, *b))
         .filter(|&id| logits[id as usize] > f32::NEG_INFINITY)
@@ -119,6 +113,17 @@ pub fn sample(
     }
     // Rounding can leave a rest after the last candidate.
     Ok(candidates.iter().rev().copied().find(|&id| weight(id) > 0.0).unwrap_or(greedy))
+}
+
+fn hold_back(logits: &mut [f32], tokens: &[TokenId]) {
+    let tokens = tokens.iter().map(|&token| token as usize).filter(|&token| token < logits.len());
+    let before: Vec<(usize, f32)> = tokens.map(|token| (token, logits[token])).collect();
+    before.iter().for_each(|&(token, _)| logits[token] = f32::NEG_INFINITY);
+    // A grammar at its end allows nothing else.
+    if !before.is_empty() && logits.iter().all(|&logit| logit == f32::NEG_INFINITY) {
+        // Backwards: a token that is named twice was already masked when it was saved again.
+        before.iter().rev().for_each(|&(token, logit)| logits[token] = logit);
+    }
 }
 
 fn penalize(logits: &mut [f32], params: &SamplingParams, seen: &Seen) {
@@ -150,20 +155,7 @@ fn candidates(logits: &[f32], params: &SamplingParams, weight: impl Fn(TokenId) 
     }
     if params.top_p < 1.0 {
         let mass = params.top_p as f64 * ids.iter().map(|&id| weight(id)).sum::<f64>();
-        if ids.len() > NUCLEUS_GUESS {
-            ids.select_nth_unstable_by(NUCLEUS_GUESS - 1, order);
-        }
-        let guess = NUCLEUS_GUESS.min(ids.len());
-        ids[..guess].sort_unstable_by(order);
-        if ids[..guess].iter().map(|&id| weight(id)).sum::<f64>() < mass {
-            ids[guess..].sort_unstable_by(order);
-        }
-        let mut reached = 0.0;
-        let keep = ids.iter().position(|&id| {
-            reached += weight(id);
-            reached >= mass
-        });
-        ids.truncate(keep.map_or(ids.len(), |last| last + 1));
+        nucleus(&mut ids, mass, &weight, order);
     }
     if params.min_p > 0.0 {
         // The likeliest token's weight is 1.

@@ -20,6 +20,7 @@ use std::time::Duration;
 pub const VOCAB: usize = 260;
 pub const EOS: TokenId = 256;
 pub const CONTEXT: usize = 2048;
+const POISON: u32 = 0x7fc0_0000;
 
 /// How long a test waits for a condition.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -31,6 +32,13 @@ pub struct Levers {
     pub fail: AtomicUsize,
     /// Steps to return NaN in the first row of.
     pub nan: AtomicUsize,
+    /// Every how many steps two fail for lack of experts; 0: none, 1: all.
+    pub lose_experts_every: AtomicUsize,
+    /// Steps that failed so.
+    pub lost: AtomicUsize,
+    steps: AtomicUsize,
+    /// Steps that spoil the keys and values of their first sequence's tokens; every later row over these is NaN.
+    pub poison: AtomicUsize,
     /// How many models were built.
     pub built: AtomicUsize,
     /// How many tokens were computed.
@@ -39,6 +47,15 @@ pub struct Levers {
     pub widest: AtomicUsize,
     /// First token of every sequence, in the order in which they were computed.
     pub starts: Mutex<Vec<TokenId>>,
+    /// Holds steps.
+    step: Gate,
+    /// Holds the loading of a model.
+    pub load: Gate,
+}
+
+/// Holds whoever passes, from outside.
+#[derive(Default)]
+pub struct Gate {
     held: Mutex<Held>,
     changed: Condvar,
 }
@@ -49,21 +66,17 @@ struct Held {
     stuck: bool,
 }
 
-impl Levers {
-    /// Holds the next step until `release`; awaits that a step is held.
+impl Gate {
+    /// Holds who passes next, until `release`.
     pub fn hold(&self) {
         self.held.lock().unwrap().hold = true;
     }
 
-    pub async fn held(self: &Arc<Self>) {
-        let levers = Arc::clone(self);
-        tokio::task::spawn_blocking(move || {
-            let held = levers.held.lock().unwrap();
-            let (held, timeout) = levers.changed.wait_timeout_while(held, PATIENCE, |held| !held.stuck).unwrap();
-            assert!(held.stuck && !timeout.timed_out(), "no step was held");
-        })
-        .await
-        .unwrap();
+    /// Waits, on a blocking thread, until somebody is held.
+    fn wait(&self) {
+        let held = self.held.lock().unwrap();
+        let (held, timeout) = self.changed.wait_timeout_while(held, PATIENCE, |held| !held.stuck).unwrap();
+        assert!(held.stuck && !timeout.timed_out(), "nobody was held");
     }
 
     pub fn release(&self) {
@@ -77,9 +90,42 @@ impl Levers {
             held.stuck = true;
             self.changed.notify_all();
             let (mut after, timeout) = self.changed.wait_timeout_while(held, PATIENCE, |held| held.hold).unwrap();
-            assert!(!timeout.timed_out(), "a held step was never released");
+            assert!(!timeout.timed_out(), "a held thread was never released");
             after.stuck = false;
         }
+    }
+}
+
+impl Levers {
+    /// Holds the next step until `release`; `held` awaits that a step is held.
+    pub fn hold(&self) {
+        self.step.hold();
+    }
+
+    pub async fn held(self: &Arc<Self>) {
+        let levers = Arc::clone(self);
+        tokio::task::spawn_blocking(move || levers.step.wait()).await.unwrap();
+    }
+
+    pub fn release(&self) {
+        self.step.release();
+    }
+
+    /// Awaits that the loading of a model is held.
+    pub async fn load_held(self: &Arc<Self>) {
+        let levers = Arc::clone(self);
+        tokio::task::spawn_blocking(move || levers.load.wait()).await.unwrap();
+    }
+
+    fn lose(&self) -> bool {
+        let step = self.steps.fetch_add(1, Ordering::SeqCst);
+        let lost = match self.lose_experts_every.load(Ordering::SeqCst) {
+            0 => false,
+            1 => true,
+            every => step % (every + 1) >= every - 1,
+        };
+        self.lost.fetch_add(usize::from(lost), Ordering::SeqCst);
+        lost
     }
 
     fn take(lever: &AtomicUsize) -> bool {
@@ -146,16 +192,22 @@ impl Runner for Fake {
     }
 
     fn forward(&mut self, batch: &[SequenceChunk<'_>], logits: &mut Vec<f32>) -> moesaic_model::Result<()> {
-        self.levers.pass();
+        self.levers.step.pass();
         self.levers.widest.fetch_max(batch.len(), Ordering::SeqCst);
-        let fail = Levers::take(&self.levers.fail);
+        let lost = self.levers.lose();
+        let fail = lost || Levers::take(&self.levers.fail);
+        let poison = Levers::take(&self.levers.poison);
         let mut written = std::collections::HashSet::new();
-        for chunk in batch {
+        for (n, chunk) in batch.iter().enumerate() {
             assert!(!chunk.tokens.is_empty() && chunk.blocks.len() * BLOCK_TOKENS >= chunk.start + chunk.tokens.len());
             for (position, &token) in (chunk.start..).zip(chunk.tokens) {
                 let block = chunk.blocks[position / BLOCK_TOKENS];
                 written.insert((block, chunk.start));
-                self.kv[block as usize][position % BLOCK_TOKENS] = if fail { 0xbad } else { token };
+                self.kv[block as usize][position % BLOCK_TOKENS] = match () {
+                    () if fail => 0xbad,
+                    () if poison && n == 0 => POISON,
+                    () => token,
+                };
             }
             if chunk.start == 0 {
                 self.levers.starts.lock().unwrap().push(chunk.tokens[0]);
@@ -166,14 +218,19 @@ impl Runner for Fake {
         let chunks: usize =
             batch.iter().map(|c| (c.start + c.tokens.len()).div_ceil(BLOCK_TOKENS) - c.start / BLOCK_TOKENS).sum();
         assert_eq!(blocks.len(), chunks, "two sequences wrote to one block");
+        if lost {
+            return Err(moesaic_model::Error::Experts { layer: 3, reason: "the shard is away".into() });
+        }
         if fail {
             return Err(moesaic_model::Error::Backend { backend: "fake", reason: "told to fail".into() });
         }
         for chunk in batch {
             let mut state = 0;
+            let mut spoiled = false;
             let end = chunk.start + chunk.tokens.len();
             for position in 0..end {
                 let token = self.kv[chunk.blocks[position / BLOCK_TOKENS] as usize][position % BLOCK_TOKENS];
+                spoiled |= token == POISON;
                 state = mix(state, u64::from(token) + 1);
                 let wanted = match chunk.logits {
                     LogitsWanted::None => false,
@@ -181,7 +238,7 @@ impl Runner for Fake {
                     LogitsWanted::All => position >= chunk.start,
                 };
                 if wanted {
-                    logits.extend(logits_of(state));
+                    logits.extend(logits_of(state).map(|logit| if spoiled { f32::NAN } else { logit }));
                 }
             }
         }
@@ -215,6 +272,7 @@ impl Runner for Fake {
 pub fn factory(levers: &Arc<Levers>) -> RunnerFactory {
     let levers = Arc::clone(levers);
     Arc::new(move || {
+        levers.load.pass();
         levers.built.fetch_add(1, Ordering::SeqCst);
         Ok(Box::new(Fake::new(Arc::clone(&levers))))
     })

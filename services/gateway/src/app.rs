@@ -81,7 +81,10 @@ impl Gateway {
         let timeouts = connections::Timeouts::of(&core.config);
         let http = connections::serve(http, http::router(core.clone()), timeouts, stopped(stop.clone()));
         let grpc = serve_grpc(core, grpc, stopped(stop.clone()));
-        let http = async { Ok(http.await) };
+        let http = async {
+            http.await;
+            Ok(())
+        };
         let doors = async { tokio::try_join!(http, grpc).map(|_| ()) };
         tokio::pin!(doors);
         tokio::select! {

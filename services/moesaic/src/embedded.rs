@@ -74,6 +74,8 @@ pub async fn start(config: &Config, gateway: &Core) -> Result<Services> {
     router.register(replica, scheduler.clone());
     // a prompt and its answer must fit the KV pool as well as the model
     served.max_context = served.max_context.min(scheduler.info()?.kv_blocks * BLOCK_TOKENS);
+    let engine = scheduler.clone();
+    gateway.follow_life(Arc::new(move || engine.live()));
     let lookup = router.clone();
     gateway.serve(vec![Arc::new(served)], router, Arc::new(move |id| lookup.replica(id)));
     Ok(Services { scheduler })

@@ -15,6 +15,9 @@ use std::sync::{Arc, OnceLock};
 /// Finds a replica by its id.
 pub type ReplicaLookup = Arc<dyn Fn(&ReplicaId) -> Option<Arc<dyn Replica>> + Send + Sync>;
 
+/// Says whether the process can still recover by itself; an error, with a reason, when it must be restarted.
+pub type Life = Arc<dyn Fn() -> Result<()> + Send + Sync>;
+
 /// What both doors share.
 pub struct Core {
     /// Settings.
@@ -24,6 +27,7 @@ pub struct Core {
     pub(crate) workers: Workers,
     backend: OnceLock<Backend>,
     served: tokio::sync::Notify,
+    life: OnceLock<Life>,
     secret: Vec<u8>,
 }
 
@@ -80,13 +84,27 @@ impl Core {
             threads => threads,
         };
         let workers = Workers::new(threads, config.text_queue);
-        Self { config, admission, workers, backend: OnceLock::new(), served: tokio::sync::Notify::new(), secret }
+        let (backend, served, life) = (OnceLock::new(), tokio::sync::Notify::new(), OnceLock::new());
+        Self { config, admission, workers, backend, served, life, secret }
     }
 
     /// Sets what is served; the gateway is ready from then on. The first call counts.
     pub fn serve(&self, models: Vec<Arc<ServedModel>>, placer: Arc<dyn Placer>, replicas: ReplicaLookup) {
         let _first_counts = self.backend.set(Backend { models, placer, replicas });
         self.served.notify_one();
+    }
+
+    /// Sets what liveness depends on besides this process answering at all. The first call counts.
+    pub fn follow_life(&self, life: Life) {
+        let _first_counts = self.life.set(life);
+    }
+
+    /// Whether the process can still recover by itself.
+    ///
+    /// # Errors
+    /// With a reason, when it must be restarted.
+    pub fn live(&self) -> Result<()> {
+        self.life.get().map_or(Ok(()), |life| life())
     }
 
     /// Waits until [`Self::serve`] was called (once; for the one task that follows readiness).

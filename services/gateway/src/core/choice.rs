@@ -105,6 +105,7 @@ impl Choice {
             piece.text += &text;
             piece.tokens.push(self.text.piece(token));
             if stop_text {
+                self.placed.enough();
                 piece.finish = Some((FinishReason::Stop, self.usage()));
                 self.close();
                 return piece;

@@ -15,7 +15,7 @@ mod text;
 pub mod tools;
 mod workers;
 
-pub use answer::{Core, Piece, PieceStream, ReplicaLookup};
+pub use answer::{Core, Life, Piece, PieceStream, ReplicaLookup};
 pub(crate) use check::tokens;
 pub use input::SamplingInput;
 pub use job::{Job, Limits};

@@ -3,7 +3,7 @@ use super::answer::Core;
 use super::deadline;
 use super::job::Job;
 use moesaic_telemetry::propagation;
-use moesaic_types::boundary::{DeltaStream, PlaceRequest};
+use moesaic_types::boundary::{DeltaStream, PlaceRequest, Replica};
 use moesaic_types::{Error, ErrorCode, GenerateRequest, ReplicaId, RequestId, Result, TokenId};
 use std::sync::Arc;
 use tracing::{Instrument, Span};
@@ -12,8 +12,17 @@ use tracing::{Instrument, Span};
 pub(super) struct Placed {
     pub(super) replica: ReplicaId,
     pub(super) deltas: DeltaStream,
+    at: Arc<dyn Replica>,
+    request: RequestId,
     /// Open as long as the replica works on the choice; a later attempt links to it.
     pub(super) attempt: Span,
+}
+
+impl Placed {
+    /// The client has all that it wants: dropping the stream next is an answer's end, not a cancellation.
+    pub(super) fn enough(&self) {
+        self.at.enough(&self.request);
+    }
 }
 
 /// Tries replicas until one accepts; those that do not are added to `failed`. Where none does, the failure of the
@@ -44,7 +53,9 @@ pub(super) async fn seek(
         }
         let sent = send(core, job, index, emitted, failed).instrument(attempt.clone());
         match deadline::by(job.deadline, sent).await? {
-            Ok((replica, deltas)) => return Ok(Placed { replica, deltas, attempt }),
+            Ok(Sent { replica, deltas, at, request }) => {
+                return Ok(Placed { replica, deltas, at, request, attempt });
+            }
             Err((Some(replica), error)) if elsewhere(&error) => {
                 tracing::warn!(id = %job.id, %replica, %error, "replica refused a request; trying another");
                 failed.push(replica);
@@ -64,6 +75,14 @@ fn elsewhere(error: &Error) -> bool {
     matches!(error.code, ErrorCode::Unavailable | ErrorCode::ResourceExhausted)
 }
 
+/// A choice that a replica accepted.
+struct Sent {
+    replica: ReplicaId,
+    deltas: DeltaStream,
+    at: Arc<dyn Replica>,
+    request: RequestId,
+}
+
 /// Places and sends a choice; an error comes with the replica that gave it, if it was one.
 async fn send(
     core: &Core,
@@ -71,7 +90,7 @@ async fn send(
     index: usize,
     emitted: &[TokenId],
     failed: &[ReplicaId],
-) -> Result<(ReplicaId, DeltaStream), (Option<ReplicaId>, Error)> {
+) -> Result<Sent, (Option<ReplicaId>, Error)> {
     let backend = core.backend().map_err(|error| (None, error))?;
     let prompt: Arc<[TokenId]> = match emitted {
         [] => job.prompt.clone(),
@@ -99,7 +118,7 @@ async fn send(
     stop.max_tokens = left;
     stop.min_tokens = stop.min_tokens.saturating_sub(emitted.len());
     let request = GenerateRequest {
-        id,
+        id: id.clone(),
         prompt,
         resumed_tokens: emitted.len(),
         sampling,
@@ -113,7 +132,7 @@ async fn send(
         traceparent: propagation::current_traceparent(),
     };
     match replica.generate(request).await {
-        Ok(deltas) => Ok((placed, deltas)),
+        Ok(deltas) => Ok(Sent { replica: placed, deltas, at: replica, request: id }),
         Err(error) => Err((Some(placed), job.names.apply(error))),
     }
 }

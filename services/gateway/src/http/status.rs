@@ -34,9 +34,10 @@ pub(super) async fn ready(State(core): State<Arc<Core>>) -> Result<Json<Value>, 
     Ok(Json(json!({"status": "ready", "in_flight": core.admission.in_flight()})))
 }
 
-/// 200 while the process can answer at all.
-pub(super) async fn live() -> Json<Value> {
-    Json(json!({"status": "live"}))
+/// 200 while the process can recover by itself, else 503 with the reason to restart it.
+pub(super) async fn live(State(core): State<Arc<Core>>) -> Result<Json<Value>, HttpError> {
+    core.live()?;
+    Ok(Json(json!({"status": "live"})))
 }
 
 pub(super) async fn metrics() -> Response {

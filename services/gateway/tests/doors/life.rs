@@ -172,6 +172,10 @@ async fn readiness_follows_the_model_and_its_replicas() {
     assert_eq!(doors.get("/live").await.status, 200, "nothing here must be restarted");
     *doors.replicas[0].ready.lock().unwrap() = true;
     assert_eq!(doors.get("/health").await.status, 200);
+    doors.core.follow_life(std::sync::Arc::new(|| Err(moesaic_types::Error::unavailable("a step never ended"))));
+    let dead = doors.get("/live").await;
+    assert_eq!(dead.status, 503);
+    assert!(dead.text().contains("a step never ended"), "{}", dead.text());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! How services reach each other: the boundary traits' implementations that need no model.
 //!
 //! [`memory`] and [`file_queue`] have those of embedded mode; the cluster's ([`grpc`], [`nats`], [`redis_metadata`])
-//! stand beside them. [`membership`] says who is there, and [`channel`] connects to one of them.
+//! stand beside them. [`membership`] says who is there, and [`channel`](mod@channel) connects to one of them.
 #![forbid(unsafe_code)]
 
 pub mod channel;

@@ -24,6 +24,8 @@ use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
+/// How long a pull waits for a job: an empty queue answers after it.
+const HEARD: Duration = Duration::from_millis(100);
 /// The consumer that all workers of a queue share.
 const WORKERS: &str = "workers";
 
@@ -167,7 +169,9 @@ impl Inner {
                 self.forget(queue);
                 self.nats.unavailable(error)
             };
-            let mut batch = consumer.fetch().max_messages(1).messages().await.map_err(|error| failed(&error))?;
+            // a consumer hears of what was just pushed a moment later
+            let wait = consumer.batch().max_messages(1).expires(HEARD);
+            let mut batch = wait.messages().await.map_err(|error| failed(&error))?;
             let Some(message) = batch.next().await else { return Ok(None) };
             let message = message.map_err(|error| failed(&error))?;
             let deliveries = message.info().map_or(1, |info| u32::try_from(info.delivered).unwrap_or(u32::MAX));

@@ -19,7 +19,7 @@ use moesaic_model::{LoadOptions, Runner, source, spec};
 use moesaic_router::Router;
 use moesaic_scheduler::{Scheduler, Vocabulary};
 use moesaic_transport::MemoryBus;
-use moesaic_types::{BLOCK_TOKENS, BlockHasher};
+use moesaic_types::BlockHasher;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -73,7 +73,7 @@ pub async fn start(config: &Config, gateway: &Core) -> Result<Services> {
     .context("start the scheduler")?;
     router.register(replica, scheduler.clone());
     // a prompt and its answer must fit the KV pool as well as the model
-    served.max_context = served.max_context.min(scheduler.info()?.kv_blocks * BLOCK_TOKENS);
+    served.max_context = scheduler.info()?.max_context;
     let engine = scheduler.clone();
     gateway.follow_life(Arc::new(move || engine.live()));
     let lookup = router.clone();

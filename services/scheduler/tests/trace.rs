@@ -9,29 +9,12 @@ use common::*;
 use futures::future::BoxFuture;
 use moesaic_scheduler::{Config, Scheduler};
 use moesaic_telemetry::{TelemetryConfig, init};
+use moesaic_testkit::otlp::Receiver;
 use moesaic_types::boundary::PrefixStore;
 use moesaic_types::{BlockHash, Result};
-use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
-use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
-use opentelemetry_proto::tonic::trace::v1::{ResourceSpans, Span};
-use std::sync::{Arc, Mutex};
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::{Request, Response, Status};
-
-#[derive(Clone, Default)]
-struct Receiver(Arc<Mutex<Vec<ResourceSpans>>>);
-
-#[tonic::async_trait]
-impl TraceService for Receiver {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> std::result::Result<Response<ExportTraceServiceResponse>, Status> {
-        self.0.lock().unwrap().extend(request.into_inner().resource_spans);
-        Ok(Response::new(ExportTraceServiceResponse::default()))
-    }
-}
+use opentelemetry_proto::tonic::trace::v1::Span;
+use std::sync::Arc;
 
 /// Has nothing.
 struct Empty;
@@ -64,18 +47,7 @@ fn attribute(span: &Span, key: &str) -> String {
 // The receiver has a thread of its own: the flush at the end blocks this one.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_requests_spans_are_exported_under_the_callers_trace() {
-    let receiver = Receiver::default();
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.set_nonblocking(true).unwrap();
-    let endpoint = format!("http://{}", listener.local_addr().unwrap());
-    let service = TraceServiceServer::new(receiver.clone());
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let incoming = TcpListenerStream::new(tokio::net::TcpListener::from_std(listener).unwrap());
-            tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
-        });
-    });
+    let (receiver, endpoint) = Receiver::start();
     let guard = init(&TelemetryConfig { otlp_endpoint: Some(endpoint), ..TelemetryConfig::default() }).unwrap();
 
     let config = Config { model_name: "demo".into(), ..config() };
@@ -94,7 +66,7 @@ async fn a_requests_spans_are_exported_under_the_callers_trace() {
     drop(scheduler);
     drop(guard);
 
-    let received = receiver.0.lock().unwrap();
+    let received = receiver.received();
     let spans: Vec<&Span> = received.iter().flat_map(|r| &r.scope_spans).flat_map(|s| &s.spans).collect();
     let answers: Vec<&&Span> = spans.iter().filter(|span| span.name == "generate").collect();
     assert_eq!(answers.len(), 2);

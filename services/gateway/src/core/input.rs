@@ -72,8 +72,8 @@ impl SamplingInput {
             return Err(Error::invalid("prompt", "prompt is empty; it must have at least one token"));
         }
         fits(&model, prompt.len())?;
-        if let Some(id) = prompt.iter().find(|id| **id as usize >= model.vocab) {
-            // a tokenizer may know tokens that the model has no embedding for
+        // a tokenizer may know tokens that the model has no embedding for
+        for id in &prompt {
             token("prompt", u64::from(*id), model.vocab)?;
         }
         let n = whole("n", self.n.unwrap_or(1), 1, limits.max_n as u64)?;

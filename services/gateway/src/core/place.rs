@@ -51,11 +51,9 @@ pub(super) async fn seek(
         if let Some(earlier) = &linked {
             propagation::link(&attempt, earlier);
         }
-        let sent = send(core, job, index, emitted, failed).instrument(attempt.clone());
+        let sent = send(core, job, index, emitted, failed, attempt.clone()).instrument(attempt.clone());
         match deadline::by(job.deadline, sent).await? {
-            Ok(Sent { replica, deltas, at, request }) => {
-                return Ok(Placed { replica, deltas, at, request, attempt });
-            }
+            Ok(placed) => return Ok(placed),
             Err((Some(replica), error)) if elsewhere(&error) => {
                 tracing::warn!(id = %job.id, %replica, %error, "replica refused a request; trying another");
                 failed.push(replica);
@@ -75,14 +73,6 @@ fn elsewhere(error: &Error) -> bool {
     matches!(error.code, ErrorCode::Unavailable | ErrorCode::ResourceExhausted)
 }
 
-/// A choice that a replica accepted.
-struct Sent {
-    replica: ReplicaId,
-    deltas: DeltaStream,
-    at: Arc<dyn Replica>,
-    request: RequestId,
-}
-
 /// Places and sends a choice; an error comes with the replica that gave it, if it was one.
 async fn send(
     core: &Core,
@@ -90,7 +80,8 @@ async fn send(
     index: usize,
     emitted: &[TokenId],
     failed: &[ReplicaId],
-) -> Result<Sent, (Option<ReplicaId>, Error)> {
+    attempt: Span,
+) -> Result<Placed, (Option<ReplicaId>, Error)> {
     let backend = core.backend().map_err(|error| (None, error))?;
     let prompt: Arc<[TokenId]> = match emitted {
         [] => job.prompt.clone(),
@@ -109,7 +100,7 @@ async fn send(
         exclude: failed.to_vec(),
     };
     let placed = backend.placer.place(place).await.map_err(|error| (None, error))?.replica;
-    Span::current().record("moesaic.replica", tracing::field::display(&placed));
+    attempt.record("moesaic.replica", tracing::field::display(&placed));
     let replica = (backend.replicas)(&placed);
     let replica = replica.ok_or_else(|| (Some(placed.clone()), Error::unavailable("the placed replica is gone")))?;
     let mut sampling = job.sampling.clone();
@@ -132,7 +123,7 @@ async fn send(
         traceparent: propagation::current_traceparent(),
     };
     match replica.generate(request).await {
-        Ok(deltas) => Ok(Sent { replica: placed, deltas, at: replica, request: id }),
+        Ok(deltas) => Ok(Placed { replica: placed, deltas, at: replica, request: id, attempt }),
         Err(error) => Err((Some(placed), job.names.apply(error))),
     }
 }

@@ -2,6 +2,7 @@
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use moesaic_model::tokenizer::Tokenizer;
+use moesaic_testkit::Open;
 use moesaic_types::boundary::{DeltaStream, PlaceRequest, Placed, Placer, Replica, ReplicaLoad};
 use moesaic_types::{Delta, Error, FinishReason, GenerateRequest, ReplicaId, Result, SampledToken, TokenId, Usage};
 use std::collections::VecDeque;
@@ -133,22 +134,6 @@ impl Scripted {
     fn prompt_logprobs(&self, request: &GenerateRequest) -> Vec<SampledToken> {
         let known = request.prompt.iter().skip(1);
         known.map(|id| SampledToken { id: *id, logprob: Some(-1.5), top_logprobs: vec![(*id, -1.5)] }).collect()
-    }
-}
-
-/// Counts a stream as open until it is dropped.
-struct Open(watch::Sender<usize>);
-
-impl Open {
-    fn new(open: &watch::Sender<usize>) -> Self {
-        open.send_modify(|open| *open += 1);
-        Self(open.clone())
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.send_modify(|open| *open -= 1);
     }
 }
 

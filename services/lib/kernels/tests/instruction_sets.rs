@@ -3,17 +3,11 @@
 //! denormal.
 use moesaic_kernels::{
     Activation, AttentionCall, AttentionSequence, ExpertWeights, Format, Isa, Kernels, KvFormat, KvLayer, KvShape,
-    PackedMatrix,
 };
 
-const FORMATS: [Format; 6] = [
-    Format::F32,
-    Format::Bf16,
-    Format::Q8,
-    Format::Q4 { group: 32 },
-    Format::Q4 { group: 64 },
-    Format::Q4 { group: 128 },
-];
+mod common;
+use common::{FORMATS, noise, pack};
+
 const ROWS: [usize; 13] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 23, 32, 33, 512];
 
 /// Inputs whose products and sums stay finite.
@@ -31,13 +25,6 @@ const KINDS: [Kind; 3] = [Kind::Random, Kind::Extreme, Kind::Denormal];
 impl Kind {
     /// Values that are the same for one seed.
     fn values(self, seed: u64, len: usize) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let mut next = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        };
         let value = |(i, noise): (usize, f32)| match (self, i % 7) {
             (Self::Random, _) | (Self::Extreme, 2) => noise,
             (Self::Extreme, 0) => noise * 1e30,
@@ -50,12 +37,8 @@ impl Kind {
             (Self::Denormal, 1) => f32::from_bits(1).copysign(noise),
             (Self::Denormal, _) => noise * 1e-39,
         };
-        (0..len).map(|i| value((i, next()))).collect()
+        noise(seed, len).into_iter().enumerate().map(value).collect()
     }
-}
-
-fn pack(format: Format, n: usize, k: usize, values: &[f32]) -> PackedMatrix {
-    PackedMatrix::pack(format, n, k, &mut |row, out| out.copy_from_slice(&values[row * k..(row + 1) * k]))
 }
 
 /// Runs `work` with every instruction set and holds the results to the first's, which is the portable code's.

@@ -2,43 +2,13 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used)] // A test fails by panicking, in its helpers too.
 use moesaic_telemetry::{LogFormat, TelemetryConfig, init, propagation};
-use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
-use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
+use moesaic_testkit::otlp::Receiver;
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
-use opentelemetry_proto::tonic::trace::v1::ResourceSpans;
-use std::sync::{Arc, Mutex};
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::{Request, Response, Status};
-
-#[derive(Clone, Default)]
-struct Receiver(Arc<Mutex<Vec<ResourceSpans>>>);
-
-#[tonic::async_trait]
-impl TraceService for Receiver {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        self.0.lock().unwrap().extend(request.into_inner().resource_spans);
-        Ok(Response::new(ExportTraceServiceResponse::default()))
-    }
-}
 
 // One thread: the flush on drop must not need the caller's runtime to make progress, so the receiver has its own.
 #[tokio::test]
 async fn a_callers_trace_reaches_the_collector() {
-    let receiver = Receiver::default();
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.set_nonblocking(true).unwrap();
-    let endpoint = format!("http://{}", listener.local_addr().unwrap());
-    let service = TraceServiceServer::new(receiver.clone());
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let incoming = TcpListenerStream::new(tokio::net::TcpListener::from_std(listener).unwrap());
-            tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
-        });
-    });
+    let (receiver, endpoint) = Receiver::start();
 
     let config = TelemetryConfig {
         log_format: LogFormat::Json,
@@ -59,7 +29,7 @@ async fn a_callers_trace_reaches_the_collector() {
     drop(span);
     drop(guard);
 
-    let received = receiver.0.lock().unwrap();
+    let received = receiver.received();
     let text = |value: &Option<opentelemetry_proto::tonic::common::v1::AnyValue>| match &value.as_ref()?.value {
         Some(Value::StringValue(text)) => Some(text.clone()),
         _ => None,

@@ -4,7 +4,10 @@
 #![forbid(unsafe_code)]
 
 pub mod conformance;
+mod open;
+pub mod otlp;
 pub mod servers;
 mod wait;
 
+pub use open::Open;
 pub use wait::{DEADLINE, soon, until};

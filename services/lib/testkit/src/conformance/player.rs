@@ -1,5 +1,5 @@
 //! A replica that does what a request's id says.
-use crate::soon;
+use crate::{Open, soon};
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, StreamExt};
 use moesaic_types::boundary::{DeltaStream, Replica, ReplicaLoad};
@@ -17,22 +17,6 @@ pub(super) struct Player {
     steps: Arc<Semaphore>,
     /// Requests and streams that nobody has dropped yet.
     open: watch::Sender<usize>,
-}
-
-/// Counts as open until it is dropped.
-struct Open(watch::Sender<usize>);
-
-impl Open {
-    fn new(open: &watch::Sender<usize>) -> Self {
-        open.send_modify(|open| *open += 1);
-        Self(open.clone())
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.send_modify(|open| *open -= 1);
-    }
 }
 
 impl Player {

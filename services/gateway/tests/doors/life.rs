@@ -49,6 +49,24 @@ async fn a_client_that_hangs_up_cancels_what_runs_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stop_string_is_an_answer_s_end_and_a_hang_up_is_not() {
+    let doors = Doors::open([vec![Act::Endless, Act::Hang(2)]]).await;
+    let replica = &doors.replicas[0];
+    let stopped = doors.post("/v1/completions", &ask(json!({"stop": ["twelve"], "max_tokens": 100}))).await;
+    assert_eq!(stopped.json()["choices"][0]["finish_reason"], "stop", "{stopped:?}");
+    replica.until_closed().await;
+    let told = replica.enough.lock().unwrap().clone();
+    assert_eq!(told, [replica.requests()[0].id.clone()]);
+
+    let body = ask(json!({"stream": true})).to_string();
+    let mut live = client::open(doors.http, "POST", "/v1/completions", &[], body.as_bytes()).await;
+    assert!(live.event().await.unwrap().is_some());
+    drop(live);
+    replica.until_closed().await;
+    assert_eq!(replica.enough.lock().unwrap().len(), 1, "who hangs up was not served to the end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_stops_reading_is_cut_off_and_does_not_take_a_part_for_the_whole() {
     let impatient = Config { write_timeout: HumanDuration::from_millis(300), ..config() };
     let doors = Doors::with(impatient, model(), [vec![Act::Endless]]).await;

@@ -4,7 +4,9 @@ use futures::stream::{self, StreamExt};
 use moesaic_model::tokenizer::Tokenizer;
 use moesaic_testkit::Open;
 use moesaic_types::boundary::{DeltaStream, PlaceRequest, Placed, Placer, Replica, ReplicaLoad};
-use moesaic_types::{Delta, Error, FinishReason, GenerateRequest, ReplicaId, Result, SampledToken, TokenId, Usage};
+use moesaic_types::{
+    Delta, Error, FinishReason, GenerateRequest, ReplicaId, RequestId, Result, SampledToken, TokenId, Usage,
+};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
@@ -40,6 +42,8 @@ pub struct Scripted {
     pub seen: Mutex<Vec<GenerateRequest>>,
     /// Streams that nobody has dropped yet.
     pub open: watch::Sender<usize>,
+    /// Requests of which the gateway said that it has enough.
+    pub enough: Mutex<Vec<RequestId>>,
     /// What `load` says; `None`: not ready.
     pub ready: Mutex<bool>,
     acts: Mutex<VecDeque<Act>>,
@@ -54,6 +58,7 @@ impl Scripted {
             id: ReplicaId::new(id),
             seen: Mutex::default(),
             open: watch::Sender::new(0),
+            enough: Mutex::default(),
             ready: Mutex::new(true),
             acts: Mutex::new(acts.into()),
             words: tokenizer.encode(WORDS, false).unwrap(),
@@ -138,6 +143,10 @@ impl Scripted {
 }
 
 impl Replica for Scripted {
+    fn enough(&self, id: &RequestId) {
+        self.enough.lock().unwrap().push(id.clone());
+    }
+
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<DeltaStream>> {
         Box::pin(async move {
             let act = self.act();

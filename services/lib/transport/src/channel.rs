@@ -20,9 +20,17 @@ pub const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// How long a peer may take to answer that.
 pub const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What a peer may send in one stream, and on one connection, before we have read it.
-const STREAM_WINDOW: u32 = 4 << 20;
-const CONNECTION_WINDOW: u32 = 16 << 20;
+/// What a peer may send in one stream before we have read it: pieces of answers, which are small and which clients
+/// may be slow to take.
+const STREAM_WINDOW: u32 = 64 << 10;
+
+/// The same for streams of tensors and blocks.
+const BULK_STREAM_WINDOW: u32 = 4 << 20;
+
+/// What a peer may send on one connection before we have read it: streams alone limit it. h2 also breaks a connection
+/// on which too many small frames are unread, by half of this as if each had 256 bytes: 64 KiB of one stream must not
+/// take the others with it.
+const CONNECTION_WINDOW: u32 = i32::MAX as u32;
 
 /// A channel to a member; by its Unix socket where it is on this host. It connects when it is first used, and again
 /// when the connection broke: a call meanwhile fails with `Unavailable` in the time that connecting may take.
@@ -63,7 +71,7 @@ pub fn server() -> Server {
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
-        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_stream_window_size(BULK_STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
 }
 

@@ -73,6 +73,14 @@ fn a_step_without_tokens_left_preempts_nobody() {
 }
 
 #[test]
+fn a_step_without_tokens_left_preempts_nobody_for_a_prefill_without_room() {
+    let batch = [running(1, 0, 11, 10), running(2, 0, 640, 576), running(3, 0, 640, 64)];
+    let none_left = Limits { token_budget: 1, max_chunk: 64, max_running: 3, available: 0 };
+    let plan = plan(&batch, &[], &none_left);
+    assert_eq!((plan.preempt, plan.chunks), (vec![], vec![(1, 1)]));
+}
+
+#[test]
 fn nobody_is_admitted_whose_blocks_the_batch_will_need_before_its_first_token() {
     // In the three steps of the candidate's prompt the decodes grow into a block each.
     let batch = [running(1, 0, 62, 61), running(2, 0, 63, 62)];

@@ -1,4 +1,5 @@
 //! The boundaries between services over gRPC: clients that implement a trait, and services that serve one.
+mod answers;
 mod placer;
 mod replica;
 mod routers;

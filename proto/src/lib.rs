@@ -4,11 +4,13 @@
 #![forbid(unsafe_code)]
 
 mod error_convert;
+mod expert_convert;
 mod router_convert;
 mod scheduler_convert;
 mod tensor_convert;
 
 pub use error_convert::{from_status, into_status};
+pub use expert_convert::{ComputeInput, put_routing, shares_from_wire, shares_to_wire};
 pub use router_convert::{hashes_from_wire, hashes_to_wire};
 pub use tensor_convert::{
     WireDType, decode_tensor, decode_u32, decode_weights, encode_tensor, encode_u32, encode_weights,

@@ -6,10 +6,10 @@ use metrics::{counter, histogram};
 use moesaic_actors::{Handle, Supervised};
 use moesaic_model::backend::Backend;
 use moesaic_model::decoder::ExpertStore;
-use moesaic_model::expert_pool::{ExpertPool, Routing, Ticket};
+use moesaic_model::expert_pool::{ExpertPool, Ticket};
 use moesaic_model::spec::ModelSpec;
 use moesaic_telemetry::metrics as names;
-use moesaic_types::Result;
+use moesaic_types::{Result, Routing};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -67,9 +67,5 @@ impl<B: Backend> ExpertPool<B> for ExpertShard<B> {
             counter!(names::EXPERT_FAILURES_TOTAL, "layer" => label).increment(1);
         }
         ticket
-    }
-
-    fn combine(&self, ticket: Ticket<B>) -> moesaic_model::Result<B::Tensor> {
-        self.store.combine(ticket)
     }
 }

@@ -1,5 +1,5 @@
 //! How many tokens each expert got: counters that the engine's thread adds to without a lock.
-use moesaic_model::expert_pool::Routing;
+use moesaic_types::Routing;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 

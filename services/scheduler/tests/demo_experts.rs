@@ -7,10 +7,10 @@ use common::{Answer, generate, prompt, request, until_idle, vocabulary};
 use moesaic_model::backend::Backend;
 use moesaic_model::backend::native::NativeBackend;
 use moesaic_model::decoder::{ExpertStore, load_decoder, load_experts};
-use moesaic_model::expert_pool::{ExpertPool, Routing, Ticket};
+use moesaic_model::expert_pool::{ExpertPool, Ticket};
 use moesaic_model::{Error, LoadOptions, source, spec};
 use moesaic_scheduler::{Config, RunnerFactory, Scheduler};
-use moesaic_types::{BlockHasher, Digest, KvFormat, WeightFormat};
+use moesaic_types::{BlockHasher, Digest, KvFormat, Routing, WeightFormat};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,30 +21,35 @@ type Tensor = <NativeBackend as Backend>::Tensor;
 struct Flaky {
     inner: ExpertStore<NativeBackend>,
     every: usize,
-    calls: AtomicUsize,
-    failures: Arc<AtomicUsize>,
+    calls: Arc<Calls>,
 }
 
-impl Flaky {
-    fn call(&self, layer: usize) -> moesaic_model::Result<()> {
-        let call = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
-        if self.every == 0 || !call.is_multiple_of(self.every) {
+/// Dispatches and combinations so far.
+#[derive(Default)]
+struct Calls {
+    made: AtomicUsize,
+    failed: AtomicUsize,
+}
+
+impl Calls {
+    fn make(&self, every: usize, layer: usize) -> moesaic_model::Result<()> {
+        let call = self.made.fetch_add(1, Ordering::SeqCst) + 1;
+        if every == 0 || !call.is_multiple_of(every) {
             return Ok(());
         }
-        self.failures.fetch_add(1, Ordering::SeqCst);
+        self.failed.fetch_add(1, Ordering::SeqCst);
         Err(Error::Experts { layer, reason: "the shard is away".into() })
     }
 }
 
 impl ExpertPool<NativeBackend> for Flaky {
     fn dispatch(&self, layer: usize, x: &Tensor, routing: &Routing) -> moesaic_model::Result<Ticket<NativeBackend>> {
-        self.call(layer)?;
-        self.inner.dispatch(layer, x, routing)
-    }
-
-    fn combine(&self, ticket: Ticket<NativeBackend>) -> moesaic_model::Result<Tensor> {
-        self.call(0)?;
-        self.inner.combine(ticket)
+        self.calls.make(self.every, layer)?;
+        let (ticket, every, calls) = (self.inner.dispatch(layer, x, routing)?, self.every, Arc::clone(&self.calls));
+        Ok(Ticket::Pending(Box::new(move || {
+            calls.make(every, layer)?;
+            ticket.combine()
+        })))
     }
 
     fn micro_batches(&self, tokens: usize) -> usize {
@@ -53,8 +58,8 @@ impl ExpertPool<NativeBackend> for Flaky {
 }
 
 async fn answers(every: usize) -> (Vec<Answer>, usize) {
-    let failures = Arc::new(AtomicUsize::new(0));
-    let told = Arc::clone(&failures);
+    let calls = Arc::new(Calls::default());
+    let made = Arc::clone(&calls);
     let factory: RunnerFactory = Arc::new(move || {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/models/demo-moe");
         let source = source::open(&folder)?;
@@ -62,7 +67,7 @@ async fn answers(every: usize) -> (Vec<Answer>, usize) {
         let backend = Arc::new(NativeBackend::new(2));
         let options = LoadOptions { threads: 2, ..LoadOptions::default() };
         let inner = load_experts(&*source, &spec, backend.clone(), &options)?;
-        let pool = Flaky { inner, every, calls: AtomicUsize::new(0), failures: Arc::clone(&told) };
+        let pool = Flaky { inner, every, calls: Arc::clone(&made) };
         Ok(Box::new(load_decoder(&*source, spec, backend, &options, Arc::new(pool))?))
     });
     let hasher = BlockHasher::new(&Digest::of(b"demo"), WeightFormat::default(), KvFormat::default(), None);
@@ -76,7 +81,7 @@ async fn answers(every: usize) -> (Vec<Answer>, usize) {
     });
     let answers = futures::future::try_join_all(requests.map(|request| generate(&scheduler, request))).await.unwrap();
     until_idle(&scheduler).await;
-    (answers, failures.load(Ordering::SeqCst))
+    (answers, calls.failed.load(Ordering::SeqCst))
 }
 
 #[tokio::test(flavor = "multi_thread")]

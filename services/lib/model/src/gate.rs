@@ -2,7 +2,7 @@
 //!
 //! Ties go to the lower expert id, so a choice never depends on anything but the row itself. A NaN counts as the
 //! smallest value.
-use crate::expert_pool::Routing;
+use moesaic_types::Routing;
 use std::cmp::Ordering;
 
 /// Experts in equal groups, of which only the best are eligible (DeepSeek's node-limited routing).

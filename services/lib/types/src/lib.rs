@@ -9,6 +9,7 @@ pub mod error;
 pub mod hash;
 pub mod ids;
 pub mod request;
+pub mod routing;
 pub mod weights;
 
 pub use error::{Error, ErrorCode, Result};
@@ -17,6 +18,7 @@ pub use ids::{ReplicaId, RequestId, TokenId};
 pub use request::{
     Delta, FinishReason, GenerateRequest, Grammar, Priority, SampledToken, SamplingParams, StopConditions, Usage,
 };
+pub use routing::Routing;
 pub use weights::{KvFormat, WeightFormat};
 
 /// Tokens in one KV block (the page of the paged KV cache).

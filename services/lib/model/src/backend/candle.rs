@@ -3,11 +3,10 @@
 //! Activations and arithmetic are f32. Weights are f32 on the CPU (q8 and q4 with the rounding that the packed
 //! formats bring) and may stay bf16 on a GPU. The KV cache is f32 or bf16, in blocks as everywhere.
 use super::{AttentionCall, AttentionSequence, Backend, FfnMatrices, KvLayout, Loader, Matrix};
-use crate::expert_pool::Routing;
 use crate::spec::{Activation, Norm, NormKind};
 use crate::{Error, Result};
 use candle_core::{D, DType, Device, Tensor};
-use moesaic_types::{BLOCK_TOKENS, KvFormat, WeightFormat};
+use moesaic_types::{BLOCK_TOKENS, KvFormat, Routing, WeightFormat};
 use std::collections::BTreeMap;
 
 /// Query rows whose scores are in memory at a time.

@@ -11,10 +11,9 @@ pub mod native;
 
 pub use matrix::{FfnMatrices, Matrix, ReadCodes, ReadRow, TensorSlice, kernel_format};
 
-use crate::expert_pool::Routing;
 use crate::spec::Norm;
 use crate::{Error, Result};
-use moesaic_types::KvFormat;
+use moesaic_types::{KvFormat, Routing};
 use std::sync::Arc;
 
 /// Which backend runs a model.

@@ -4,10 +4,9 @@
 //! logits are bit-identical whatever the batch and the chunking.
 use super::{AttentionCall, AttentionSequence, Backend, FfnMatrices, KvLayout, Loader, Matrix};
 use crate::Result;
-use crate::expert_pool::Routing;
 use crate::spec::{Activation, Norm, NormKind};
 use moesaic_kernels::{self as kernels, ExpertWeights, Kernels, KvLayer, KvShape, PackedMatrix, elementwise};
-use moesaic_types::{BLOCK_TOKENS, KvFormat};
+use moesaic_types::{BLOCK_TOKENS, KvFormat, Routing};
 use std::sync::Arc;
 
 /// The native backend with its threads.

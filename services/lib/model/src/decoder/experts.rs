@@ -2,10 +2,11 @@
 use super::weights::Weights;
 use super::{LoadOptions, Part};
 use crate::backend::{Backend, TensorSlice};
-use crate::expert_pool::{ExpertPool, Routing, Ticket, TicketState};
+use crate::expert_pool::{ExpertPool, Ticket};
 use crate::source::WeightSource;
 use crate::spec::ModelSpec;
 use crate::{Error, Result};
+use moesaic_types::Routing;
 use moesaic_types::cluster::Shares;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -140,13 +141,6 @@ impl<B: Backend> ExpertStore<B> {
 
 impl<B: Backend> ExpertPool<B> for ExpertStore<B> {
     fn dispatch(&self, layer: usize, x: &B::Tensor, routing: &Routing) -> Result<Ticket<B>> {
-        Ok(Ticket { state: TicketState::Ready(self.run(layer, x, routing)?) })
-    }
-
-    fn combine(&self, ticket: Ticket<B>) -> Result<B::Tensor> {
-        match ticket.state {
-            TicketState::Ready(output) => Ok(output),
-            TicketState::Remote(tag) => Err(self.backend.error(format!("ticket {tag} is not of this pool"))),
-        }
+        Ok(Ticket::Ready(self.run(layer, x, routing)?))
     }
 }

@@ -2,9 +2,10 @@
 use super::weights::{Role, Weights};
 use crate::Result;
 use crate::backend::{AttentionCall, AttentionSequence, Backend, Loader};
-use crate::expert_pool::{ExpertPool, Routing, Ticket};
+use crate::expert_pool::{ExpertPool, Ticket};
 use crate::spec::names::{QkvNames, at_layer};
 use crate::spec::{Attention, Ffn, Gqa, LayerSpec, Mla, Moe, Norm, NormKind, Position, QkNorm, Rope, alibi_slopes};
+use moesaic_types::Routing;
 
 /// A layer's weights, but for its experts.
 pub(super) struct Layer<B: Loader> {
@@ -207,11 +208,11 @@ enum Output<B: Backend> {
 
 impl<B: Backend> Begun<B> {
     /// Awaits the experts; the residual stream after the layer, and how it routed.
-    pub(super) fn end(self, backend: &B, pool: &dyn ExpertPool<B>) -> Result<(B::Tensor, Option<Routing>)> {
+    pub(super) fn end(self, backend: &B) -> Result<(B::Tensor, Option<Routing>)> {
         let (output, routing) = match self.output {
             Output::Dense(output) => (output, None),
             Output::Experts { ticket, shared, routing } => {
-                let output = pool.combine(ticket)?;
+                let output = ticket.combine()?;
                 let output = match shared {
                     Some(shared) => backend.add(output, &shared, 1.0)?,
                     None => output,

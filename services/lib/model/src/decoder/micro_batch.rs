@@ -2,8 +2,8 @@
 use super::layer::Begun;
 use crate::Result;
 use crate::backend::{AttentionSequence, Backend};
-use crate::expert_pool::{ExpertPool, Routing};
 use crate::runner::{LogitsWanted, SequenceChunk};
+use moesaic_types::Routing;
 
 /// Consecutive rows of a step on their way through the layers.
 pub(super) struct MicroBatch<'a, B: Backend> {
@@ -28,16 +28,11 @@ pub(super) enum Stream<B: Backend> {
 impl<B: Backend> MicroBatch<'_, B> {
     /// Ends the layer that was begun, if one was; the residual stream. Routing goes to `recorder`, a list for each MoE
     /// layer, which all micro-batches extend.
-    pub(super) fn end(
-        &mut self,
-        backend: &B,
-        pool: &dyn ExpertPool<B>,
-        recorder: Option<&mut Recorder>,
-    ) -> Result<B::Tensor> {
+    pub(super) fn end(&mut self, backend: &B, recorder: Option<&mut Recorder>) -> Result<B::Tensor> {
         match std::mem::replace(&mut self.stream, Stream::Taken) {
             Stream::Between(x) => Ok(x),
             Stream::Begun(layer, begun) => {
-                let (x, routing) = begun.end(backend, pool)?;
+                let (x, routing) = begun.end(backend)?;
                 if let (Some(recorder), Some(routing)) = (recorder, routing) {
                     recorder.add(layer, &routing);
                 }

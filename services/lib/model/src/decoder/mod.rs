@@ -256,14 +256,14 @@ impl<B: Backend> Runner for Decoder<B> {
         for (index, (layer, spec)) in layers {
             // One micro-batch's experts compute while another is at the next layer's attention.
             for micro_batch in &mut micro_batches {
-                let x = micro_batch.end(backend, pool, record.as_deref_mut())?;
+                let x = micro_batch.end(backend, record.as_deref_mut())?;
                 let (sequences, rotations) = (&micro_batch.sequences, &micro_batch.rotations);
                 let mut step = Step { backend, pool, sequences, rotations, kv: &mut *kv };
                 micro_batch.stream = Stream::Begun(index, layer.begin(&mut step, index, spec, x)?);
             }
         }
         for micro_batch in &mut micro_batches {
-            let x = micro_batch.end(backend, pool, record.as_deref_mut())?;
+            let x = micro_batch.end(backend, record.as_deref_mut())?;
             self.project(&x, micro_batch.rows, &micro_batch.wanted, logits)?;
         }
         self.routing = recorder;

@@ -1,7 +1,8 @@
 //! Composition: the experts, their accounting and the control actor.
-use crate::actors::shard_control::{FollowEpoch, Report, ShardControl, TakeReport};
+use crate::actors::shard_control::{EndWindow, ShardControl, TakeLoad};
 use crate::config::Config;
-use crate::load::LoadCounters;
+use crate::load::{Counts, LoadCounters};
+use crate::shelf::{Held, Shelf};
 use metrics::{counter, histogram};
 use moesaic_actors::{Handle, Supervised};
 use moesaic_model::backend::Backend;
@@ -18,13 +19,14 @@ const CONTROL_DEADLINE: Duration = Duration::from_secs(2);
 
 /// A shard on one device.
 pub struct ExpertShard<B: Backend> {
-    store: ExpertStore<B>,
+    shelf: Shelf<B>,
+    hidden: usize,
     counters: Arc<LoadCounters>,
     control: Handle<ShardControl>,
 }
 
 impl<B: Backend> ExpertShard<B> {
-    /// Starts a shard over loaded experts.
+    /// Starts a shard over what it holds before the first placement: everything in embedded mode, nothing in a cluster.
     ///
     /// # Errors
     /// `InvalidArgument` when the configuration is out of bounds.
@@ -35,37 +37,59 @@ impl<B: Backend> ExpertShard<B> {
         let (shared, windows) = (counters.clone(), config.load_windows);
         let control =
             Supervised::spawn("shard_control", config.mailbox, move || ShardControl::new(shared.clone(), windows));
-        Ok(Arc::new(Self { store, counters, control }))
+        let shelf = Shelf::new(Held { epoch: 0, experts: Arc::new(store) });
+        Ok(Arc::new(Self { shelf, hidden: spec.hidden, counters, control }))
     }
 
-    /// Ends the load window and reports the epoch and the load.
+    /// What it holds.
+    pub fn shelf(&self) -> &Shelf<B> {
+        &self.shelf
+    }
+
+    /// Columns of its inputs and outputs.
+    pub fn hidden(&self) -> usize {
+        self.hidden
+    }
+
+    /// Tokens by layer and expert over the windows that are kept, the running one included.
     ///
     /// # Errors
     /// `Unavailable` while the control actor restarts, `ResourceExhausted` when its mailbox is full.
-    pub async fn report(&self) -> Result<Report> {
-        Ok(self.control.ask(TakeReport, CONTROL_DEADLINE).await?)
+    pub async fn load(&self) -> Result<Counts> {
+        Ok(self.control.ask(TakeLoad, CONTROL_DEADLINE).await?)
     }
 
-    /// Follows a placement's epoch; false when it is stale.
+    /// The same; the next window starts now.
     ///
     /// # Errors
-    /// As [`Self::report`].
-    pub async fn follow(&self, epoch: u64) -> Result<bool> {
-        Ok(self.control.ask(FollowEpoch(epoch), CONTROL_DEADLINE).await?)
+    /// As [`Self::load`].
+    pub async fn end_window(&self) -> Result<Counts> {
+        Ok(self.control.ask(EndWindow, CONTROL_DEADLINE).await?)
+    }
+
+    /// Runs a layer's experts and counts it.
+    pub(crate) fn compute(
+        &self,
+        held: &Held<B>,
+        layer: usize,
+        x: &B::Tensor,
+        routing: &Routing,
+    ) -> moesaic_model::Result<B::Tensor> {
+        let started = Instant::now();
+        self.counters.add(layer, routing);
+        let output = held.experts.run(layer, x, routing);
+        let label = layer.to_string();
+        counter!(names::EXPERT_TOKENS_TOTAL, "layer" => label.clone()).increment(routing.experts.len() as u64);
+        histogram!(names::EXPERT_DISPATCH_SECONDS).record(started.elapsed().as_secs_f64());
+        if output.is_err() {
+            counter!(names::EXPERT_FAILURES_TOTAL, "layer" => label).increment(1);
+        }
+        output
     }
 }
 
 impl<B: Backend> ExpertPool<B> for ExpertShard<B> {
     fn dispatch(&self, layer: usize, x: &B::Tensor, routing: &Routing) -> moesaic_model::Result<Ticket<B>> {
-        let started = Instant::now();
-        self.counters.add(layer, routing);
-        let ticket = self.store.dispatch(layer, x, routing);
-        let label = layer.to_string();
-        counter!(names::EXPERT_TOKENS_TOTAL, "layer" => label.clone()).increment(routing.experts.len() as u64);
-        histogram!(names::EXPERT_DISPATCH_SECONDS).record(started.elapsed().as_secs_f64());
-        if ticket.is_err() {
-            counter!(names::EXPERT_FAILURES_TOTAL, "layer" => label).increment(1);
-        }
-        ticket
+        Ok(Ticket::Ready(self.compute(&self.shelf.current(), layer, x, routing)?))
     }
 }

@@ -10,11 +10,15 @@ pub struct Config {
     pub load_windows: usize,
     /// Messages that the control actor holds at most; 1..=65536.
     pub mailbox: usize,
+    /// Requests of schedulers that wait at most; more are left in their streams; 1..=65536.
+    pub queue: usize,
+    /// Tokens of several schedulers that are computed together at most; 1..=1048576.
+    pub max_batch_tokens: usize,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { load_windows: 8, mailbox: 64 }
+        Self { load_windows: 8, mailbox: 64, queue: 256, max_batch_tokens: 8192 }
     }
 }
 
@@ -24,14 +28,14 @@ impl Config {
     /// # Errors
     /// `InvalidArgument` naming the field and its limits.
     pub fn validate(&self) -> Result<()> {
-        if !(1..=1000).contains(&self.load_windows) {
-            let message = format!("expert_shard.load_windows is {}; use 1 to 1000", self.load_windows);
-            return Err(Error::invalid("expert_shard.load_windows", message));
-        }
-        if !(1..=65_536).contains(&self.mailbox) {
-            let message = format!("expert_shard.mailbox is {}; use 1 to 65536", self.mailbox);
-            return Err(Error::invalid("expert_shard.mailbox", message));
-        }
-        Ok(())
+        let within = |name: &str, value: usize, max: usize| {
+            let name = format!("expert_shard.{name}");
+            let message = format!("{name} is {value}; use 1 to {max}");
+            if (1..=max).contains(&value) { Ok(()) } else { Err(Error::invalid(name, message)) }
+        };
+        within("load_windows", self.load_windows, 1000)?;
+        within("mailbox", self.mailbox, 65_536)?;
+        within("queue", self.queue, 65_536)?;
+        within("max_batch_tokens", self.max_batch_tokens, 1 << 20)
     }
 }

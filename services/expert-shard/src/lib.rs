@@ -1,12 +1,17 @@
 //! The expert-shard: executes experts and returns, for each token, the weighted sum over the experts that it holds.
 //!
-//! In embedded mode it is called in process, through [`ExpertPool`](moesaic_model::expert_pool::ExpertPool).
+//! In embedded mode it is called in process, through [`ExpertPool`](moesaic_model::expert_pool::ExpertPool); in a
+//! cluster [`grpc`] takes what schedulers send, and [`executor`] computes it.
 #![forbid(unsafe_code)]
 
 pub mod actors;
 mod app;
 pub mod config;
+pub mod executor;
+pub mod grpc;
+pub mod library;
 pub mod load;
+pub mod shelf;
 
 pub use app::ExpertShard;
 pub use config::Config;

@@ -1,21 +1,37 @@
-//! Owns what the placement knows of this shard: its epoch and the windows of expert load.
+//! Owns what the placement asks of this shard's load: the windows that are kept.
 use crate::load::{Counts, LoadCounters};
-use actix::{Actor, Context, Handler, Message};
+use actix::{Actor, Context, Handler, Message, MessageResult};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-/// The actor's state; a restart begins at epoch 0 with no windows, and the next placement sets it right.
+/// The actor's state; a restart begins with no windows.
 pub struct ShardControl {
     counters: Arc<LoadCounters>,
-    windows: VecDeque<Counts>,
+    /// Those that ended, oldest first.
+    ended: VecDeque<Counts>,
+    /// Windows that are kept, the running one included.
     window_limit: usize,
-    epoch: u64,
+    running: Counts,
 }
 
 impl ShardControl {
     /// Fresh state over the shard's counters.
     pub fn new(counters: Arc<LoadCounters>, window_limit: usize) -> Self {
-        Self { counters, windows: VecDeque::new(), window_limit, epoch: 0 }
+        Self { counters, ended: VecDeque::new(), window_limit, running: Counts::new() }
+    }
+
+    fn load(&mut self) -> Counts {
+        add(&mut self.running, &self.counters.take());
+        let mut load = self.running.clone();
+        self.ended.iter().for_each(|counts| add(&mut load, counts));
+        load
+    }
+}
+
+fn add(sums: &mut Counts, counts: &Counts) {
+    for (layer, counts) in counts {
+        let sums = sums.entry(*layer).or_insert_with(|| vec![0; counts.len()]);
+        sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
     }
 }
 
@@ -23,55 +39,33 @@ impl Actor for ShardControl {
     type Context = Context<Self>;
 }
 
-/// What the placement asks.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Report {
-    /// The placement's epoch that this shard follows.
-    pub epoch: u64,
-    /// Tokens by layer and expert over the windows that are kept, the one that ends now included.
-    pub load: Counts,
-}
-
-/// Ends the current window and reports.
+/// Tokens by layer and expert over the windows that are kept, the running one included.
 #[derive(Message)]
-#[rtype(result = "Report")]
-pub struct TakeReport;
+#[rtype(result = "Counts")]
+pub struct TakeLoad;
 
-impl Handler<TakeReport> for ShardControl {
-    type Result = actix::MessageResult<TakeReport>;
+impl Handler<TakeLoad> for ShardControl {
+    type Result = MessageResult<TakeLoad>;
 
-    fn handle(&mut self, _: TakeReport, _: &mut Context<Self>) -> Self::Result {
-        self.windows.push_back(self.counters.take());
-        while self.windows.len() > self.window_limit {
-            self.windows.pop_front();
-        }
-        let mut load = Counts::new();
-        for (layer, counts) in self.windows.iter().flatten() {
-            let sums = load.entry(*layer).or_insert_with(|| vec![0; counts.len()]);
-            for (sum, count) in sums.iter_mut().zip(counts) {
-                *sum += count;
-            }
-        }
-        actix::MessageResult(Report { epoch: self.epoch, load })
+    fn handle(&mut self, _: TakeLoad, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.load())
     }
 }
 
-/// Follows a newer placement; false when `epoch` is older than the one that is followed.
+/// The same; the next window starts.
 #[derive(Message)]
-#[rtype(result = "bool")]
-pub struct FollowEpoch(
-    /// The placement's epoch.
-    pub u64,
-);
+#[rtype(result = "Counts")]
+pub struct EndWindow;
 
-impl Handler<FollowEpoch> for ShardControl {
-    type Result = bool;
+impl Handler<EndWindow> for ShardControl {
+    type Result = MessageResult<EndWindow>;
 
-    fn handle(&mut self, FollowEpoch(epoch): FollowEpoch, _: &mut Context<Self>) -> bool {
-        let newer = epoch >= self.epoch;
-        if newer {
-            self.epoch = epoch;
+    fn handle(&mut self, _: EndWindow, _: &mut Context<Self>) -> Self::Result {
+        let load = self.load();
+        self.ended.push_back(std::mem::take(&mut self.running));
+        while self.ended.len() >= self.window_limit {
+            self.ended.pop_front();
         }
-        newer
+        MessageResult(load)
     }
 }

@@ -1,0 +1,190 @@
+//! The thread that computes what schedulers send: what waits for the same layer goes through it together.
+use crate::app::ExpertShard;
+use crate::shelf::Held;
+use moesaic_model::backend::Backend;
+use moesaic_types::{Error, Result, Routing};
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+use tracing::Span;
+
+/// Tokens of one layer for this shard's experts.
+pub struct Job<B: Backend> {
+    /// What they are computed with.
+    pub held: Held<B>,
+    /// The decoder's index of the layer.
+    pub layer: usize,
+    /// `[tokens, hidden]`.
+    pub x: Vec<f32>,
+    /// Which experts each token goes to.
+    pub routing: Routing,
+    /// Open from now until the reply.
+    pub span: Span,
+    /// When it came.
+    pub submitted: Instant,
+    /// Takes the outcome.
+    pub reply: Reply,
+}
+
+/// Takes a job's outcome, on the executor's thread.
+pub type Reply = Box<dyn FnOnce(Outcome) + Send>;
+
+/// How a job ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// `[tokens, hidden]`: for each token the weighted sum over this shard's experts.
+    pub output: Result<Vec<f32>>,
+    /// Time before its computation.
+    pub queued: Duration,
+    /// Time of the computation that it was part of.
+    pub computed: Duration,
+}
+
+impl<B: Backend> Job<B> {
+    /// Whether two can be computed together.
+    fn is_like(&self, other: &Self) -> bool {
+        self.layer == other.layer && Arc::ptr_eq(&self.held.experts, &other.held.experts)
+    }
+}
+
+/// The way to the thread; it ends when all of them are gone.
+pub struct Executor<B: Backend> {
+    jobs: mpsc::Sender<Job<B>>,
+}
+
+impl<B: Backend> Clone for Executor<B> {
+    fn clone(&self) -> Self {
+        Self { jobs: self.jobs.clone() }
+    }
+}
+
+impl<B: Backend> Executor<B> {
+    /// Starts the thread. `queue` jobs wait at most; a computation has `max_batch_tokens` tokens at most, unless one
+    /// job alone has more.
+    ///
+    /// # Errors
+    /// `Unavailable` when the system gives no thread.
+    pub fn start(shard: Arc<ExpertShard<B>>, queue: usize, max_batch_tokens: usize) -> Result<Self> {
+        let (sender, jobs) = mpsc::channel(queue);
+        let work = Work { shard, jobs, waiting: VecDeque::new(), max_batch_tokens };
+        let thread = std::thread::Builder::new().name("experts".into()).spawn(move || work.serve());
+        thread.map_err(|error| Error::unavailable(format!("start the experts' thread: {error}")))?;
+        Ok(Self { jobs: sender })
+    }
+
+    /// Hands a job over; waits while the queue is full.
+    ///
+    /// # Errors
+    /// `Unavailable` when the thread is gone.
+    pub async fn submit(&self, job: Job<B>) -> Result<()> {
+        self.jobs.send(job).await.map_err(|_| Error::unavailable("the experts' thread has ended; restart this shard"))
+    }
+}
+
+/// The thread's state.
+struct Work<B: Backend> {
+    shard: Arc<ExpertShard<B>>,
+    jobs: mpsc::Receiver<Job<B>>,
+    waiting: VecDeque<Job<B>>,
+    max_batch_tokens: usize,
+}
+
+impl<B: Backend> Work<B> {
+    fn serve(mut self) {
+        loop {
+            while let Ok(job) = self.jobs.try_recv() {
+                self.waiting.push_back(job);
+            }
+            match self.waiting.pop_front().or_else(|| self.jobs.blocking_recv()) {
+                Some(first) => {
+                    let batch = self.batch(first);
+                    self.compute(batch);
+                }
+                None => return,
+            }
+        }
+    }
+
+    /// The job and those that can be computed with it, in the order in which they came.
+    fn batch(&mut self, first: Job<B>) -> Vec<Job<B>> {
+        let mut tokens = first.routing.tokens();
+        let mut batch = vec![first];
+        let mut rest = VecDeque::with_capacity(self.waiting.len());
+        for job in self.waiting.drain(..) {
+            if batch[0].is_like(&job) && tokens + job.routing.tokens() <= self.max_batch_tokens {
+                tokens += job.routing.tokens();
+                batch.push(job);
+            } else {
+                rest.push_back(job);
+            }
+        }
+        self.waiting = rest;
+        batch
+    }
+
+    fn compute(&self, batch: Vec<Job<B>>) {
+        let begun = Instant::now();
+        let (mut jobs, waiting): (Vec<_>, Vec<_>) = batch.into_iter().map(split).unzip();
+        let together = if jobs.len() > 1 { self.run_together(&jobs).ok() } else { None };
+        let outputs = match together {
+            Some(outputs) => outputs.into_iter().map(Ok).collect(),
+            // one of several must not fail the others
+            None => jobs.iter_mut().map(|job| self.run_alone(job)).collect(),
+        };
+        reply_all(waiting, outputs, begun);
+    }
+
+    fn run_alone(&self, job: &mut Input<B>) -> Result<Vec<f32>> {
+        self.run(&job.held, job.layer, std::mem::take(&mut job.x), &job.routing)
+    }
+
+    /// All jobs' outputs from one computation.
+    fn run_together(&self, jobs: &[Input<B>]) -> Result<Vec<Vec<f32>>> {
+        let (mut x, mut routing) = (Vec::with_capacity(jobs.iter().map(|job| job.x.len()).sum()), Routing::new());
+        for job in jobs {
+            x.extend_from_slice(&job.x);
+            (0..job.routing.tokens()).for_each(|token| routing.push(job.routing.token(token)));
+        }
+        let mut output = self.run(&jobs[0].held, jobs[0].layer, x, &routing)?;
+        let mut outputs: Vec<_> = jobs.iter().rev().map(|job| output.split_off(output.len() - job.x.len())).collect();
+        outputs.reverse();
+        Ok(outputs)
+    }
+
+    fn run(&self, held: &Held<B>, layer: usize, x: Vec<f32>, routing: &Routing) -> Result<Vec<f32>> {
+        let backend = held.experts.backend();
+        let run = || {
+            let x = backend.to_device(x, self.shard.hidden())?;
+            backend.to_host(&self.shard.compute(held, layer, &x, routing)?)
+        };
+        let output = catch_unwind(AssertUnwindSafe(run));
+        let output = output.map_err(|_| Error::internal(format!("the experts of layer {layer} panicked")))?;
+        output.map_err(|error| Error::unavailable(error.to_string()))
+    }
+}
+
+/// What of a job is computed.
+struct Input<B: Backend> {
+    held: Held<B>,
+    layer: usize,
+    x: Vec<f32>,
+    routing: Routing,
+}
+
+/// Who waits for a job, since when, in which span.
+type Waiting = (Reply, Instant, Span);
+
+fn split<B: Backend>(job: Job<B>) -> (Input<B>, Waiting) {
+    let Job { held, layer, x, routing, span, submitted, reply } = job;
+    (Input { held, layer, x, routing }, (reply, submitted, span))
+}
+
+fn reply_all(waiting: Vec<Waiting>, outputs: Vec<Result<Vec<f32>>>, begun: Instant) {
+    let computed = begun.elapsed();
+    for ((reply, submitted, span), output) in waiting.into_iter().zip(outputs) {
+        let _entered = span.entered();
+        reply(Outcome { output, queued: begun.saturating_duration_since(submitted), computed });
+    }
+}

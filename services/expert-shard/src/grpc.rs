@@ -1,0 +1,205 @@
+//! `moesaic.expert.v1`: schedulers send tokens, the leading router placements.
+use crate::app::ExpertShard;
+use crate::executor::{Executor, Job, Outcome};
+use crate::library::Library;
+use crate::shelf::{Held, check_is_coming};
+use futures::stream::{BoxStream, StreamExt};
+use moesaic_model::backend::Backend;
+use moesaic_proto::expert::v1 as wire;
+use moesaic_proto::expert::v1::expert_service_server::{ExpertService, ExpertServiceServer};
+use moesaic_proto::{ComputeInput, WireDType, encode_tensor, from_status, into_status, shares_from_wire};
+use moesaic_telemetry::propagation::{from_traceparent, set_parent};
+use moesaic_types::cluster::Shares;
+use moesaic_types::{Error, Result};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{Mutex, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+/// The largest message: a prefill chunk's tokens.
+const MAX_MESSAGE: usize = 64 << 20;
+
+/// Requests of one stream that are computed or wait to be taken; then no more are read from it.
+const IN_FLIGHT: usize = 32;
+
+/// Serves a shard.
+pub struct ShardService<B: Backend> {
+    server: Arc<Server<B>>,
+}
+
+struct Server<B: Backend> {
+    shard: Arc<ExpertShard<B>>,
+    executor: Executor<B>,
+    library: Library,
+    /// Held while a placement is prepared.
+    preparing: Mutex<()>,
+}
+
+/// The gRPC service of a shard whose experts come from `library`.
+pub fn expert_service<B: Backend>(
+    shard: Arc<ExpertShard<B>>,
+    executor: Executor<B>,
+    library: Library,
+) -> ExpertServiceServer<ShardService<B>> {
+    let server = Arc::new(Server { shard, executor, library, preparing: Mutex::default() });
+    let service = ExpertServiceServer::new(ShardService { server });
+    service.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
+}
+
+/// How an answer travels.
+struct Pending {
+    tag: u64,
+    reply: WireDType,
+    hidden: usize,
+    epoch: u64,
+}
+
+impl Pending {
+    fn answer(&self, outcome: Outcome) -> wire::ComputeResponse {
+        use wire::compute_response::Outcome::{Error, Output};
+        let outcome_on_wire = match outcome.output {
+            Ok(output) => Output(encode_tensor(output.chunks_exact(self.hidden), self.hidden, self.reply)),
+            Err(error) => Error(error.into()),
+        };
+        wire::ComputeResponse {
+            tag: self.tag,
+            outcome: Some(outcome_on_wire),
+            queued_us: micros(outcome.queued),
+            computed_us: micros(outcome.computed),
+            epoch: self.epoch,
+        }
+    }
+}
+
+fn micros(time: Duration) -> u32 {
+    time.as_micros().try_into().unwrap_or(u32::MAX)
+}
+
+impl<B: Backend> Server<B> {
+    /// Reads requests and submits them until the client ends, breaks off or stops to take answers.
+    async fn take(&self, mut requests: Streaming<wire::ComputeRequest>, answers: mpsc::Sender<Answer>) {
+        loop {
+            let Ok(place) = answers.clone().reserve_owned().await else { return };
+            let message = match requests.message().await {
+                Ok(Some(message)) => message,
+                Ok(None) => return,
+                Err(status) => {
+                    tracing::debug!(error = %from_status(&status), "a scheduler's stream ended");
+                    return;
+                }
+            };
+            let tag = message.tag;
+            let submitted = Instant::now();
+            let refused = |error: Error| {
+                let pending =
+                    Pending { tag, reply: WireDType::F32, hidden: 0, epoch: self.shard.shelf().current().epoch };
+                let outcome = Outcome { output: Err(error), queued: Duration::ZERO, computed: Duration::ZERO };
+                (pending, outcome)
+            };
+            match self.accept(message) {
+                Err(error) => drop(place.send(refused(error))),
+                Ok((input, held)) => {
+                    let (reply, hidden, epoch) = (input.reply, self.shard.hidden(), held.epoch);
+                    let pending = Pending { tag, reply, hidden, epoch };
+                    let span = tracing::info_span!("experts", layer = input.layer, tokens = input.routing.tokens());
+                    if !input.traceparent.is_empty() {
+                        set_parent(&span, from_traceparent(&input.traceparent));
+                    }
+                    let reply = Box::new(move |outcome| drop(place.send((pending, outcome))));
+                    let ComputeInput { layer, x, routing, .. } = input;
+                    if self.executor.submit(Job { held, layer, x, routing, span, submitted, reply }).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn accept(&self, message: wire::ComputeRequest) -> Result<(ComputeInput, Held<B>)> {
+        let input = ComputeInput::read(message, self.shard.hidden(), |layer| self.library.experts(layer))?;
+        let held = self.shard.shelf().at(input.epoch)?;
+        Ok((input, held))
+    }
+
+    /// Loads what a placement wants; how many experts that were.
+    async fn prepare(self: Arc<Self>, epoch: u64, shares: Shares) -> Result<u32> {
+        let server = Arc::clone(&self);
+        let _preparing = self.preparing.lock().await;
+        let current = self.shard.shelf().current();
+        check_is_coming(epoch, current.epoch)?;
+        let load = move || {
+            let begun = Instant::now();
+            let before = count(&current.experts.shares(), &shares);
+            let experts: usize = shares.values().map(Vec::len).sum();
+            tracing::info!(epoch, experts, loads = experts - before, "prepare a placement");
+            let progress = |progress: moesaic_model::decoder::Progress| {
+                tracing::debug!(epoch, layers = progress.layers_done, of = progress.layers_total, "load experts");
+            };
+            let store = server.library.load(&current.experts, &shares, &progress)?;
+            tracing::info!(epoch, seconds = begun.elapsed().as_secs_f64(), "prepared a placement");
+            server.shard.shelf().prepare(Held { epoch, experts: Arc::new(store) })?;
+            Ok((experts - before) as u32)
+        };
+        let loaded = tokio::task::spawn_blocking(load).await;
+        loaded.map_err(|_| Error::internal("loading experts panicked"))?
+    }
+}
+
+/// How many of `wanted` are among `held`.
+fn count(held: &Shares, wanted: &Shares) -> usize {
+    let of_layer = |(layer, experts): (&usize, &Vec<u32>)| {
+        let held = held.get(layer);
+        experts.iter().filter(|expert| held.is_some_and(|held| held.binary_search(expert).is_ok())).count()
+    };
+    wanted.iter().map(of_layer).sum()
+}
+
+type Answer = (Pending, Outcome);
+
+#[tonic::async_trait]
+impl<B: Backend> ExpertService for ShardService<B> {
+    type ComputeStream = BoxStream<'static, Result<wire::ComputeResponse, Status>>;
+
+    async fn compute(
+        &self,
+        request: Request<Streaming<wire::ComputeRequest>>,
+    ) -> Result<Response<Self::ComputeStream>, Status> {
+        let (sender, answers) = mpsc::channel::<Answer>(IN_FLIGHT);
+        let server = Arc::clone(&self.server);
+        tokio::spawn(async move { server.take(request.into_inner(), sender).await });
+        let answers = ReceiverStream::new(answers).map(|(pending, outcome)| Ok(pending.answer(outcome)));
+        Ok(Response::new(answers.boxed()))
+    }
+
+    async fn describe(
+        &self,
+        request: Request<wire::DescribeRequest>,
+    ) -> Result<Response<wire::DescribeResponse>, Status> {
+        let shard = &self.server.shard;
+        let load = if request.into_inner().end_window { shard.end_window().await } else { shard.load().await };
+        let mut load = load.map_err(into_status)?;
+        let Held { epoch, experts } = shard.shelf().current();
+        let mut held = experts.shares();
+        let spec = &self.server.library.spec;
+        let layers = spec.moe_layers().map(|layer| wire::Layer {
+            layer: layer as u32,
+            experts: held.remove(&layer).unwrap_or_default(),
+            load: load.remove(&layer).unwrap_or_else(|| vec![0; spec.moe(layer).map_or(0, |moe| moe.experts)]),
+        });
+        Ok(Response::new(wire::DescribeResponse { epoch, layers: layers.collect() }))
+    }
+
+    async fn prepare(&self, request: Request<wire::PrepareRequest>) -> Result<Response<wire::PrepareResponse>, Status> {
+        let wire::PrepareRequest { epoch, shares } = request.into_inner();
+        let shares = shares_from_wire(shares).map_err(into_status)?;
+        let loaded = Arc::clone(&self.server).prepare(epoch, shares).await.map_err(into_status)?;
+        Ok(Response::new(wire::PrepareResponse { loaded }))
+    }
+
+    async fn commit(&self, request: Request<wire::CommitRequest>) -> Result<Response<wire::CommitResponse>, Status> {
+        let epoch = request.into_inner().epoch;
+        self.server.shard.shelf().commit(epoch).map_err(into_status)?;
+        Ok(Response::new(wire::CommitResponse { epoch }))
+    }
+}

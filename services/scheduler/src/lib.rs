@@ -11,6 +11,7 @@ mod answer;
 mod app;
 pub mod config;
 pub mod engine;
+pub mod experts;
 pub mod grammar;
 pub mod health;
 pub mod metrics;

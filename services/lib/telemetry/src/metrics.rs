@@ -75,6 +75,11 @@ names! {
 
     counter EXPERT_TOKENS_TOTAL = "moesaic_expert_tokens_total", "Tokens sent to experts, a token once for each, by `layer`.";
     histogram EXPERT_DISPATCH_SECONDS = "moesaic_expert_dispatch_seconds", "Duration of one layer's experts.";
+    counter EXPERT_SENT_BYTES_TOTAL = "moesaic_expert_sent_bytes_total", "Bytes of activations sent to shards.";
+    counter EXPERT_RECEIVED_BYTES_TOTAL = "moesaic_expert_received_bytes_total", "Bytes of sums that came from shards.";
+    histogram EXPERT_ROUND_TRIP_SECONDS = "moesaic_expert_round_trip_seconds",
+        "From sending a layer's tokens to having their sums, at the scheduler.";
+    counter EXPERT_RETRIES_TOTAL = "moesaic_expert_retries_total", "Layers that were sent again under another view.";
     counter EXPERT_FAILURES_TOTAL = "moesaic_expert_failures_total", "Dispatches that failed, by `layer`.";
 
     gauge BUILD_INFO = "moesaic_build_info", "Always 1; `version` and `commit` say which build this is.";

@@ -38,9 +38,21 @@ const CONNECTION_WINDOW: u32 = i32::MAX as u32;
 /// # Errors
 /// `InvalidArgument` when the member's address is no `http://host:port`.
 pub fn channel(member: &Member) -> Result<Channel> {
+    connect(member, STREAM_WINDOW)
+}
+
+/// The same, for streams of tensors and blocks.
+///
+/// # Errors
+/// As [`channel()`].
+pub fn bulk_channel(member: &Member) -> Result<Channel> {
+    connect(member, BULK_STREAM_WINDOW)
+}
+
+fn connect(member: &Member, stream_window: u32) -> Result<Channel> {
     let own_host = crate::host::id();
     let target = target(member, own_host.as_deref(), Path::exists);
-    to_address(&target).map_err(|error| {
+    open(&target, stream_window).map_err(|error| {
         let Error { message, .. } = error;
         Error::invalid("address", format!("{} {}: {message}", member.service, member.id))
     })
@@ -51,6 +63,10 @@ pub fn channel(member: &Member) -> Result<Channel> {
 /// # Errors
 /// `InvalidArgument` when it is neither.
 pub fn to_address(address: &str) -> Result<Channel> {
+    open(address, STREAM_WINDOW)
+}
+
+fn open(address: &str, stream_window: u32) -> Result<Channel> {
     let is_usable = crate::config::is_address(address) || address.starts_with("unix:///");
     let endpoint = Endpoint::from_shared(address.to_owned()).ok().filter(|_| is_usable);
     let endpoint = endpoint.ok_or_else(|| Error::invalid("address", format!("{address:?} is no http://host:port")))?;
@@ -60,7 +76,7 @@ pub fn to_address(address: &str) -> Result<Channel> {
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
         .keep_alive_while_idle(true)
-        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_stream_window_size(stream_window)
         .initial_connection_window_size(CONNECTION_WINDOW);
     Ok(endpoint.connect_lazy())
 }

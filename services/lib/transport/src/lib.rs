@@ -6,6 +6,7 @@
 
 pub mod channel;
 pub mod config;
+pub mod experts;
 pub mod file_queue;
 pub mod grpc;
 pub mod host;
@@ -18,6 +19,7 @@ pub mod subjects;
 
 pub use channel::channel;
 pub use config::ClusterConfig;
+pub use experts::{ExpertsOptions, RemoteExperts};
 pub use file_queue::FileQueue;
 pub use grpc::{GrpcPlacer, GrpcReplica};
 pub use membership::{Directory, Registration};

@@ -24,7 +24,7 @@ impl Routing {
     }
 
     /// A token's experts and their weights, in the gate's order.
-    pub fn token(&self, token: usize) -> impl Iterator<Item = (u32, f32)> + '_ {
+    pub fn token(&self, token: usize) -> impl Iterator<Item = (u32, f32)> + Clone + '_ {
         let range = self.offsets[token] as usize..self.offsets[token + 1] as usize;
         self.experts[range.clone()].iter().copied().zip(self.weights[range].iter().copied())
     }

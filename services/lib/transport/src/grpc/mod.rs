@@ -21,7 +21,7 @@ fn traced<T>(message: T) -> Request<T> {
 }
 
 /// What went wrong in a call to a peer: its own error as it was, or what the transport says, with the peer's name.
-fn explain(peer: &str, status: &Status) -> Error {
+pub(crate) fn explain(peer: &str, status: &Status) -> Error {
     let error = moesaic_proto::from_status(status);
     if !status.details().is_empty() {
         return error;

@@ -1,0 +1,170 @@
+//! One stream to one shard, opened again whenever it breaks.
+use crate::channel::MAX_MESSAGE;
+use crate::grpc::explain;
+use moesaic_proto::expert::v1::expert_service_client::ExpertServiceClient;
+use moesaic_proto::expert::v1::{ComputeRequest, ComputeResponse};
+use moesaic_types::{Error, Result};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+/// Pauses between attempts to open the stream.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LAST_PAUSE: Duration = Duration::from_millis(500);
+
+/// How long a shard may take to open it.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Requests that wait to be written.
+const OUTGOING: usize = 256;
+
+/// Takes an answer, or why there is none.
+pub(super) type Waiter = Box<dyn FnOnce(Result<ComputeResponse>) + Send>;
+
+/// A stream to a shard. Ends when it is dropped; who waits then gets an error.
+#[derive(Debug)]
+pub(super) struct Link {
+    peer: Arc<str>,
+    shared: Arc<Shared>,
+    task: AbortHandle,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// Counts the times that the stream opened or broke.
+    changes: watch::Sender<u64>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("is_up", &self.state().outgoing.is_some()).finish_non_exhaustive()
+    }
+}
+
+struct State {
+    /// Where requests are written; `None` while the stream is not open.
+    outgoing: Option<mpsc::Sender<ComputeRequest>>,
+    /// Why it is not open.
+    reason: Error,
+    waiting: HashMap<u64, Waiter>,
+    next_tag: u64,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.task.abort();
+        self.shared.close(Error::unavailable(format!("{} left the cluster", self.peer)));
+    }
+}
+
+impl Link {
+    /// Begins to open a stream behind a channel; `peer` names the shard in errors.
+    pub(super) fn open(peer: Arc<str>, channel: Channel, changes: watch::Sender<u64>) -> Self {
+        let reason = Error::unavailable(format!("{peer} is not connected yet"));
+        let state = State { outgoing: None, reason, waiting: HashMap::new(), next_tag: 0 };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changes });
+        let client = ExpertServiceClient::new(channel);
+        let client = client.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+        let task = tokio::spawn(keep(Arc::clone(&peer), client, Arc::clone(&shared))).abort_handle();
+        Self { peer, shared, task }
+    }
+
+    /// Whether the stream is open; why not.
+    pub(super) fn is_up(&self) -> Result<()> {
+        let state = self.shared.state();
+        state.outgoing.as_ref().map(|_| ()).ok_or_else(|| state.reason.clone())
+    }
+
+    /// Sends a request, whose tag is set here; `waiter` is called once, whatever comes.
+    pub(super) fn send(&self, mut request: ComputeRequest, waiter: Waiter) {
+        let mut state = self.shared.state();
+        let refused = match &state.outgoing {
+            None => Some(state.reason.clone()),
+            Some(outgoing) => {
+                request.tag = state.next_tag;
+                let full = |_| Error::unavailable(format!("{} takes no more requests", self.peer));
+                outgoing.try_send(request).map_err(full).err()
+            }
+        };
+        if let Some(error) = refused {
+            drop(state);
+            return waiter(Err(error));
+        }
+        let tag = state.next_tag;
+        state.next_tag += 1;
+        state.waiting.insert(tag, waiter);
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_open(&self, outgoing: mpsc::Sender<ComputeRequest>) {
+        self.state().outgoing = Some(outgoing);
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// Everyone who waits gets the reason.
+    fn close(&self, reason: Error) {
+        let mut state = self.state();
+        state.reason = reason.clone();
+        let was_open = state.outgoing.take().is_some();
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        if was_open {
+            self.changes.send_modify(|count| *count += 1);
+        }
+        waiting.into_values().for_each(|waiter| waiter(Err(reason.clone())));
+    }
+
+    fn answer(&self, response: ComputeResponse) {
+        let waiter = self.state().waiting.remove(&response.tag);
+        if let Some(waiter) = waiter {
+            waiter(Ok(response));
+        }
+    }
+}
+
+/// Opens the stream and reads it, again and again.
+async fn keep(peer: Arc<str>, client: ExpertServiceClient<Channel>, shared: Arc<Shared>) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let (sender, outgoing) = mpsc::channel(OUTGOING);
+        let mut opening = client.clone();
+        let opened = timeout(OPEN_TIMEOUT, opening.compute(ReceiverStream::new(outgoing))).await;
+        let reason = match opened {
+            Err(_) => Error::unavailable(format!("{peer} did not answer within {OPEN_TIMEOUT:?}")),
+            Ok(Err(status)) => explain(&peer, &status),
+            Ok(Ok(answers)) => {
+                tracing::info!(%peer, "connected");
+                pause = FIRST_PAUSE;
+                shared.set_open(sender);
+                let reason = read(&peer, answers.into_inner(), &shared).await;
+                tracing::warn!(%peer, %reason, "the connection broke");
+                reason
+            }
+        };
+        shared.close(reason);
+        sleep(pause).await;
+        pause = (pause * 2).min(LAST_PAUSE);
+    }
+}
+
+/// Hands answers to who waits for them; why no more come.
+async fn read(peer: &str, mut answers: Streaming<ComputeResponse>, shared: &Shared) -> Error {
+    loop {
+        match answers.message().await {
+            Ok(Some(response)) => shared.answer(response),
+            Ok(None) => return Error::unavailable(format!("{peer} ended the stream")),
+            Err(status) => return explain(peer, &status),
+        }
+    }
+}

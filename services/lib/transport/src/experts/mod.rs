@@ -1,0 +1,289 @@
+//! Experts in other processes: a layer's tokens go to the shards that the placement names, and come back summed.
+//!
+//! A token's sum is that of its groups, ascending, and in a group of its ranks, ascending: it is the same in every batch.
+mod link;
+mod plan;
+mod view;
+
+use crate::membership::Directory;
+use metrics::{counter, histogram};
+use moesaic_proto::expert::v1::compute_response::Outcome;
+use moesaic_proto::expert::v1::{ComputeRequest, ComputeResponse};
+use moesaic_proto::{WireDType, decode_tensor, encode_tensor, put_routing};
+use moesaic_telemetry::metrics as names;
+use moesaic_types::cluster::Placement;
+use moesaic_types::{Digest, Error, ErrorCode, Result, Routing};
+use plan::Part;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+use view::View;
+
+/// How experts are reached.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExpertsOptions {
+    /// How tokens travel to shards.
+    pub activations: WireDType,
+    /// How sums travel back.
+    pub outputs: WireDType,
+    /// Longest wait for a layer.
+    pub timeout: Duration,
+    /// Longest wait for a placement that a shard follows already, or for a lost shard's replica.
+    pub patience: Duration,
+}
+
+impl Default for ExpertsOptions {
+    fn default() -> Self {
+        let (timeout, patience) = (Duration::from_secs(30), Duration::from_secs(1));
+        Self { activations: WireDType::F32, outputs: WireDType::F32, timeout, patience }
+    }
+}
+
+/// The experts of one model, wherever they are.
+#[derive(Debug)]
+pub struct RemoteExperts {
+    options: ExpertsOptions,
+    view: watch::Receiver<Arc<View>>,
+    /// Counts changes of the view and of its streams.
+    changes: watch::Receiver<u64>,
+    runtime: Handle,
+    task: AbortHandle,
+}
+
+impl Drop for RemoteExperts {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl RemoteExperts {
+    /// Follows the shards of `model` that the directory shows, and the placement. Call it in a runtime.
+    pub fn start(
+        directory: Directory,
+        placement: watch::Receiver<Option<Arc<Placement>>>,
+        model: Digest,
+        options: ExpertsOptions,
+    ) -> Arc<Self> {
+        let (changed, changes) = watch::channel(0);
+        let (told, view) = watch::channel(Arc::default());
+        let task = tokio::spawn(view::follow(directory, placement, model, changed, told)).abort_handle();
+        Arc::new(Self { options, view, changes, runtime: Handle::current(), task })
+    }
+
+    /// Whether every expert of the placement can be asked now.
+    ///
+    /// # Errors
+    /// `Unavailable` naming what is missing.
+    pub fn ready(&self) -> Result<()> {
+        let view = self.view.borrow().clone();
+        let placement = view.placement.as_ref().ok_or_else(no_placement)?;
+        for (layer, holders) in &placement.layers {
+            for (expert, groups) in holders.iter().enumerate() {
+                let mut refusals = groups.iter().filter_map(|group| view.group(*group).err());
+                if let (true, error) = (groups.iter().all(|group| view.group(*group).is_err()), refusals.next()) {
+                    let reason = error.map_or_else(|| "it is in no group".into(), |error| error.to_string());
+                    return Err(Error::unavailable(format!("expert {expert} of layer {layer}: {reason}")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends tokens `x` `[tokens, hidden]` of a layer to their experts. Neither this nor [`Dispatched::wait`] may be
+    /// called on a thread of the runtime.
+    pub fn dispatch(self: &Arc<Self>, layer: usize, x: Vec<f32>, hidden: usize, routing: &Routing) -> Dispatched {
+        let tokens = Tokens { layer, x, hidden, routing: routing.clone() };
+        let traceparent = moesaic_telemetry::propagation::current_traceparent().unwrap_or_default();
+        let attempt = self.attempt(&tokens, &traceparent);
+        Dispatched { experts: Arc::clone(self), tokens, traceparent, attempt, begun: Instant::now() }
+    }
+
+    /// Sends every part.
+    fn attempt(&self, tokens: &Tokens, traceparent: &str) -> Attempt {
+        let changes = *self.changes.borrow();
+        Attempt { changes, sent: self.send(tokens, traceparent) }
+    }
+
+    fn send(&self, tokens: &Tokens, traceparent: &str) -> Result<Sent> {
+        let view = self.view.borrow().clone();
+        let placement = view.placement.as_ref().ok_or_else(no_placement)?;
+        let holders = placement.layers.get(&tokens.layer).ok_or_else(|| {
+            Error::unavailable(format!("placement {} does not have layer {}", placement.epoch, tokens.layer))
+        })?;
+        let parts = plan::cut(&tokens.routing, holders, |group| view.group(group).is_ok());
+        let parts = parts.map_err(|expert| {
+            let groups = holders.get(expert as usize).into_iter().flatten();
+            let reasons: Vec<_> = groups.filter_map(|group| view.group(*group).err()).map(|e| e.to_string()).collect();
+            Error::unavailable(format!("expert {expert}: {}", reasons.join("; ")))
+        })?;
+        let (sender, answers) = mpsc::channel();
+        let mut replies = Vec::new();
+        for (at, part) in parts.iter().enumerate() {
+            let request = self.request(tokens, part, placement.epoch, traceparent);
+            for link in view.group(part.group)? {
+                let (sender, place) = (sender.clone(), replies.len());
+                replies.push(at);
+                // who waits may have given up
+                let waiter = move |answer| drop(sender.send((place, answer)));
+                link.send(request.clone(), Box::new(waiter));
+            }
+        }
+        Ok(Sent { parts, epoch: placement.epoch, replies, answers })
+    }
+
+    fn request(&self, tokens: &Tokens, part: &Part, epoch: u64, traceparent: &str) -> ComputeRequest {
+        let Tokens { layer, x, hidden, .. } = tokens;
+        let rows = part.tokens.iter().map(|token| &x[*token as usize * hidden..][..*hidden]);
+        let x = encode_tensor(rows, *hidden, self.options.activations);
+        counter!(names::EXPERT_SENT_BYTES_TOTAL).increment(x.data.len() as u64);
+        let mut request = ComputeRequest {
+            epoch,
+            layer: *layer as u32,
+            x: Some(x),
+            reply_dtype: moesaic_proto::tensor::v1::DType::from(self.options.outputs).into(),
+            traceparent: traceparent.to_owned(),
+            ..Default::default()
+        };
+        put_routing(&mut request, &part.routing);
+        request
+    }
+
+    /// Waits until the view is another than that of `attempt`, or `patience` is over; whether it is.
+    fn changed(&self, since: u64, patience: Duration) -> bool {
+        let mut changes = self.changes.clone();
+        let changed = async { tokio::time::timeout(patience, changes.wait_for(|count| *count != since)).await };
+        matches!(self.runtime.block_on(changed), Ok(Ok(_)))
+    }
+}
+
+fn no_placement() -> Error {
+    Error::unavailable("the experts are not placed yet: no router leads, or no shard has registered")
+}
+
+/// A layer's tokens.
+#[derive(Debug)]
+struct Tokens {
+    layer: usize,
+    /// `[tokens, hidden]`.
+    x: Vec<f32>,
+    hidden: usize,
+    routing: Routing,
+}
+
+/// One sending of a layer.
+#[derive(Debug)]
+struct Attempt {
+    /// The changes that it knew of.
+    changes: u64,
+    sent: Result<Sent>,
+}
+
+/// Parts that are under way.
+#[derive(Debug)]
+struct Sent {
+    parts: Vec<Part>,
+    epoch: u64,
+    /// The part of each answer, by group and rank.
+    replies: Vec<usize>,
+    answers: mpsc::Receiver<(usize, Result<ComputeResponse>)>,
+}
+
+/// A failure, and whether another view would help.
+struct Failure {
+    error: Error,
+    /// The placement that the shard follows, where it said so.
+    newer: Option<u64>,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { error, newer: None }
+    }
+}
+
+/// A layer that is under way.
+#[derive(Debug)]
+pub struct Dispatched {
+    experts: Arc<RemoteExperts>,
+    tokens: Tokens,
+    traceparent: String,
+    attempt: Attempt,
+    begun: Instant,
+}
+
+/// Sendings of one layer at most; then the step fails, and is run again by who runs it.
+const ATTEMPTS: usize = 3;
+
+impl Dispatched {
+    /// The weighted sums `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// `Unavailable` when experts cannot be reached, also under a view that comes while it waits.
+    pub fn wait(mut self) -> Result<Vec<f32>> {
+        let deadline = self.begun + self.experts.options.timeout;
+        for attempt in 1.. {
+            let failure = match self.attempt.sent {
+                Ok(sent) => match sent.collect(&self.tokens, deadline) {
+                    Ok(output) => {
+                        histogram!(names::EXPERT_ROUND_TRIP_SECONDS).record(self.begun.elapsed().as_secs_f64());
+                        return Ok(output);
+                    }
+                    Err(failure) => failure,
+                },
+                Err(error) => error.into(),
+            };
+            let patience = self.experts.options.patience.min(deadline.saturating_duration_since(Instant::now()));
+            let is_final = attempt == ATTEMPTS || failure.error.code != ErrorCode::Unavailable;
+            if is_final || !self.experts.changed(self.attempt.changes, patience) {
+                return Err(failure.error);
+            }
+            counter!(names::EXPERT_RETRIES_TOTAL).increment(1);
+            tracing::debug!(error = %failure.error, newer = failure.newer, "send a layer again");
+            self.attempt = self.experts.attempt(&self.tokens, &self.traceparent);
+        }
+        unreachable!("the last attempt returns")
+    }
+}
+
+impl Sent {
+    /// Awaits all answers and adds them up.
+    fn collect(self, tokens: &Tokens, deadline: Instant) -> Result<Vec<f32>, Failure> {
+        let mut outputs: Vec<Option<Vec<f32>>> = vec![None; self.replies.len()];
+        for _ in 0..self.replies.len() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let (place, answer) = self.answers.recv_timeout(left).map_err(|_| {
+                Error::unavailable(format!("the experts of layer {} did not answer in time", tokens.layer))
+            })?;
+            let part = &self.parts[self.replies[place]];
+            outputs[place] = Some(self.open(answer?, part, tokens.hidden)?);
+        }
+        let mut sums = vec![0.0; tokens.x.len()];
+        for (output, at) in outputs.into_iter().flatten().zip(&self.replies) {
+            for (row, token) in output.chunks_exact(tokens.hidden).zip(&self.parts[*at].tokens) {
+                let sum = &mut sums[*token as usize * tokens.hidden..][..tokens.hidden];
+                sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+            }
+        }
+        Ok(sums)
+    }
+
+    fn open(&self, answer: ComputeResponse, part: &Part, hidden: usize) -> Result<Vec<f32>, Failure> {
+        match answer.outcome {
+            Some(Outcome::Output(output)) => {
+                counter!(names::EXPERT_RECEIVED_BYTES_TOTAL).increment(output.data.len() as u64);
+                let values = decode_tensor("output", &output, hidden)?;
+                if values.len() != part.tokens.len() * hidden {
+                    let (got, expected) = (values.len() / hidden, part.tokens.len());
+                    return Err(Error::internal(format!("a shard answers {got} of {expected} tokens")).into());
+                }
+                Ok(values)
+            }
+            Some(Outcome::Error(error)) => {
+                Err(Failure { error: error.into(), newer: (answer.epoch > self.epoch).then_some(answer.epoch) })
+            }
+            None => Err(Error::internal("a shard's answer has no outcome").into()),
+        }
+    }
+}

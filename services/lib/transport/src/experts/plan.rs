@@ -1,0 +1,168 @@
+//! Which tokens of a layer go to which group of shards: without a connection or a clock.
+use moesaic_types::Routing;
+use std::collections::BTreeMap;
+
+/// What one group computes of a layer.
+#[derive(Debug, PartialEq)]
+pub(super) struct Part {
+    /// The group.
+    pub group: usize,
+    /// The tokens that it gets, ascending.
+    pub tokens: Vec<u32>,
+    /// Their experts in this group.
+    pub routing: Routing,
+}
+
+/// Cuts a layer's routing by groups, ascending. `holders` are the groups that hold each expert of the layer, and
+/// `lives` says which of them can be asked.
+///
+/// Where an expert is in several groups, the choice depends on nothing but its token's own experts (and on who lives),
+/// so that a token's sum is the same in every batch: first the groups that the token needs anyway, then one that its
+/// experts decide, so that the tokens of a hot expert are spread.
+///
+/// # Errors
+/// The first expert that no living group holds.
+pub(super) fn cut(routing: &Routing, holders: &[Vec<usize>], lives: impl Fn(usize) -> bool) -> Result<Vec<Part>, u32> {
+    let mut parts: BTreeMap<usize, Part> = BTreeMap::new();
+    let mut chosen: Vec<(usize, u32, f32)> = Vec::new();
+    for token in 0..routing.tokens() {
+        choose(routing.token(token), holders, &lives, &mut chosen)?;
+        // by group; in one, in the gate's order
+        chosen.sort_by_key(|(group, ..)| *group);
+        for of_group in chosen.chunk_by(|(a, ..), (b, ..)| a == b) {
+            let group = of_group[0].0;
+            let part =
+                parts.entry(group).or_insert_with(|| Part { group, tokens: Vec::new(), routing: Routing::new() });
+            part.tokens.push(token as u32);
+            part.routing.push(of_group.iter().map(|(_, expert, weight)| (*expert, *weight)));
+        }
+    }
+    Ok(parts.into_values().collect())
+}
+
+/// The group of each of a token's experts.
+fn choose(
+    experts: impl Iterator<Item = (u32, f32)> + Clone,
+    holders: &[Vec<usize>],
+    lives: &impl Fn(usize) -> bool,
+    chosen: &mut Vec<(usize, u32, f32)>,
+) -> Result<(), u32> {
+    chosen.clear();
+    let living =
+        |expert: u32| holders.get(expert as usize).into_iter().flatten().copied().filter(|&group| lives(group));
+    let mut needed: Vec<usize> = Vec::new();
+    for (expert, _) in experts.clone() {
+        let mut living = living(expert);
+        match (living.next(), living.next()) {
+            (None, _) => return Err(expert),
+            (Some(only), None) => needed.push(only),
+            _ => {}
+        }
+    }
+    let turn = experts.clone().fold(0, |hash: u64, (expert, _)| {
+        // Fibonacci hashing; the high half is the mixed one
+        let mixed = (hash ^ u64::from(expert + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        mixed ^ (mixed >> 32)
+    });
+    for (expert, weight) in experts {
+        let known = living(expert).find(|group| needed.contains(group));
+        let group = known.unwrap_or_else(|| {
+            let count = living(expert).count() as u64;
+            let group = living(expert).nth((turn % count) as usize).expect("it is below the count");
+            needed.push(group);
+            group
+        });
+        chosen.push((group, expert, weight));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const EXPERTS: usize = 6;
+    const GROUPS: usize = 4;
+
+    fn routing(tokens: &[Vec<u32>]) -> Routing {
+        let mut routing = Routing::new();
+        for experts in tokens {
+            routing.push(experts.iter().map(|expert| (*expert, 1.0 + *expert as f32)));
+        }
+        routing
+    }
+
+    fn tokens() -> impl Strategy<Value = Vec<Vec<u32>>> {
+        let experts: Vec<u32> = (0..EXPERTS as u32).collect();
+        let token = prop::sample::subsequence(experts, 0..=4).prop_shuffle();
+        prop::collection::vec(token, 0..12)
+    }
+
+    fn holders() -> impl Strategy<Value = Vec<Vec<usize>>> {
+        let groups = prop::sample::subsequence((0..GROUPS).collect::<Vec<_>>(), 1..=GROUPS);
+        prop::collection::vec(groups, EXPERTS)
+    }
+
+    proptest! {
+        #[test]
+        fn every_expert_of_every_token_goes_to_one_living_holder(
+            tokens in tokens(), holders in holders(), dead in prop::option::of(0..GROUPS),
+        ) {
+            let routing = routing(&tokens);
+            let lives = |group| Some(group) != dead;
+            let is_lost = |expert: &u32| !holders[*expert as usize].iter().any(|group| lives(*group));
+            match cut(&routing, &holders, lives) {
+                Err(expert) => prop_assert_eq!(tokens.iter().flatten().find(|expert| is_lost(expert)), Some(&expert)),
+                Ok(parts) => {
+                    prop_assert!(parts.is_sorted_by_key(|part| part.group));
+                    let mut found = vec![Vec::new(); tokens.len()];
+                    for part in &parts {
+                        prop_assert!(lives(part.group) && part.tokens.is_sorted_by(|a, b| a < b));
+                        prop_assert_eq!(part.routing.check(part.tokens.len(), EXPERTS), Ok(()));
+                        for (at, token) in part.tokens.iter().enumerate() {
+                            let experts: Vec<u32> = part.routing.token(at).map(|(expert, _)| expert).collect();
+                            prop_assert!(!experts.is_empty());
+                            prop_assert!(part.routing.token(at).all(|(expert, weight)| weight == 1.0 + expert as f32));
+                            prop_assert!(experts.iter().all(|e| holders[*e as usize].contains(&part.group)));
+                            let order: Vec<_> = tokens[*token as usize].iter().filter(|e| experts.contains(e)).collect();
+                            prop_assert_eq!(experts.iter().collect::<Vec<_>>(), order, "the gate's order");
+                            found[*token as usize].extend(experts);
+                        }
+                    }
+                    for (mut found, mut sent) in found.into_iter().zip(tokens.clone()) {
+                        found.sort_unstable();
+                        sent.sort_unstable();
+                        prop_assert_eq!(found, sent);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn a_token_s_groups_do_not_depend_on_the_batch(tokens in tokens(), holders in holders()) {
+            let together = cut(&routing(&tokens), &holders, |_| true).expect("all live");
+            for (at, token) in tokens.iter().enumerate() {
+                let alone = cut(&routing(std::slice::from_ref(token)), &holders, |_| true).expect("all live");
+                let of_token = |part: &Part| {
+                    let at = part.tokens.binary_search(&(at as u32)).ok()?;
+                    Some((part.group, part.routing.token(at).collect::<Vec<_>>()))
+                };
+                let expected: Vec<_> = alone.iter().map(|part| (part.group, part.routing.token(0).collect())).collect();
+                prop_assert_eq!(together.iter().filter_map(of_token).collect::<Vec<_>>(), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn a_replica_is_taken_where_the_token_goes_anyway_and_else_tokens_are_spread() {
+        let holders = [vec![0, 1], vec![1], vec![0, 1], vec![0, 1]];
+        let parts = cut(&routing(&[vec![0, 1]]), &holders, |_| true).expect("all live");
+        assert_eq!(parts.len(), 1, "expert 0 goes where expert 1 is: {parts:?}");
+        let everywhere: Vec<Vec<usize>> = vec![vec![0, 1]; 64];
+        let tokens: Vec<Vec<u32>> = (1..64).map(|other| vec![0, other]).collect();
+        let parts = cut(&routing(&tokens), &everywhere, |_| true).expect("all live");
+        let counts: Vec<usize> = parts.iter().map(|part| part.tokens.len()).collect();
+        assert!(counts.len() == 2 && counts.iter().all(|count| *count > 16), "{counts:?}");
+    }
+}

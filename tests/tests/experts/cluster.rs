@@ -1,0 +1,178 @@
+//! Shards of a reference checkpoint behind real gRPC servers on loopback, and a decoder over them.
+use moesaic_expert_shard::executor::Executor;
+use moesaic_expert_shard::grpc::expert_service;
+use moesaic_expert_shard::library::Library;
+use moesaic_expert_shard::{Config, ExpertShard};
+use moesaic_model::backend::TensorSlice;
+use moesaic_model::backend::native::NativeBackend;
+use moesaic_model::decoder::{Decoder, ExpertStore, load_decoder};
+use moesaic_model::spec::ModelSpec;
+use moesaic_model::{LoadOptions, source, spec};
+use moesaic_scheduler::experts::RemotePool;
+use moesaic_testkit::soon;
+use moesaic_transport::{Directory, ExpertsOptions, MemoryBus, MemoryMetadata, Registration, RemoteExperts, serve};
+use moesaic_types::cluster::{Member, MemberState, Placement, Role, Service, ShardInfo, Shares};
+use moesaic_types::{Digest, KvFormat, WeightFormat};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+use tonic::service::Routes;
+
+const LEASE: Duration = Duration::from_secs(2);
+
+/// Groups of shards, and slices in each.
+#[derive(Clone, Copy, Debug)]
+pub struct Grid {
+    pub groups: usize,
+    pub ranks: usize,
+}
+
+/// A shard that runs.
+pub struct Shard {
+    pub shard: Arc<ExpertShard<NativeBackend>>,
+    library: Library,
+    _registration: Registration,
+    /// Its own, so that ending it ends its connections.
+    server: Option<Runtime>,
+    group: usize,
+}
+
+impl Shard {
+    /// What the leading router does before a placement is published.
+    fn prepare(&self, placement: &Placement) {
+        let shelf = self.shard.shelf();
+        let store = self.library.load(&shelf.current().experts, &placement.shares(self.group), &|_| {}).unwrap();
+        let held = moesaic_expert_shard::shelf::Held { epoch: placement.epoch, experts: Arc::new(store) };
+        shelf.prepare(held).unwrap();
+    }
+
+    /// What it holds.
+    pub fn shares(&self) -> Shares {
+        self.shard.shelf().current().experts.shares()
+    }
+
+    /// Ends as a killed process does: its connections break, and its place is not given back.
+    pub fn kill(&mut self) {
+        self.server.take().expect("it was not killed before").shutdown_background();
+    }
+}
+
+impl Drop for Shard {
+    fn drop(&mut self) {
+        if self.server.is_some() {
+            self.kill();
+        }
+    }
+}
+
+/// The shards, their placement, and the directory that shows them.
+pub struct Cluster {
+    pub model: ModelSpec,
+    path: PathBuf,
+    weights: WeightFormat,
+    metadata: Arc<MemoryMetadata>,
+    events: Arc<MemoryBus>,
+    pub shards: Vec<Shard>,
+    placement: watch::Sender<Option<Arc<Placement>>>,
+}
+
+const MODEL: Digest = Digest([7; 32]);
+
+impl Cluster {
+    /// Starts the shards; expert `e` of a layer is in the groups that `place` gives.
+    pub async fn start(path: &Path, weights: WeightFormat, grid: Grid, place: impl Fn(usize) -> Vec<usize>) -> Self {
+        let model = spec::read(path, &*source::open(path).unwrap()).unwrap();
+        let (metadata, events) = (Arc::new(MemoryMetadata::new()), Arc::new(MemoryBus::new()));
+        let (placement, _) = watch::channel(None);
+        let path = path.to_owned();
+        let mut cluster = Self { model, path, weights, metadata, events, shards: Vec::new(), placement };
+        for group in 0..grid.groups {
+            for rank in 0..grid.ranks {
+                let shard = cluster.shard(group, TensorSlice { rank, ranks: grid.ranks }).await;
+                cluster.shards.push(shard);
+            }
+        }
+        cluster.place(1, grid.groups, place);
+        cluster
+    }
+
+    /// Starts one shard, with nothing in it.
+    pub async fn shard(&self, group: usize, slice: TensorSlice) -> Shard {
+        let backend = Arc::new(NativeBackend::new(1));
+        let shard = ExpertShard::start(&Config::default(), &self.model, ExpertStore::empty(backend, slice)).unwrap();
+        let library = || Library {
+            source: source::open(&self.path).unwrap(),
+            spec: self.model.clone(),
+            weights: Some(self.weights),
+            threads: 1,
+        };
+        let executor = Executor::start(Arc::clone(&shard), 16, 64).unwrap();
+        let routes = Routes::new(expert_service(Arc::clone(&shard), executor, library()));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let server = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let listener = listener.into_std().unwrap();
+        server.spawn(async move {
+            let (_never, stop) = watch::channel(false);
+            serve(routes, TcpListener::from_std(listener).unwrap(), None, stop).await.unwrap();
+        });
+        let info = ShardInfo { model: MODEL, group, rank: slice.rank, ranks: slice.ranks };
+        let member = Member {
+            service: Service::ExpertShard,
+            id: format!("shard-{group}-{}", slice.rank).into(),
+            generation: 0,
+            address,
+            socket: None,
+            state: MemberState::Ready,
+            role: Role::Shard(info),
+        };
+        let registration = Registration::start(self.metadata.clone(), self.events.clone(), member, LEASE);
+        Shard { shard, library: library(), _registration: registration, server: Some(server), group }
+    }
+
+    /// Prepares a placement at all shards and publishes it.
+    pub fn place(&self, epoch: u64, groups: usize, place: impl Fn(usize) -> Vec<usize>) {
+        let experts = |layer| self.model.moe(layer).map_or(0, |moe| moe.experts);
+        let of_layer = |layer| (layer, (0..experts(layer)).map(&place).collect());
+        let layers: BTreeMap<_, _> = self.model.moe_layers().map(of_layer).collect();
+        let placement = Placement { epoch, model: MODEL, groups, layers };
+        assert!(placement.is_complete());
+        self.shards.iter().for_each(|shard| shard.prepare(&placement));
+        self.placement.send_replace(Some(Arc::new(placement)));
+    }
+
+    /// A scheduler's way to the experts, as soon as all are reached.
+    pub async fn experts(&self, options: ExpertsOptions) -> Arc<RemoteExperts> {
+        let directory = Directory::start(self.metadata.clone(), self.events.clone(), Service::ExpertShard, LEASE);
+        let experts = RemoteExperts::start(directory, self.placement.subscribe(), MODEL, options);
+        moesaic_testkit::until("all experts are reached", || async { experts.ready().is_ok() }).await;
+        experts
+    }
+
+    /// The model over those experts.
+    pub fn decoder(&self, experts: Arc<RemoteExperts>) -> Decoder<NativeBackend> {
+        let source = source::open(&self.path).unwrap();
+        let backend = Arc::new(NativeBackend::new(1));
+        let options = LoadOptions { weights: Some(self.weights), kv: KvFormat::F32, threads: 1, progress: None };
+        let pool = RemotePool::new(experts, Arc::clone(&backend), self.model.hidden);
+        load_decoder(&*source, self.model.clone(), backend, &options, Arc::new(pool)).unwrap()
+    }
+
+    /// The embedded model.
+    pub fn embedded(&self) -> Decoder<NativeBackend> {
+        let source = source::open(&self.path).unwrap();
+        let backend = Arc::new(NativeBackend::new(1));
+        let options = LoadOptions { weights: Some(self.weights), kv: KvFormat::F32, threads: 1, progress: None };
+        let pool = moesaic_model::decoder::load_experts(&*source, &self.model, backend.clone(), &options).unwrap();
+        load_decoder(&*source, self.model.clone(), backend, &options, Arc::new(pool)).unwrap()
+    }
+}
+
+/// Runs what waits for shards on a thread of its own.
+pub async fn on_a_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    soon("the thread ends", tokio::task::spawn_blocking(work)).await.unwrap()
+}

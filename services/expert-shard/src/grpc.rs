@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Span;
 
 /// The largest message: a prefill chunk's tokens.
 const MAX_MESSAGE: usize = 64 << 20;
@@ -102,10 +103,7 @@ impl<B: Backend> Server<B> {
                 Ok((input, held)) => {
                     let (reply, hidden, epoch) = (input.reply, self.shard.hidden(), held.epoch);
                     let pending = Pending { tag, reply, hidden, epoch };
-                    let span = tracing::info_span!("experts", layer = input.layer, tokens = input.routing.tokens());
-                    if !input.traceparent.is_empty() {
-                        set_parent(&span, from_traceparent(&input.traceparent));
-                    }
+                    let span = span(&input);
                     let reply = Box::new(move |outcome| drop(place.send((pending, outcome))));
                     let ComputeInput { layer, x, routing, .. } = input;
                     if self.executor.submit(Job { held, layer, x, routing, span, submitted, reply }).await.is_err() {
@@ -156,6 +154,16 @@ fn count(held: &Shares, wanted: &Shares) -> usize {
 }
 
 type Answer = (Pending, Outcome);
+
+/// A request's span in the step's trace; none where the step has no trace.
+fn span(input: &ComputeInput) -> Span {
+    if input.traceparent.is_empty() {
+        return Span::none();
+    }
+    let span = tracing::info_span!("experts", layer = input.layer, tokens = input.routing.tokens());
+    set_parent(&span, from_traceparent(&input.traceparent));
+    span
+}
 
 #[tonic::async_trait]
 impl<B: Backend> ExpertService for ShardService<B> {

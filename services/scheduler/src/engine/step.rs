@@ -6,6 +6,7 @@ use moesaic_model::{LogitsWanted, SequenceChunk};
 use moesaic_types::{BLOCK_TOKENS, Error};
 use std::cmp::Reverse;
 use std::time::{Duration, Instant};
+use tracing::Span;
 
 /// Waiting sequences that a plan looks at, where the batch has fewer places.
 const MIN_CANDIDATES: usize = 8;
@@ -50,7 +51,7 @@ impl Engine {
                 }
             })
             .collect();
-        let outcome = self.runner.forward(&batch, &mut logits);
+        let outcome = self.span(&work).in_scope(|| self.runner.forward(&batch, &mut logits));
         drop(batch);
         let tokens = work.iter().map(|work| work.tokens).sum();
         self.metrics.step(started.elapsed(), tokens);
@@ -73,6 +74,17 @@ impl Engine {
         };
         self.logits = logits;
         advanced
+    }
+
+    /// A step's span, which shards' spans are children of: in the trace of the first sequence that computes its prompt.
+    /// Others' steps have none: there are as many as tokens.
+    fn span(&self, work: &[Work]) -> Span {
+        let sequence = |work: &Work| &self.sequences[&work.key];
+        let traced = work.iter().map(sequence).find(|sequence| sequence.computed < sequence.request.prompt.len());
+        traced.map_or_else(Span::none, |sequence| {
+            let tokens: usize = work.iter().map(|work| work.tokens).sum();
+            tracing::info_span!(parent: &sequence.span, "step", sequences = work.len(), tokens)
+        })
     }
 
     fn plan(&mut self) -> Plan {

@@ -179,7 +179,7 @@ fn a_file_of_the_golden_is_the_same_model_on_both_backends() {
     let golden = Golden::read(&golden_folder("gpt_oss").join("golden.json")).unwrap();
     for kind in [BackendKind::Native, BackendKind::Candle] {
         let mut model = load(&path, kind, &options(Some(WeightFormat::F32))).unwrap();
-        let report = golden::check(model.as_mut(), &golden, WeightFormat::F32).unwrap();
+        let report = golden::check(model.as_mut(), &golden).unwrap();
         assert!(report.passed && report.routing_match == Some(1.0), "{kind:?}: {report}");
         let folder = logits(&golden_folder("gpt_oss"), Some(WeightFormat::F32), kind);
         assert_eq!(worst(&logits(&path, Some(WeightFormat::F32), kind), &folder), 0.0, "{kind:?}");

@@ -42,7 +42,7 @@ fn write(folder: &Path, name: &str, output: bool) {
 fn check(folder: &Path, name: &str, kind: BackendKind, weights: WeightFormat) -> Report {
     let golden = Golden::read(&golden_folder(name).join("golden.json")).unwrap();
     let options = LoadOptions { weights: Some(weights), kv: KvFormat::F32, threads: 2, progress: None };
-    golden::check(load(folder, kind, &options).unwrap().as_mut(), &golden, weights).unwrap()
+    golden::check(load(folder, kind, &options).unwrap().as_mut(), &golden).unwrap()
 }
 
 #[test]

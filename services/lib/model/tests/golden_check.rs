@@ -1,10 +1,10 @@
 //! The comparison of `moesaic check`: what is not a number is never equal, in any place and any weight format.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 use bytes::Bytes;
-use moesaic_model::golden::{Case, Golden, Report, check};
+use moesaic_model::golden::{Case, Golden, Report, Variant, check, check_rounded};
 use moesaic_model::runner::BlockIndex;
 use moesaic_model::spec::{ModelSpec, from_config};
-use moesaic_model::{LogitsWanted, Result, Runner, SequenceChunk};
+use moesaic_model::{Error, LogitsWanted, Result, Runner, SequenceChunk};
 use moesaic_types::{KvFormat, WeightFormat};
 use serde_json::json;
 use std::path::Path;
@@ -75,9 +75,37 @@ fn golden() -> Golden {
     Golden { cases: vec![case], routing: None, logit_std: 1.0 }
 }
 
-fn run(golden: &Golden, replaced: Option<(usize, usize, f32)>, weights: WeightFormat) -> Result<Report> {
+type Replaced = Option<(usize, usize, f32)>;
+
+fn fake(replaced: Replaced) -> Fake {
     let spec = from_config(Path::new("config.json"), &json!({"model_type": "llama", "vocab_size": VOCAB})).unwrap();
-    check(&mut Fake { spec, replaced }, golden, weights)
+    Fake { spec, replaced }
+}
+
+/// The report on a model with `replaced`; in f32, or rounded where the plain and the unrounded model are the reference's.
+fn run(golden: &Golden, replaced: Replaced, weights: WeightFormat) -> Result<Report> {
+    if weights == WeightFormat::F32 {
+        return check(&mut fake(replaced), golden);
+    }
+    run_rounded(golden, weights, replaced, None, None)
+}
+
+fn run_rounded(
+    golden: &Golden,
+    weights: WeightFormat,
+    judged: Replaced,
+    plain: Replaced,
+    unrounded: Replaced,
+) -> Result<Report> {
+    let open = |variant| {
+        let replaced = match variant {
+            Variant::Judged => judged,
+            Variant::Plain => plain,
+            Variant::Unrounded => unrounded,
+        };
+        Ok::<Box<dyn Runner>, Error>(Box::new(fake(replaced)))
+    };
+    check_rounded(golden, weights, open)
 }
 
 #[test]
@@ -103,11 +131,49 @@ fn a_difference_beyond_the_tolerance_does_not_pass() {
     }
 }
 
+const ROUNDED: [WeightFormat; 3] = [WeightFormat::Bf16, WeightFormat::Q8, WeightFormat::Q4 { group: 32 }];
+
+#[test]
+fn rounded_weights_must_answer_as_plain_arithmetic_does() {
+    for weights in ROUNDED {
+        // after the prompt and inside it; the mean KL divergence is far below what is usual
+        for position in [1, 2] {
+            let moved = |by: f32| Some((position, 3, by));
+            let report = run_rounded(&golden(), weights, moved(0.01), None, None).unwrap();
+            assert!(!report.passed && report.mean_kl < 1e-3, "{weights}, position {position}: {report}");
+            assert!(report.max_plain_diff.unwrap() > 2e-3, "{report}");
+            let report = run_rounded(&golden(), weights, None, moved(0.01), None).unwrap();
+            assert!(!report.passed, "{weights}, position {position}: {report}");
+            let report = run_rounded(&golden(), weights, moved(0.01), moved(0.011), None).unwrap();
+            assert!(report.passed && report.unrounded_passed.is_none(), "{weights}, position {position}: {report}");
+            let report = run_rounded(&golden(), weights, moved(f32::NAN), moved(f32::NAN), None).unwrap();
+            assert!(!report.passed, "{weights}, position {position}: {report}");
+        }
+    }
+}
+
+#[test]
+fn beyond_the_usual_divergence_the_unrounded_weights_must_be_the_references() {
+    for weights in ROUNDED {
+        // plain arithmetic agrees that the rounded weights are far from the reference
+        let far = Some((2, 1, 4.0));
+        let report = run_rounded(&golden(), weights, far, far, None).unwrap();
+        assert!(report.passed && report.unrounded_passed == Some(true), "{weights}: {report}");
+        assert!(report.mean_kl > 0.35 && report.greedy_match == 0.0, "{weights}: {report}");
+        for unrounded in [far, Some((0, 3, 0.1)), Some((4, 0, 4.0)), Some((4, 3, f32::NAN))] {
+            let report = run_rounded(&golden(), weights, far, far, unrounded).unwrap();
+            assert!(!report.passed && report.unrounded_passed == Some(false), "{weights}: {report}");
+        }
+    }
+}
+
 #[test]
 fn cases_that_contradict_themselves_are_errors() {
     let mut other = golden();
     other.cases[0].last_logits.push(0.0);
-    assert!(run(&other, None, WeightFormat::F32).unwrap_err().to_string().contains("5 logits"));
+    for weights in [WeightFormat::F32, WeightFormat::Q8] {
+        assert!(run(&other, None, weights).unwrap_err().to_string().contains("5 logits"));
+    }
     let mut other = golden();
     other.cases[0].prompt_logprobs.push(0.0);
     assert!(run(&other, None, WeightFormat::F32).unwrap_err().to_string().contains("3 log-probabilities"));

@@ -5,6 +5,7 @@ use moesaic_model::decoder::{LoadOptions, load};
 use moesaic_model::{LogitsWanted, Runner, SequenceChunk};
 use moesaic_types::{BLOCK_TOKENS, KvFormat, WeightFormat};
 use serde::Deserialize;
+use serde_json::json;
 use std::path::PathBuf;
 
 #[derive(Deserialize)]
@@ -143,6 +144,35 @@ fn native_matches_every_reference() {
 #[test]
 fn candle_matches_every_reference() {
     goldens().iter().for_each(|path| check(path, BackendKind::Candle));
+}
+
+/// A reference checkpoint with other `rope_parameters`.
+fn with_rope(name: &str, parameters: serde_json::Value) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for file in ["model.safetensors", "golden.json"] {
+        std::fs::copy(folder(name).join(file), copy.path().join(file)).unwrap();
+    }
+    let config = std::fs::read(folder(name).join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    config["rope_parameters"] = parameters;
+    std::fs::write(copy.path().join("config.json"), config.to_string()).unwrap();
+    copy
+}
+
+#[test]
+fn scalings_that_depend_on_the_length_match_the_references_that_they_equal() {
+    // up to the length of training, dynamic scaling is none
+    let dynamic = with_rope("llama_dense", json!({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}));
+    // with one factor for all frequencies, LongRoPE is linear scaling
+    let factors = json!({
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": vec![1.0; 8], "long_factor": vec![2.0; 8],
+        "attention_factor": 1.0, "original_max_position_embeddings": 64,
+    });
+    let long = with_rope("llama_rope_linear", factors);
+    for kind in [BackendKind::Native, BackendKind::Candle] {
+        check(dynamic.path(), kind);
+        check(long.path(), kind);
+    }
 }
 
 #[test]

@@ -32,6 +32,13 @@ fn scaling(spec: &ModelSpec) -> RopeScaling {
     }
 }
 
+/// LongRoPE of a model that was trained with 256 tokens and goes to 2048.
+fn longrope(short: Value, long: Value) -> Value {
+    let factors = json!({"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long,
+        "original_max_position_embeddings": 256});
+    json!({"rope_parameters": factors})
+}
+
 #[test]
 fn wrong_values_name_the_file_and_the_key() {
     for (family, changes, key) in [
@@ -52,7 +59,12 @@ fn wrong_values_name_the_file_and_the_key() {
         ("qwen3_moe", json!({"moe_gate": "magic"}), "moe_gate"),
         ("qwen3_moe", json!({"moe_gate": "dynamic_top_p", "moe_top_p": 1.5}), "moe_top_p"),
         ("qwen3_moe", json!({"quantization_config": {"quant_method": "gptq"}}), "quantization_config"),
-        ("llama_dense", json!({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}), "rope_type"),
+        ("llama_dense", json!({"rope_parameters": {"rope_type": "dynamic"}}), "factor"),
+        ("llama_dense", json!({"rope_parameters": {"rope_type": "longrope"}}), "short_factor"),
+        ("llama_dense", longrope(json!(vec![1.0; 8]), json!(null)), "long_factor"),
+        ("llama_dense", longrope(json!(vec![1.0; 8]), json!(vec![1.0; 7])), "long_factor"),
+        ("llama_dense", longrope(json!(vec![1.0; 8]), json!([1.0, 2.0, 3.0, 0.0, 1.0, 1.0, 1.0, 1.0])), "long_factor"),
+        ("llama_dense", longrope(json!(vec![1.0; 8]), json!("long")), "long_factor"),
         ("llama_dense", json!({"rope_parameters": {"rope_type": "spiral"}}), "rope_type"),
         ("llama_dense", json!({"rope_parameters": {"rope_type": "linear"}}), "factor"),
         ("llama_dense", json!({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}), "factor"),
@@ -119,6 +131,72 @@ fn options_are_read() {
     let attention = json!({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "attention_factor": 2.5});
     let spec = read(&with("llama_dense", json!({"rope_parameters": attention}))).unwrap();
     assert!(matches!(scaling(&spec), RopeScaling::Yarn { attention_factor: 2.5, original_context: 2048.0, .. }));
+}
+
+fn rope(config: &Value) -> moesaic_model::spec::Rope {
+    match &read(config).unwrap().layers[0].attention {
+        Attention::Gqa(gqa) => match &gqa.position {
+            Position::Rope(rope) => rope.clone(),
+            Position::Alibi => panic!("no rope"),
+        },
+        Attention::Mla(mla) => mla.rope.clone(),
+    }
+}
+
+#[test]
+fn longrope_divides_each_frequency_by_the_factor_for_the_longest_context() {
+    let short: Vec<f64> = (0..8).map(|pair| 1.0 + f64::from(pair) / 100.0).collect();
+    let long: Vec<f64> = (0..8).map(|pair| 1.0 + f64::from(pair) * 1.5).collect();
+    let changes = longrope(json!(short), json!(long));
+    // the formula of transformers' `_compute_longrope_parameters`
+    let is = |rope: &moesaic_model::spec::Rope, factors: &[f64], attention_factor: f64| {
+        for (pair, (got, factor)) in rope.frequencies().iter().zip(factors).enumerate() {
+            let want = 1.0 / (factor * 1e4f64.powf(2.0 * pair as f64 / 16.0));
+            assert!((f64::from(*got) / want - 1.0).abs() < 1e-6, "pair {pair}: {got}, not {want}");
+        }
+        assert!((f64::from(rope.attention_factor()) - attention_factor).abs() < 1e-6, "{}", rope.attention_factor());
+    };
+    let config = with("llama_dense", changes.clone());
+    let usual = (1.0 + 8f64.ln() / 256f64.ln()).sqrt();
+    is(&rope(&config), &long, usual);
+    // the older form
+    let mut older = config.clone();
+    let mut parameters = older.as_object_mut().unwrap().remove("rope_parameters").unwrap();
+    for (key, value) in [("original_max_position_embeddings", json!(256)), ("rope_theta", json!(1e4))] {
+        parameters.as_object_mut().unwrap().remove(key).unwrap();
+        older[key] = value;
+    }
+    parameters.as_object_mut().unwrap().remove("rope_type").unwrap();
+    for kind in ["su", "longrope"] {
+        parameters["type"] = json!(kind);
+        older["rope_scaling"] = parameters.clone();
+        assert_eq!(read(&older).unwrap(), read(&config).unwrap(), "{kind}");
+    }
+    // a model that is cut to the length of its training
+    let mut cut = config.clone();
+    cut["max_position_embeddings"] = json!(256);
+    is(&rope(&cut), &short, 1.0);
+    cut["rope_parameters"]["factor"] = json!(8.0);
+    is(&rope(&cut), &short, usual);
+    cut["rope_parameters"]["attention_factor"] = json!(1.25);
+    is(&rope(&cut), &short, 1.25);
+}
+
+#[test]
+fn dynamic_scaling_leaves_contexts_as_long_as_the_trainings_alone() {
+    let parameters = json!({"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4});
+    let config = with("llama_dense", json!({"rope_parameters": parameters}));
+    let plain = rope(&golden("llama_dense"));
+    assert_eq!(rope(&config).frequencies(), plain.frequencies());
+    assert_eq!((rope(&config).attention_factor(), read(&config).unwrap().max_context), (1.0, 2048));
+    // DeepSeek scales its scores by the factor of any scaling
+    let scale = |parameters: Value| match &read(&with("deepseek_v3", json!({"rope_parameters": parameters}))) {
+        Ok(spec) => spec.layers[0].attention.scale(),
+        Err(error) => panic!("{error}"),
+    };
+    let unscaled = scale(json!({"rope_type": "default", "mscale_all_dim": 1.0}));
+    let scaled = scale(json!({"rope_type": "dynamic", "factor": 4.0, "mscale_all_dim": 1.0}));
+    assert!((scaled / unscaled - (0.1 * 4f32.ln() + 1.0).powi(2)).abs() < 1e-5, "{scaled} {unscaled}");
 }
 
 #[test]

@@ -80,6 +80,33 @@ fn byte_level_metadata_tokenizes_as_the_reference_does() {
 }
 
 #[test]
+fn texts_are_split_as_the_metadata_says() {
+    // merges that a text shows only where both parts stand in one piece
+    let pairs = ["o W", "t '", "3 4", "\u{10a} /", "t u"];
+    let mut tokens: Vec<String> = "leitsuoWN'1234!/\u{120}\u{10a}".chars().map(String::from).collect();
+    tokens.extend(pairs.map(|pair| pair.replace(' ', "")));
+    let folder = tempfile::tempdir().unwrap();
+    let merged = |pre: &str| {
+        let metadata = [
+            ("tokenizer.ggml.model", Value::String("gpt2".into())),
+            ("tokenizer.ggml.pre", Value::String(pre.into())),
+            ("tokenizer.ggml.tokens", texts(&tokens)),
+            ("tokenizer.ggml.merges", texts(&pairs.map(String::from))),
+        ];
+        let tokenizer = Tokenizer::open(&write(folder.path(), &metadata)).unwrap();
+        let text = "loWe it's 1234!\n/WNtu";
+        let ids = tokenizer.encode(text, false).unwrap();
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+        let single = tokens.len() - pairs.len();
+        ids.iter().filter_map(|id| (*id as usize).checked_sub(single)).map(|i| pairs[i]).collect::<Vec<_>>()
+    };
+    assert_eq!(merged("gpt-4o"), ["t '", "\u{10a} /", "t u"]);
+    assert_eq!(merged("llama-bpe"), ["o W", "t u"]);
+    assert_eq!(merged("qwen2"), ["o W", "t u"]);
+    assert_eq!(merged("gpt-2"), ["o W", "3 4", "t u"]);
+}
+
+#[test]
 fn sentencepiece_metadata_merges_by_score_and_falls_back_to_bytes() {
     let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
     tokens.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));

@@ -85,6 +85,16 @@ impl<'a> Config<'a> {
         }
     }
 
+    /// A list of numbers above 0.
+    pub(crate) fn positives(&self, key: &str) -> Result<Vec<f32>> {
+        let list = self.required(key, self.list(key)?)?;
+        let number = |value: &Value| match value.as_f64() {
+            Some(n) if n > 0.0 && n <= 1e12 => Ok(n as f32),
+            _ => Err(self.error(key, format!("{value} is not a number above 0"))),
+        };
+        list.iter().map(number).collect()
+    }
+
     pub(crate) fn flag(&self, key: &str, default: bool) -> Result<bool> {
         match self.get(key) {
             None => Ok(default),

@@ -1,4 +1,7 @@
-//! Reads the architecture from GGUF metadata: llama (Mixtral too), qwen2moe, qwen3, qwen3moe, olmoe.
+//! Reads the architecture from GGUF metadata: llama (Mixtral too), qwen2moe, qwen3, qwen3moe, olmoe, gpt-oss.
+//!
+//! What a key leaves open is as llama.cpp has it, but for GPT-OSS's YaRN: no key says that its ramp is not rounded to
+//! whole dimensions, so llama.cpp rounds it; the model was trained without, and so it runs here.
 use super::config::Config;
 use super::names::{self, ExpertNames, Names};
 use super::rope::{Rope, RopeScaling, yarn_mscale};
@@ -12,7 +15,10 @@ use serde_json::Value;
 use std::path::Path;
 
 /// Values of `general.architecture` that can be loaded.
-pub const ARCHITECTURES: [&str; 5] = ["llama", "qwen2moe", "qwen3", "qwen3moe", "olmoe"];
+pub const ARCHITECTURES: [&str; 6] = ["llama", "qwen2moe", "qwen3", "qwen3moe", "olmoe", GPT_OSS];
+const GPT_OSS: &str = "gpt-oss";
+/// Constants of GPT-OSS that its files do not carry.
+const GPT_OSS_ACTIVATION: Activation = Activation::ClampedSwiGlu { alpha: 1.702, limit: 7.0 };
 const MAX_LAYERS: usize = 4096;
 const MAX_EXPERTS: usize = 65_536;
 const ROPE_DIVISORS: &str = "rope_freqs.weight";
@@ -59,6 +65,10 @@ impl Reader<'_> {
         self.config.positive(&self.key(name), default)
     }
 
+    fn is_gpt_oss(&self) -> bool {
+        self.architecture == GPT_OSS
+    }
+
     fn has(&self, tensor: &str) -> bool {
         self.source.info(tensor).is_some()
     }
@@ -85,11 +95,11 @@ impl Reader<'_> {
         };
         let attention = self.attention(hidden, norm, max_context)?;
         let ffn = self.ffn()?;
-        let layer = LayerSpec {
+        let layer = |window| LayerSpec {
             attention_norm: norm,
-            attention: Attention::Gqa(attention),
+            attention: Attention::Gqa(Gqa { window, ..attention.clone() }),
             ffn_norm: norm,
-            ffn,
+            ffn: ffn.clone(),
             residual_scale: 1.0,
             residual_after_norm: false,
         };
@@ -100,7 +110,7 @@ impl Reader<'_> {
             max_context,
             embedding_scale: 1.0,
             embedding_norm: None,
-            layers: vec![layer; count],
+            layers: self.windows(count)?.into_iter().map(layer).collect(),
             final_norm: norm,
             logits_scale: 1.0,
             tied: !self.has("output.weight"),
@@ -116,7 +126,19 @@ impl Reader<'_> {
             // Files of early 2024 have a matrix for each expert.
             ExpertNames::Separate(["blk.{l}.ffn_gate.{e}", "blk.{l}.ffn_up.{e}", "blk.{l}.ffn_down.{e}"])
         };
-        Names { experts, ..names::GGUF }
+        Names { experts, ..if self.is_gpt_oss() { names::GGUF_GPT_OSS } else { names::GGUF } }
+    }
+
+    /// The sliding window of each of `layers` layers.
+    fn windows(&self, layers: usize) -> Result<Vec<Option<usize>>> {
+        if !self.is_gpt_oss() {
+            return Ok(vec![self.config.optional_size(&self.key("attention.sliding_window"))?; layers]);
+        }
+        let window = self.size("attention.sliding_window", None)?;
+        // of so many layers the last is not windowed; 0: all are
+        let period = self.config.count(&self.key("attention.sliding_window_pattern"), Some(2))?;
+        let slides = |layer: usize| period == 0 || layer % period < period - 1;
+        Ok((0..layers).map(|layer| slides(layer).then_some(window)).collect())
     }
 
     fn attention(&self, hidden: usize, norm: Norm, max_context: usize) -> Result<Gqa> {
@@ -168,8 +190,8 @@ impl Reader<'_> {
                 scaling: self.scaling(max_context)?,
                 divisors,
             }),
-            window: self.config.optional_size(&self.key("attention.sliding_window"))?,
-            sinks: false,
+            window: None,
+            sinks: self.is_gpt_oss(),
             qkv_bias: self.has("blk.0.attn_q.bias"),
             output_bias: self.has("blk.0.attn_output.bias"),
             qk_norm: match self.architecture {
@@ -191,13 +213,14 @@ impl Reader<'_> {
             "linear" => RopeScaling::Linear { factor: self.number("rope.scaling.factor", Some(1.0))? },
             "yarn" => {
                 let factor = self.number("rope.scaling.factor", None)?;
-                let attention = self.number("rope.scaling.attn_factor", Some(1.0))?;
+                let attention = self.number("rope.scaling.attn_factor", Some(1.0))?
+                    * self.number("rope.scaling.yarn_attn_factor", Some(1.0))?;
                 RopeScaling::Yarn {
                     factor,
                     beta_fast: self.number("rope.scaling.yarn_beta_fast", Some(32.0))?,
                     beta_slow: self.number("rope.scaling.yarn_beta_slow", Some(1.0))?,
                     original_context: self.number("rope.scaling.original_context_length", Some(max_context as f64))?,
-                    truncate: true,
+                    truncate: !self.is_gpt_oss(),
                     attention_factor: attention * yarn_mscale(factor, 1.0),
                 }
             }
@@ -209,7 +232,9 @@ impl Reader<'_> {
     }
 
     fn ffn(&self) -> Result<Ffn> {
-        let network = |intermediate| Dense { intermediate, activation: Activation::Silu, gated: true, bias: false };
+        let oss = self.is_gpt_oss();
+        let activation = if oss { GPT_OSS_ACTIVATION } else { Activation::Silu };
+        let network = |intermediate| Dense { intermediate, activation, gated: true, bias: oss };
         let experts = self.config.count(&self.key("expert_count"), Some(0))?;
         let inner = || self.size("feed_forward_length", None);
         if experts == 0 {
@@ -239,8 +264,12 @@ impl Reader<'_> {
         };
         let normalize = matches!(self.architecture, "llama" | "qwen3moe");
         let normalize = self.config.flag(&self.key("expert_weights_norm"), normalize)?;
-        let gate = GatePolicy::SoftmaxTopK { top_k, normalize, groups: None, scale: 1.0 };
+        let gate = if oss {
+            GatePolicy::TopKSoftmax { top_k }
+        } else {
+            GatePolicy::SoftmaxTopK { top_k, normalize, groups: None, scale: 1.0 }
+        };
         let expert = network(expert);
-        Ok(Ffn::Moe(Moe { experts, expert, gate, gate_bias: false, choice_bias: false, shared }))
+        Ok(Ffn::Moe(Moe { experts, expert, gate, gate_bias: oss, choice_bias: false, shared }))
     }
 }

@@ -218,6 +218,7 @@ pub const GGUF: Names = Names {
     o: "blk.{l}.attn_output",
     q_norm: "blk.{l}.attn_q_norm",
     k_norm: "blk.{l}.attn_k_norm",
+    sinks: "blk.{l}.attn_sinks.weight",
     dense: ["blk.{l}.ffn_gate", "blk.{l}.ffn_up", "blk.{l}.ffn_down"],
     shared: ["blk.{l}.ffn_gate_shexp", "blk.{l}.ffn_up_shexp", "blk.{l}.ffn_down_shexp"],
     shared_gate: "blk.{l}.ffn_gate_inp_shexp",
@@ -225,6 +226,9 @@ pub const GGUF: Names = Names {
     experts: ExpertNames::Stacked(["blk.{l}.ffn_gate_exps", "blk.{l}.ffn_up_exps", "blk.{l}.ffn_down_exps"]),
     ..LLAMA
 };
+
+/// GGUF files of GPT-OSS.
+pub const GGUF_GPT_OSS: Names = Names { ffn_norm: "blk.{l}.post_attention_norm", ..GGUF };
 
 /// Fills a name's layer in.
 pub fn at_layer(name: &str, layer: usize) -> String {

@@ -1,4 +1,9 @@
 //! Rotary position embedding and its scalings.
+//!
+//! Two of Hugging Face's scalings depend on how long a sequence has become. Keys that are cached, shared between requests
+//! and written in chunks cannot, so a model has one rotation: `dynamic` is served up to `max_position_embeddings`, where
+//! it leaves the frequencies as they are; `longrope` has the factors for long sequences if `max_position_embeddings` is
+//! above the original length, also for sequences that are still short, and the factors for short ones if it is not.
 use super::config::Config;
 use crate::Result;
 use std::f64::consts::PI;
@@ -12,6 +17,18 @@ pub enum RopeScaling {
     Linear {
         /// The factor.
         factor: f64,
+    },
+    /// Dynamic NTK: as trained up to the length of training, which is the longest context.
+    Dynamic {
+        /// Would stretch longer contexts.
+        factor: f64,
+    },
+    /// LongRoPE (arXiv 2402.13753): a divisor for each frequency ([`Rope::divisors`]).
+    Long {
+        /// The longest context over the original one.
+        factor: f64,
+        /// Multiplies cosines and sines.
+        attention_factor: f64,
     },
     /// Llama 3.1: low frequencies divided, high ones kept, a ramp between.
     Llama3 {
@@ -52,7 +69,8 @@ pub struct Rope {
     pub interleaved: bool,
     /// Scaling.
     pub scaling: RopeScaling,
-    /// Divisors of the frequencies that a GGUF file may carry (`rope_freqs.weight`), `dims / 2` of them.
+    /// Divisors of the frequencies, `dims / 2` of them: LongRoPE's, or those that a GGUF file may carry
+    /// (`rope_freqs.weight`).
     pub divisors: Option<Vec<f32>>,
 }
 
@@ -68,7 +86,7 @@ impl Rope {
         let base = |pair: usize| self.theta.powf(-(2.0 * pair as f64) / self.dims as f64);
         let mut frequencies: Vec<f64> = (0..half).map(base).collect();
         match self.scaling {
-            RopeScaling::None => {}
+            RopeScaling::None | RopeScaling::Dynamic { .. } | RopeScaling::Long { .. } => {}
             RopeScaling::Linear { factor } => frequencies.iter_mut().for_each(|f| *f /= factor),
             RopeScaling::Llama3 { factor, low, high, original_context } => {
                 for f in &mut frequencies {
@@ -108,7 +126,9 @@ impl Rope {
     /// What cosines and sines are multiplied by.
     pub fn attention_factor(&self) -> f32 {
         match self.scaling {
-            RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
+            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::Long { attention_factor, .. } => {
+                attention_factor as f32
+            }
             _ => 1.0,
         }
     }
@@ -137,6 +157,8 @@ pub(super) struct RopeConfig<'a> {
     pub(super) theta: f64,
     pub(super) partial: f64,
     pub(super) scaling: RopeScaling,
+    /// LongRoPE's divisors, and the key that has them.
+    divisors: Option<(&'static str, Vec<f32>)>,
     parameters: Option<Config<'a>>,
 }
 
@@ -168,7 +190,15 @@ impl<'a> RopeConfig<'a> {
             Some(parameters) => scaling(parameters, config, max_context)?,
             None => RopeScaling::None,
         };
-        Ok(Self { theta, partial: factor, scaling, parameters })
+        let divisors = match (&parameters, scaling) {
+            (Some(parameters), RopeScaling::Long { .. }) => {
+                let long = max_context as f64 > original_context(parameters, config, max_context)?;
+                let key = if long { "long_factor" } else { "short_factor" };
+                Some((key, parameters.positives(key)?))
+            }
+            _ => None,
+        };
+        Ok(Self { theta, partial: factor, scaling, divisors, parameters })
     }
 
     pub(super) fn rope(&self, config: &Config<'_>, head_dim: usize, interleaved: bool) -> Result<Rope> {
@@ -182,16 +212,25 @@ impl<'a> RopeConfig<'a> {
         if self.theta <= 1.0 {
             return Err(config.error("rope_theta", format!("{} is not above 1", self.theta)));
         }
-        Ok(Rope { dims, theta: self.theta, interleaved, scaling: self.scaling, divisors: None })
+        let divisors = match &self.divisors {
+            Some((key, divisors)) if divisors.len() != dims / 2 => {
+                let reason = format!("has {} numbers for {} pairs of dimensions", divisors.len(), dims / 2);
+                return Err(config.error(key, reason));
+            }
+            divisors => divisors.as_ref().map(|(_, divisors)| divisors.clone()),
+        };
+        Ok(Rope { dims, theta: self.theta, interleaved, scaling: self.scaling, divisors })
     }
 
     /// DeepSeek scales attention by the square of YaRN's temperature for `mscale_all_dim`, whatever the scaling.
     pub(super) fn mla_scale(&self) -> Result<f64> {
         let factor = match self.scaling {
             RopeScaling::None => return Ok(1.0),
-            RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. } | RopeScaling::Yarn { factor, .. } => {
-                factor
-            }
+            RopeScaling::Linear { factor }
+            | RopeScaling::Dynamic { factor }
+            | RopeScaling::Long { factor, .. }
+            | RopeScaling::Llama3 { factor, .. }
+            | RopeScaling::Yarn { factor, .. } => factor,
         };
         let mscale = match &self.parameters {
             Some(parameters) => parameters.number("mscale_all_dim", Some(0.0))?,
@@ -201,17 +240,20 @@ impl<'a> RopeConfig<'a> {
     }
 }
 
+/// The context that the model was trained with.
+fn original_context(parameters: &Config<'_>, config: &Config<'_>, max_context: usize) -> Result<f64> {
+    let key = "original_max_position_embeddings";
+    // the one beside the parameters wins
+    let own = parameters.positive(key, Some(max_context as f64))?;
+    config.positive(key, Some(own))
+}
+
 fn scaling(parameters: &Config<'_>, config: &Config<'_>, max_context: usize) -> Result<RopeScaling> {
     let kind = match parameters.text("rope_type")? {
         Some(kind) => Some(kind),
         None => parameters.text("type")?,
     };
-    let original_context = || -> Result<f64> {
-        let key = "original_max_position_embeddings";
-        // the one beside the parameters wins
-        let own = parameters.positive(key, Some(max_context as f64))?;
-        config.positive(key, Some(own))
-    };
+    let original_context = || original_context(parameters, config, max_context);
     Ok(match kind.unwrap_or("default") {
         "default" | "none" => RopeScaling::None,
         "linear" => RopeScaling::Linear { factor: parameters.positive("factor", None)? },
@@ -248,18 +290,24 @@ fn scaling(parameters: &Config<'_>, config: &Config<'_>, max_context: usize) -> 
                 attention_factor,
             }
         }
-        "dynamic" => {
-            return Err(parameters.error(
-                "rope_type",
-                "dynamic NTK scaling is not supported, for it changes cached keys as the context grows; use \
-                 'linear', 'llama3' or 'yarn'"
-                    .into(),
-            ));
+        "dynamic" => RopeScaling::Dynamic { factor: parameters.positive("factor", None)? },
+        // "su": its name in the first Phi-3 files
+        "longrope" | "su" => {
+            let original_context = original_context()?;
+            let factor = parameters.positive("factor", Some(max_context as f64 / original_context))?;
+            if original_context <= 1.0 {
+                return Err(parameters.error("original_max_position_embeddings", "is not above 1".into()));
+            }
+            let usual = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original_context.ln()).sqrt() };
+            let attention_factor = parameters.positive("attention_factor", Some(usual))?;
+            RopeScaling::Long { factor, attention_factor }
         }
         other => {
             return Err(parameters.error(
                 "rope_type",
-                format!("'{other}' is not supported; supported are 'default', 'linear', 'llama3' and 'yarn'"),
+                format!(
+                    "'{other}' is not supported; supported are default, linear, dynamic, llama3, yarn and longrope"
+                ),
             ));
         }
     })

@@ -8,6 +8,12 @@ use std::path::Path;
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// A capital begins a new piece; endings (`'s`) belong to their word.
+const GPT_4O: &str = concat!(
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
 /// Values of `tokenizer.ggml.token_type`.
 const NORMAL: u64 = 1;
 const CONTROL: u64 = 3;
@@ -84,8 +90,9 @@ impl Reader<'_> {
             }
             "llama-bpe" | "llama3" | "llama-v3" | "falcon3" => (split(LLAMA3), true),
             "qwen2" | "deepseek-r1-qwen" => (split(QWEN2), false),
+            "gpt-4o" => (split(GPT_4O), false),
             other => {
-                let supported = "gpt-2, olmo, llama-bpe and qwen2";
+                let supported = "gpt-2, olmo, llama-bpe, qwen2 and gpt-4o";
                 let reason = format!("'{other}' is not supported; supported are {supported}");
                 return Err(self.error("tokenizer.ggml.pre", reason));
             }

@@ -105,17 +105,25 @@ impl Gguf {
         self.value(key, 4, &value.to_le_bytes());
     }
 
+    pub fn float(&mut self, key: &str, value: f32) {
+        self.value(key, 6, &value.to_le_bytes());
+    }
+
     /// A tensor of f32.
     pub fn plain(&mut self, name: &str, shape: &[usize], values: &[f32]) {
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         self.tensors.insert(name.to_owned(), (shape.to_vec(), 0, bytes));
     }
 
+    /// A tensor of blocks.
+    pub fn blocks(&mut self, name: &str, shape: &[usize], blocks: Blocks, bytes: Vec<u8>) {
+        self.tensors.insert(name.to_owned(), (shape.to_vec(), blocks.layout().0, bytes));
+    }
+
     /// A tensor of random blocks.
     pub fn random(&mut self, name: &str, shape: &[usize], blocks: Blocks) {
         let seed = name.bytes().fold(1, |seed: u64, b| seed.wrapping_mul(31).wrapping_add(b.into()));
-        let bytes = blocks.random(seed, shape.iter().product());
-        self.tensors.insert(name.to_owned(), (shape.to_vec(), blocks.layout().0, bytes));
+        self.blocks(name, shape, blocks, blocks.random(seed, shape.iter().product()));
     }
 
     /// The file's bytes.

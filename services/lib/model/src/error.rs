@@ -51,6 +51,12 @@ pub enum Error {
         /// What failed.
         reason: String,
     },
+    /// A pipeline stage is lost, with its keys and values, or cannot be.
+    #[error("pipeline stage: {reason}")]
+    Stage {
+        /// Which, and why.
+        reason: String,
+    },
     /// Experts cannot be reached now.
     #[error("experts of layer {layer} unavailable: {reason}")]
     Experts {

@@ -13,6 +13,7 @@ pub mod expert_pool;
 pub mod gate;
 pub mod generation_config;
 pub mod golden;
+pub mod pipeline;
 pub mod quantize;
 pub mod runner;
 pub mod source;

@@ -50,7 +50,7 @@ pub trait Runner: Send {
     /// Turns the recording of routing on or off.
     fn record_routing(&mut self, on: bool);
     /// The bytes of a KV block, in a form that `import_block` of any replica of this model and format reads.
-    fn export_block(&self, block: BlockIndex) -> Result<Bytes>;
+    fn export_block(&mut self, block: BlockIndex) -> Result<Bytes>;
     /// Fills a KV block; an error when `bytes` has another length than `kv_block_bytes`.
     fn import_block(&mut self, block: BlockIndex, bytes: &[u8]) -> Result<()>;
 }

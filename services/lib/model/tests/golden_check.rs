@@ -56,7 +56,7 @@ impl Runner for Fake {
         &[]
     }
     fn record_routing(&mut self, _: bool) {}
-    fn export_block(&self, _: BlockIndex) -> Result<Bytes> {
+    fn export_block(&mut self, _: BlockIndex) -> Result<Bytes> {
         Ok(Bytes::new())
     }
     fn import_block(&mut self, _: BlockIndex, _: &[u8]) -> Result<()> {

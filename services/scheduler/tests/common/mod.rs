@@ -254,7 +254,7 @@ impl Runner for Fake {
 
     fn record_routing(&mut self, _on: bool) {}
 
-    fn export_block(&self, block: BlockIndex) -> moesaic_model::Result<Bytes> {
+    fn export_block(&mut self, block: BlockIndex) -> moesaic_model::Result<Bytes> {
         Ok(self.kv[block as usize].iter().flat_map(|token| token.to_le_bytes()).collect::<Vec<u8>>().into())
     }
 

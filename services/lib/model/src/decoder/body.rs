@@ -1,11 +1,13 @@
 //! A model's weights in the order of loading.
 use super::layer::{Layer, load_norm};
+use super::stack::load_layers;
 use super::weights::{Role, Weights};
 use crate::Result;
 use crate::backend::Loader;
 use crate::source::WeightSource;
 use crate::spec::{ModelSpec, Rope};
 use moesaic_types::WeightFormat;
+use std::ops::Range;
 
 /// Everything but the experts.
 pub(super) struct Body<L: Loader> {
@@ -19,10 +21,15 @@ pub(super) struct Body<L: Loader> {
 }
 
 impl<L: Loader> Body<L> {
-    /// Loads it; `progress(layers done, layers in all)`.
-    pub(super) fn load(weights: &Weights<'_>, loader: &L, progress: &dyn Fn(usize, usize)) -> Result<Self> {
+    /// Loads it with the layers `range`; `progress(layers done, layers in all)`.
+    pub(super) fn load(
+        weights: &Weights<'_>,
+        loader: &L,
+        range: Range<usize>,
+        progress: &dyn Fn(usize, usize),
+    ) -> Result<Self> {
         let spec = weights.spec();
-        let (names, total) = (&spec.names, spec.layers.len());
+        let names = &spec.names;
         let embedding =
             loader.load_embedding(weights.matrix(names.embedding, spec.vocab, spec.hidden, Role::Precise)?)?;
         let embedding_norm = match spec.embedding_norm {
@@ -35,13 +42,7 @@ impl<L: Loader> Body<L> {
         } else {
             loader.load_linear(weights.matrix(names.output, spec.vocab, spec.hidden, Role::Output)?, None)?
         };
-        let mut ropes = Vec::new();
-        let mut layers = Vec::with_capacity(total);
-        for index in 0..total {
-            progress(index, total);
-            layers.push(Layer::load(weights, loader, index, &mut ropes)?);
-        }
-        progress(total, total);
+        let (layers, ropes) = load_layers(weights, loader, range, progress)?;
         Ok(Self { embedding, embedding_norm, layers, ropes, final_norm, output })
     }
 }
@@ -58,7 +59,7 @@ pub fn visit<L: Loader>(
     loader: &L,
 ) -> Result<()> {
     let weights = Weights::new(source, spec, format);
-    Body::load(&weights, loader, &|_, _| {})?;
+    Body::load(&weights, loader, 0..spec.layers.len(), &|_, _| {})?;
     for layer in spec.moe_layers() {
         let Some(moe) = spec.moe(layer) else { continue };
         for expert in 0..moe.experts {

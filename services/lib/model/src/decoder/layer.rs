@@ -48,6 +48,8 @@ pub(super) struct Step<'a, B: Backend> {
     pub(super) sequences: &'a [AttentionSequence<'a>],
     pub(super) rotations: &'a [B::Rotation],
     pub(super) kv: &'a mut B::Kv,
+    /// Index of the layer whose keys and values are the first in `kv`.
+    pub(super) first: usize,
 }
 
 pub(super) fn load_norm<B: Loader>(
@@ -144,7 +146,8 @@ impl<B: Backend> Layer<B> {
                     [q, k, v] = [backend.clamp(q, limit)?, backend.clamp(k, limit)?, backend.clamp(v, limit)?];
                 }
                 let (q, k) = (rotate(q, gqa.head_dim)?, rotate(k, gqa.head_dim)?);
-                let attended = backend.attend(step.kv, index, &self.call, step.sequences, &q, &k, Some(&v))?;
+                let attended =
+                    backend.attend(step.kv, index - step.first, &self.call, step.sequences, &q, &k, Some(&v))?;
                 backend.linear(output, &attended)
             }
             (Projections::Mla(weights), Attention::Mla(mla)) => {
@@ -161,7 +164,7 @@ impl<B: Backend> Layer<B> {
                 let latent = backend.norm(&weights.kv_norm, &backend.columns(&kv, 1, 0, mla.kv_rank)?)?;
                 let k_rope = rotate(backend.columns(&kv, 1, mla.kv_rank, mla.rope_dim)?, mla.rope_dim)?;
                 let k = backend.join(&latent, &k_rope, 1)?;
-                let attended = backend.attend(step.kv, index, &self.call, step.sequences, &q, &k, None)?;
+                let attended = backend.attend(step.kv, index - step.first, &self.call, step.sequences, &q, &k, None)?;
                 backend.linear(&weights.output, &backend.linear_by_head(&weights.expand_v, &attended)?)
             }
             _ => unreachable!("a layer is loaded from the spec that it runs with"),

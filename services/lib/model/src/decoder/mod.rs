@@ -3,24 +3,30 @@ mod body;
 mod experts;
 mod layer;
 mod micro_batch;
+mod stack;
+mod stage;
 mod weights;
 
 pub use body::visit;
 pub use experts::{ExpertStore, load_experts};
+pub use stage::{Stage, load_stage};
 
 use crate::Result;
 use crate::backend::candle::CandleBackend;
 use crate::backend::native::NativeBackend;
-use crate::backend::{AttentionSequence, Backend, BackendKind, KvLayout};
+use crate::backend::{AttentionSequence, Backend, BackendKind};
 use crate::expert_pool::ExpertPool;
+use crate::pipeline::{LaterStages, StageInput, StageSequence};
 use crate::runner::{BlockIndex, LogitsWanted, Runner, SequenceChunk};
 use crate::source::{self, WeightSource};
-use crate::spec::{self, ModelSpec, Rope};
+use crate::spec::{self, ModelSpec};
 use body::Body;
 use bytes::Bytes;
-use layer::{Layer, Step};
-use micro_batch::{MicroBatch, Recorder, Stream};
-use moesaic_types::{BLOCK_TOKENS, KvFormat, WeightFormat};
+use micro_batch::{MicroBatch, Recorder};
+use moesaic_types::{KvFormat, WeightFormat};
+use stack::{Stack, kv_layouts};
+use stage::check_range;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use weights::Weights;
@@ -73,19 +79,16 @@ impl Default for LoadOptions<'_> {
     }
 }
 
-/// A model on a backend: everything but the experts, which are behind an [`ExpertPool`].
+/// A model on a backend: everything but the experts, which are behind an [`ExpertPool`], and but the layers of later
+/// pipeline stages, if it has them.
 pub struct Decoder<B: Backend> {
     spec: ModelSpec,
-    backend: Arc<B>,
-    pool: Arc<dyn ExpertPool<B>>,
     embedding: B::Embedding,
     embedding_norm: Option<B::Norm>,
-    layers: Vec<Layer<B>>,
-    ropes: Vec<Rope>,
+    stack: Stack<B>,
+    later: Option<Box<dyn LaterStages>>,
     final_norm: B::Norm,
     output: B::Linear,
-    kv_format: KvFormat,
-    kv: Option<(B::Kv, usize)>,
     record_routing: bool,
     routing: Recorder,
 }
@@ -118,75 +121,76 @@ pub fn load_decoder<B: Backend>(
     options: &LoadOptions<'_>,
     pool: Arc<dyn ExpertPool<B>>,
 ) -> Result<Decoder<B>> {
+    let all = 0..spec.layers.len();
+    load_range(source, spec, backend, options, pool, all)
+}
+
+/// Loads the first `layers` layers, and all that is before the first and after the last; `later` have the others.
+///
+/// # Errors
+/// `Stage` when the model has no more layers; what loading says.
+pub fn load_first_stage<B: Backend>(
+    source: &dyn WeightSource,
+    spec: ModelSpec,
+    backend: Arc<B>,
+    options: &LoadOptions<'_>,
+    pool: Arc<dyn ExpertPool<B>>,
+    layers: usize,
+    later: Box<dyn LaterStages>,
+) -> Result<Decoder<B>> {
+    check_range(&spec, &(layers..spec.layers.len()))?;
+    let decoder = load_range(source, spec, backend, options, pool, 0..layers)?;
+    Ok(Decoder { later: Some(later), ..decoder })
+}
+
+fn load_range<B: Backend>(
+    source: &dyn WeightSource,
+    spec: ModelSpec,
+    backend: Arc<B>,
+    options: &LoadOptions<'_>,
+    pool: Arc<dyn ExpertPool<B>>,
+    range: Range<usize>,
+) -> Result<Decoder<B>> {
+    check_range(&spec, &range)?;
     let weights = Weights::new(source, &spec, options.weights);
+    let report = |done, total| options.report(Part::Decoder, done, total);
     let Body { embedding, embedding_norm, layers, ropes, final_norm, output } =
-        Body::load(&weights, &*backend, &|done, total| options.report(Part::Decoder, done, total))?;
-    Ok(Decoder {
-        backend,
-        pool,
-        embedding,
-        embedding_norm,
-        layers,
-        ropes,
-        final_norm,
-        output,
-        kv_format: options.kv,
-        kv: None,
-        record_routing: false,
-        routing: Recorder::default(),
-        spec,
-    })
+        Body::load(&weights, &*backend, range.clone(), &report)?;
+    let stack = Stack::new(&spec, range, (layers, ropes), backend, pool, options.kv);
+    let (record_routing, routing, later) = (false, Recorder::default(), None);
+    Ok(Decoder { spec, embedding, embedding_norm, stack, later, final_norm, output, record_routing, routing })
 }
 
 impl<B: Backend> Decoder<B> {
-    fn kv_layouts(&self) -> Vec<KvLayout> {
-        let layout = |layer: &spec::LayerSpec| {
-            let (heads, k_dim, v_dim, v_in_k) = layer.attention.cached();
-            KvLayout { heads, k_dim, v_dim, v_in_k }
-        };
-        self.spec.layers.iter().map(layout).collect()
+    fn backend(&self) -> &B {
+        &self.stack.backend
     }
 
-    fn check(&self, batch: &[SequenceChunk<'_>], blocks: usize) -> Result<()> {
+    fn check(&self, batch: &[SequenceChunk<'_>]) -> Result<()> {
         for chunk in batch {
-            let end = chunk.start + chunk.tokens.len();
-            let reason = if chunk.tokens.is_empty() {
-                "a chunk has no tokens".to_owned()
-            } else if let Some(token) = chunk.tokens.iter().find(|&&token| token as usize >= self.spec.vocab) {
-                format!("token {token} is outside the vocabulary of {}", self.spec.vocab)
-            } else if chunk.blocks.len() * BLOCK_TOKENS < end {
-                format!("{} blocks do not hold {end} positions", chunk.blocks.len())
-            } else if let Some(block) = chunk.blocks.iter().find(|&&block| block as usize >= blocks) {
-                format!("block {block} is outside the pool of {blocks}")
-            } else {
-                continue;
-            };
-            return Err(self.backend.error(reason));
+            if let Some(token) = chunk.tokens.iter().find(|&&token| token as usize >= self.spec.vocab) {
+                let vocab = self.spec.vocab;
+                return Err(self.backend().error(format!("token {token} is outside the vocabulary of {vocab}")));
+            }
+            self.stack.check(&sequence(chunk))?;
         }
         Ok(())
     }
 
     /// A micro-batch before the first layer.
     fn embed<'a>(&self, part: &'a [SequenceChunk<'a>]) -> Result<MicroBatch<'a, B>> {
-        let backend = &*self.backend;
-        let (mut tokens, mut positions, mut wanted, mut sequences) = (vec![], vec![], vec![], vec![]);
+        let backend = self.backend();
+        let (mut tokens, mut wanted) = (vec![], vec![]);
         for chunk in part {
             let first = tokens.len() as u32;
-            let rows = chunk.tokens.len();
             tokens.extend_from_slice(chunk.tokens);
-            positions.extend((0..rows).map(|row| (chunk.start + row) as u32));
-            sequences.push(AttentionSequence { blocks: chunk.blocks, start: chunk.start, rows });
+            let end = tokens.len() as u32;
             match chunk.logits {
                 LogitsWanted::None => {}
-                LogitsWanted::Last => wanted.push(first + rows as u32 - 1),
-                LogitsWanted::All => wanted.extend(first..first + rows as u32),
+                LogitsWanted::Last => wanted.push(end - 1),
+                LogitsWanted::All => wanted.extend(first..end),
             }
         }
-        let rotation = |rope: &Rope| {
-            let (cos, sin) = rope.table(&positions);
-            backend.rotation(cos, sin, rope.dims / 2, rope.interleaved)
-        };
-        let rotations = self.ropes.iter().map(rotation).collect::<Result<Vec<_>>>()?;
         let mut x = backend.embed(&self.embedding, &tokens)?;
         if self.spec.embedding_scale != 1.0 {
             x = backend.scale(x, self.spec.embedding_scale)?;
@@ -194,29 +198,72 @@ impl<B: Backend> Decoder<B> {
         if let Some(norm) = &self.embedding_norm {
             x = backend.norm(norm, &x)?;
         }
-        Ok(MicroBatch { rows: tokens.len(), sequences, rotations, wanted, stream: Stream::Between(x) })
+        self.stack.enter(part.iter().map(sequence).collect(), x, wanted)
     }
 
-    /// Appends the wanted rows' logits.
-    fn project(&self, x: &B::Tensor, rows: usize, wanted: &[u32], logits: &mut Vec<f32>) -> Result<()> {
-        if wanted.is_empty() {
-            return Ok(());
-        }
-        let backend = &*self.backend;
-        let chosen = if wanted.len() < rows { Some(backend.rows(x, wanted)?) } else { None };
-        let x = backend.norm(&self.final_norm, chosen.as_ref().unwrap_or(x))?;
+    /// Appends the logits of rows that left the last layer.
+    fn project(&self, x: &B::Tensor, logits: &mut Vec<f32>) -> Result<()> {
+        let backend = self.backend();
+        let x = backend.norm(&self.final_norm, x)?;
         let rows = backend.to_host(&backend.linear(&self.output, &x)?)?;
         let scale = self.spec.logits_scale;
         logits.extend(rows.into_iter().map(|logit| if scale == 1.0 { logit } else { logit * scale }));
         Ok(())
     }
 
-    fn block(&self, block: BlockIndex) -> Result<(&B::Kv, usize)> {
-        match &self.kv {
-            Some((kv, blocks)) if (block as usize) < *blocks => Ok((kv, block as usize)),
-            _ => Err(self.backend.error(format!("block {block} is outside the pool"))),
+    /// All layers are here: micro-batches are at the same layer, so that their experts and attention overlap.
+    fn run_layers(&mut self, parts: &[Vec<SequenceChunk<'_>>], logits: &mut Vec<f32>) -> Result<()> {
+        let mut micro_batches = parts.iter().map(|part| self.embed(part)).collect::<Result<Vec<_>>>()?;
+        let mut record = self.record_routing.then_some(&mut self.routing);
+        self.stack.run(&mut micro_batches, record.as_deref_mut())?;
+        let ended =
+            micro_batches.iter_mut().map(|micro_batch| micro_batch.end(&self.stack.backend, record.as_deref_mut()));
+        let ended = ended.collect::<Result<Vec<_>>>()?;
+        for (x, MicroBatch { rows, wanted, .. }) in ended.iter().zip(&micro_batches) {
+            match wanted.len() {
+                0 => {}
+                count if count == *rows => self.project(x, logits)?,
+                _ => self.project(&self.backend().rows(x, wanted)?, logits)?,
+            }
         }
+        Ok(())
     }
+
+    /// Micro-batches go through the first layers one after another, while those before are in later stages.
+    fn run_stages(&mut self, parts: &[Vec<SequenceChunk<'_>>], logits: &mut Vec<f32>) -> Result<()> {
+        for part in parts {
+            let mut micro_batches = [self.embed(part)?];
+            let mut record = self.record_routing.then_some(&mut self.routing);
+            self.stack.run(&mut micro_batches, record.as_deref_mut())?;
+            let [mut micro_batch] = micro_batches;
+            let x = self.stack.backend.to_host(&micro_batch.end(&self.stack.backend, record)?)?;
+            let sequences = part.iter().map(sequence);
+            let sequences = sequences.map(|AttentionSequence { blocks, start, rows }| StageSequence {
+                blocks: blocks.to_vec(),
+                start,
+                rows,
+            });
+            let input = StageInput { x, sequences: sequences.collect(), wanted: micro_batch.wanted };
+            self.later().send(input)?;
+        }
+        for _ in parts {
+            let rows = self.later().receive()?;
+            if !rows.is_empty() {
+                let rows = self.backend().to_device(rows, self.spec.hidden)?;
+                self.project(&rows, logits)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn later(&mut self) -> &mut dyn LaterStages {
+        self.later.as_deref_mut().expect("only a first stage asks for later ones")
+    }
+}
+
+/// A chunk's rows.
+fn sequence<'a>(chunk: &SequenceChunk<'a>) -> AttentionSequence<'a> {
+    AttentionSequence { blocks: chunk.blocks, start: chunk.start, rows: chunk.tokens.len() }
 }
 
 impl<B: Backend> Runner for Decoder<B> {
@@ -225,49 +272,29 @@ impl<B: Backend> Runner for Decoder<B> {
     }
 
     fn kv_block_bytes(&self) -> usize {
-        self.backend.kv_block_bytes(&self.kv_layouts(), self.kv_format)
+        self.backend().kv_block_bytes(&kv_layouts(&self.spec.layers), self.kv_format())
     }
 
     fn kv_format(&self) -> KvFormat {
-        self.kv_format
+        self.stack.kv_format()
     }
 
     fn allocate_kv(&mut self, blocks: usize) -> Result<()> {
-        let kv = self.backend.allocate_kv(&self.kv_layouts(), self.kv_format, blocks)?;
-        self.kv = Some((kv, blocks));
-        Ok(())
+        self.stack.allocate_kv(blocks)?;
+        self.later.as_deref_mut().map_or(Ok(()), |later| later.allocate_kv(blocks))
     }
 
     fn forward(&mut self, batch: &[SequenceChunk<'_>], logits: &mut Vec<f32>) -> Result<()> {
         if batch.is_empty() {
             return Ok(());
         }
-        let blocks = self.kv.as_ref().map_or(0, |(_, blocks)| *blocks);
-        self.check(batch, blocks)?;
+        self.check(batch)?;
+        self.routing.clear();
         let rows = batch.iter().map(|chunk| chunk.tokens.len()).sum();
-        let parts = micro_batch::cut(batch, self.pool.micro_batches(rows));
-        let mut recorder = std::mem::take(&mut self.routing);
-        recorder.clear();
-        let mut micro_batches = parts.iter().map(|part| self.embed(part)).collect::<Result<Vec<_>>>()?;
-        let layers = self.layers.iter().zip(&self.spec.layers).enumerate();
-        let (backend, pool) = (&*self.backend, &*self.pool);
-        let (kv, _) = self.kv.as_mut().expect("a chunk's blocks are inside the pool, so there is one");
-        let mut record = self.record_routing.then_some(&mut recorder);
-        for (index, (layer, spec)) in layers {
-            // One micro-batch's experts compute while another is at the next layer's attention.
-            for micro_batch in &mut micro_batches {
-                let x = micro_batch.end(backend, record.as_deref_mut())?;
-                let (sequences, rotations) = (&micro_batch.sequences, &micro_batch.rotations);
-                let mut step = Step { backend, pool, sequences, rotations, kv: &mut *kv };
-                micro_batch.stream = Stream::Begun(index, layer.begin(&mut step, index, spec, x)?);
-            }
+        match &self.later {
+            None => self.run_layers(&micro_batch::cut(batch, self.stack.pool.micro_batches(rows)), logits),
+            Some(later) => self.run_stages(&micro_batch::cut(batch, later.stages() + 1), logits),
         }
-        for micro_batch in &mut micro_batches {
-            let x = micro_batch.end(backend, record.as_deref_mut())?;
-            self.project(&x, micro_batch.rows, &micro_batch.wanted, logits)?;
-        }
-        self.routing = recorder;
-        Ok(())
     }
 
     fn routing(&self) -> &[Vec<Vec<u32>>] {
@@ -278,20 +305,21 @@ impl<B: Backend> Runner for Decoder<B> {
         self.record_routing = on;
     }
 
-    fn export_block(&self, block: BlockIndex) -> Result<Bytes> {
-        let (kv, block) = self.block(block)?;
-        self.backend.export_block(kv, block).map(Bytes::from)
+    fn export_block(&mut self, block: BlockIndex) -> Result<Bytes> {
+        let mut bytes = self.stack.export_block(block)?;
+        if let Some(later) = &mut self.later {
+            bytes.extend(later.export_block(block)?);
+        }
+        Ok(Bytes::from(bytes))
     }
 
     fn import_block(&mut self, block: BlockIndex, bytes: &[u8]) -> Result<()> {
-        self.block(block)?;
-        let expected = self.kv_block_bytes();
+        let (expected, own) = (self.kv_block_bytes(), self.stack.block_bytes());
         if bytes.len() != expected {
             let reason = format!("a KV block has {expected} bytes, not {}", bytes.len());
-            return Err(self.backend.error(reason));
+            return Err(self.backend().error(reason));
         }
-        let backend = self.backend.clone();
-        let (kv, _) = self.kv.as_mut().expect("the block is inside the pool, so there is one");
-        backend.import_block(kv, block as usize, bytes)
+        self.stack.import_block(block, &bytes[..own])?;
+        self.later.as_deref_mut().map_or(Ok(()), |later| later.import_block(block, &bytes[own..]))
     }
 }

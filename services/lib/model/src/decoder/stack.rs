@@ -1,0 +1,160 @@
+//! Consecutive layers of a model, and their part of the KV pool.
+use super::layer::{Layer, Step};
+use super::micro_batch::{MicroBatch, Recorder, Stream};
+use super::weights::Weights;
+use crate::Result;
+use crate::backend::{AttentionSequence, Backend, KvLayout, Loader};
+use crate::expert_pool::ExpertPool;
+use crate::runner::BlockIndex;
+use crate::spec::{LayerSpec, ModelSpec, Rope};
+use moesaic_types::{BLOCK_TOKENS, KvFormat};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Layers on a backend; their experts are behind an [`ExpertPool`].
+pub(super) struct Stack<B: Backend> {
+    pub(super) backend: Arc<B>,
+    pub(super) pool: Arc<dyn ExpertPool<B>>,
+    /// The first layer's index in the model.
+    first: usize,
+    specs: Vec<LayerSpec>,
+    layers: Vec<Layer<B>>,
+    /// The layers' distinct rotations.
+    ropes: Vec<Rope>,
+    kv_format: KvFormat,
+    kv: Option<(B::Kv, usize)>,
+}
+
+/// Layers `range` and their distinct rotations; `progress(layers done, layers in all)`.
+pub(super) fn load_layers<L: Loader>(
+    weights: &Weights<'_>,
+    loader: &L,
+    range: Range<usize>,
+    progress: &dyn Fn(usize, usize),
+) -> Result<(Vec<Layer<L>>, Vec<Rope>)> {
+    let (mut ropes, total) = (Vec::new(), range.len());
+    let mut layers = Vec::with_capacity(total);
+    for (done, index) in range.enumerate() {
+        progress(done, total);
+        layers.push(Layer::load(weights, loader, index, &mut ropes)?);
+    }
+    progress(total, total);
+    Ok((layers, ropes))
+}
+
+/// What of a KV block some layers fill.
+pub(super) fn kv_layouts(layers: &[LayerSpec]) -> Vec<KvLayout> {
+    let layout = |layer: &LayerSpec| {
+        let (heads, k_dim, v_dim, v_in_k) = layer.attention.cached();
+        KvLayout { heads, k_dim, v_dim, v_in_k }
+    };
+    layers.iter().map(layout).collect()
+}
+
+impl<B: Backend> Stack<B> {
+    /// Loaded layers `range` of a model.
+    pub(super) fn new(
+        spec: &ModelSpec,
+        range: Range<usize>,
+        (layers, ropes): (Vec<Layer<B>>, Vec<Rope>),
+        backend: Arc<B>,
+        pool: Arc<dyn ExpertPool<B>>,
+        kv_format: KvFormat,
+    ) -> Self {
+        let specs = spec.layers[range.clone()].to_vec();
+        Self { backend, pool, first: range.start, specs, layers, ropes, kv_format, kv: None }
+    }
+
+    pub(super) fn kv_format(&self) -> KvFormat {
+        self.kv_format
+    }
+
+    /// Bytes of these layers' part of a KV block.
+    pub(super) fn block_bytes(&self) -> usize {
+        self.backend.kv_block_bytes(&kv_layouts(&self.specs), self.kv_format)
+    }
+
+    pub(super) fn allocate_kv(&mut self, blocks: usize) -> Result<()> {
+        self.kv = Some((self.backend.allocate_kv(&kv_layouts(&self.specs), self.kv_format, blocks)?, blocks));
+        Ok(())
+    }
+
+    /// Checks that a sequence's blocks hold its positions and are in the pool.
+    pub(super) fn check(&self, sequence: &AttentionSequence<'_>) -> Result<()> {
+        let (end, blocks) = (sequence.start + sequence.rows, self.kv.as_ref().map_or(0, |(_, blocks)| *blocks));
+        let reason = if sequence.rows == 0 {
+            "a chunk has no tokens".to_owned()
+        } else if sequence.blocks.len() * BLOCK_TOKENS < end {
+            format!("{} blocks do not hold {end} positions", sequence.blocks.len())
+        } else if let Some(block) = sequence.blocks.iter().find(|&&block| block as usize >= blocks) {
+            format!("block {block} is outside the pool of {blocks}")
+        } else {
+            return Ok(());
+        };
+        Err(self.backend.error(reason))
+    }
+
+    /// Rows `x` on their way into the first layer.
+    pub(super) fn enter<'a>(
+        &self,
+        sequences: Vec<AttentionSequence<'a>>,
+        x: B::Tensor,
+        wanted: Vec<u32>,
+    ) -> Result<MicroBatch<'a, B>> {
+        let position = |sequence: &AttentionSequence<'_>| {
+            let start = sequence.start;
+            (0..sequence.rows).map(move |row| (start + row) as u32)
+        };
+        let positions: Vec<u32> = sequences.iter().flat_map(position).collect();
+        let rotation = |rope: &Rope| {
+            let (cos, sin) = rope.table(&positions);
+            self.backend.rotation(cos, sin, rope.dims / 2, rope.interleaved)
+        };
+        let rotations = self.ropes.iter().map(rotation).collect::<Result<Vec<_>>>()?;
+        Ok(MicroBatch { rows: positions.len(), sequences, rotations, wanted, stream: Stream::Between(x) })
+    }
+
+    /// Runs the layers on some micro-batches, the last of which each still awaits its experts: see [`MicroBatch::end`].
+    /// One micro-batch's experts compute while another is at the next layer's attention.
+    pub(super) fn run(
+        &mut self,
+        micro_batches: &mut [MicroBatch<'_, B>],
+        mut record: Option<&mut Recorder>,
+    ) -> Result<()> {
+        let (backend, pool, first) = (&*self.backend, &*self.pool, self.first);
+        let (kv, _) = self.kv.as_mut().expect("the sequences' blocks are inside the pool, so there is one");
+        for (at, (layer, spec)) in self.layers.iter().zip(&self.specs).enumerate() {
+            for micro_batch in &mut *micro_batches {
+                let x = micro_batch.end(backend, record.as_deref_mut())?;
+                let (sequences, rotations) = (&micro_batch.sequences, &micro_batch.rotations);
+                let mut step = Step { backend, pool, sequences, rotations, kv: &mut *kv, first };
+                micro_batch.stream = Stream::Begun(first + at, layer.begin(&mut step, first + at, spec, x)?);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn export_block(&self, block: BlockIndex) -> Result<Vec<u8>> {
+        match &self.kv {
+            Some((kv, blocks)) if (block as usize) < *blocks => self.backend.export_block(kv, block as usize),
+            _ => Err(self.outside(block)),
+        }
+    }
+
+    /// Fills a block with bytes of the right length.
+    pub(super) fn import_block(&mut self, block: BlockIndex, bytes: &[u8]) -> Result<()> {
+        let expected = self.block_bytes();
+        if bytes.len() != expected {
+            let reason = format!("a KV block has {expected} bytes, not {}", bytes.len());
+            return Err(self.backend.error(reason));
+        }
+        match &mut self.kv {
+            Some((kv, blocks)) if (block as usize) < *blocks => self.backend.import_block(kv, block as usize, bytes),
+            _ => Err(self.outside(block)),
+        }
+    }
+
+    fn outside(&self, block: BlockIndex) -> crate::Error {
+        self.backend.error(format!("block {block} is outside the pool"))
+    }
+}

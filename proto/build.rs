@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 /// Every area; its folder is its package.
-const AREAS: [&str; 7] = ["error", "expert", "inference", "kv", "router", "scheduler", "tensor"];
+const AREAS: [&str; 8] = ["error", "expert", "inference", "kv", "router", "scheduler", "stage", "tensor"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = AREAS.map(|area| format!("moesaic/{area}/v1/{area}.proto"));

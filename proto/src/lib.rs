@@ -57,6 +57,10 @@ area!(
     scheduler
 );
 area!(
+    /// Pipeline stages: scheduler to scheduler.
+    stage
+);
+area!(
     /// Matrices.
     tensor
 );

@@ -16,6 +16,7 @@ pub mod grammar;
 pub mod health;
 pub mod metrics;
 mod outcome;
+pub mod pipeline;
 pub mod planner;
 pub mod pool;
 pub mod prefix;

@@ -47,6 +47,8 @@ pub trait LaterStages: Send {
     /// # Errors
     /// `Stage` when one is lost, or lost its keys and values.
     fn receive(&mut self) -> Result<Vec<f32>>;
+    /// Forgets what was sent and not received: the step failed.
+    fn forget(&mut self);
     /// A block's bytes in all of them, in order.
     ///
     /// # Errors
@@ -107,7 +109,7 @@ mod tests {
     #[test]
     fn layers_are_split_evenly_and_completely() {
         assert_eq!(split_layers(7, 3), [0..3, 3..5, 5..7]);
-        assert_eq!(split_layers(4, 1), [0..4]);
+        assert_eq!(split_layers(4, 2), [0..2, 2..4]);
         assert_eq!(split_layers(2, 3), [0..1, 1..2, 2..2]);
     }
 }

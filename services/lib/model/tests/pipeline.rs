@@ -38,6 +38,10 @@ impl LaterStages for Local {
         Ok(self.ready.pop_front().unwrap())
     }
 
+    fn forget(&mut self) {
+        self.ready.clear();
+    }
+
     fn export_block(&mut self, block: u32) -> Result<Vec<u8>> {
         Ok(self.stages.iter().map(|stage| stage.export_block(block)).collect::<Result<Vec<_>>>()?.concat())
     }

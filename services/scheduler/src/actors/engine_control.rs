@@ -165,8 +165,7 @@ fn live(
     }
     let mut engine = Engine::new(Arc::clone(parts), commands, replies, Arc::clone(stop))?;
     slot.tell(stop, Status::Ready(engine.info()));
-    engine.run();
-    Ok(())
+    engine.run()
 }
 
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {

@@ -150,6 +150,8 @@ pub struct Engine {
     preemptions: u64,
     outage: Outage,
     bounds: Bounds,
+    /// Why this life cannot go on.
+    lost: Option<Error>,
 }
 
 impl Engine {
@@ -185,6 +187,7 @@ impl Engine {
             preemptions: 0,
             outage: Outage::default(),
             bounds: Bounds::new(&parts.config),
+            lost: None,
             parts,
         })
     }
@@ -195,9 +198,12 @@ impl Engine {
     }
 
     /// Runs until it is told to stop.
-    pub fn run(&mut self) {
+    ///
+    /// # Errors
+    /// `Unavailable` when a part of the model is lost, with its keys and values.
+    pub fn run(&mut self) -> Result<()> {
         self.publish();
-        while !self.stop.load(Ordering::Acquire) {
+        while !self.stop.load(Ordering::Acquire) && self.lost.is_none() {
             self.parts.pulse.begin();
             while let Ok(command) = self.commands.try_recv() {
                 self.handle(command);
@@ -211,7 +217,7 @@ impl Engine {
             }
             self.parts.pulse.begin();
             self.publish();
-            if !advanced {
+            if !advanced && self.lost.is_none() {
                 self.parts.pulse.rest();
                 if !self.sleep() {
                     break;
@@ -222,6 +228,15 @@ impl Engine {
         let keys: Vec<u64> = self.sequences.keys().copied().collect();
         keys.into_iter().for_each(|key| self.fail(key, error.clone()));
         self.publish();
+        self.lost.take().map_or(Ok(()), Err)
+    }
+
+    /// All keys and values are worth nothing any longer: every request ends, and then this life.
+    fn lose(&mut self, error: Error) {
+        tracing::error!(%error, sequences = self.sequences.len(), "a part of the model is lost; starting anew");
+        let keys: Vec<u64> = self.sequences.keys().copied().collect();
+        keys.into_iter().for_each(|key| self.fail(key, error.clone()));
+        self.lost = Some(error);
     }
 
     /// Waits for a command or the next deadline; false if nobody can send any longer.

@@ -65,6 +65,10 @@ impl Engine {
                 self.wait_for_experts(&work, &error);
                 false
             }
+            Err(error @ moesaic_model::Error::Stage { .. }) => {
+                self.lose(Error::unavailable(format!("{error}; send the request again")));
+                false
+            }
             Err(error) => {
                 tracing::error!(%error, sequences = work.len(), "run a step");
                 let error = Error::internal(format!("the model failed: {error}"));

@@ -293,7 +293,10 @@ impl<B: Backend> Runner for Decoder<B> {
         let rows = batch.iter().map(|chunk| chunk.tokens.len()).sum();
         match &self.later {
             None => self.run_layers(&micro_batch::cut(batch, self.stack.pool.micro_batches(rows)), logits),
-            Some(later) => self.run_stages(&micro_batch::cut(batch, later.stages() + 1), logits),
+            Some(later) => {
+                let parts = micro_batch::cut(batch, later.stages() + 1);
+                self.run_stages(&parts, logits).inspect_err(|_| self.later().forget())
+            }
         }
     }
 

@@ -1,0 +1,11 @@
+//! Pipeline stages in other processes: a replica's later layers run in schedulers that take no requests of their own.
+//!
+//! The replica's engine ([`RemoteStages`]) has a stream to each stage ([`StageServer`]). A micro-batch goes through them
+//! one after another, and while it is in one the others work on those before and behind it. A stage keeps keys and
+//! values for one life of the engine: when a stream ends, the engine begins a new life, and its requests go on at
+//! another replica, or here again.
+mod client;
+mod server;
+
+pub use client::{RemoteStages, StagePeer};
+pub use server::{StageFactory, StageServer, StageService, stage_service};

@@ -304,7 +304,7 @@ impl LaterStages for RemoteStages {
             items.send(Item::Export(block, reply)).ok().map(|()| answer)
         };
         let answers: Vec<_> = life.items.iter().map(ask).collect();
-        let parts = answers.into_iter().map(|answer| await_bytes(answer));
+        let parts = answers.into_iter().map(await_bytes);
         Ok(parts.collect::<moesaic_model::Result<Vec<_>>>()?.concat())
     }
 

@@ -1,72 +1,81 @@
-//! A `moesaic up` of its own, ended when it is dropped.
-use crate::{http, root};
+//! Processes of the project's own, ended when they are dropped.
+use crate::{http, root, until};
 use anyhow::{Context, Result, bail};
+use std::ffi::OsString;
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-const START: Duration = Duration::from_secs(120);
-const POLL: Duration = Duration::from_millis(20);
-
-/// The binary beside the tests' own.
+/// A binary beside the tests' own.
 ///
 /// # Errors
 /// Says how to build it where it is not there.
-pub fn binary() -> Result<PathBuf> {
+pub fn program(name: &str) -> Result<PathBuf> {
     let tests = std::env::current_exe()?;
-    let found = tests.ancestors().map(|folder| folder.join("moesaic")).find(|path| path.is_file());
-    found.context("the moesaic binary is not built; run `cargo build -p moesaic`, or the tests by tests/run")
+    let found = tests.ancestors().map(|folder| folder.join(name)).find(|path| path.is_file());
+    found.with_context(|| format!("{name} is not built; run `cargo build --workspace`, or the tests by tests/run"))
 }
 
-/// A running server.
-pub struct Server {
-    /// The HTTP door.
-    pub http: SocketAddr,
-    /// The gRPC door.
-    pub grpc: SocketAddr,
+/// The all-in-one binary.
+///
+/// # Errors
+/// As [`program`].
+pub fn binary() -> Result<PathBuf> {
+    program("moesaic")
+}
+
+/// A running process that writes to a log.
+pub struct Process {
     child: Child,
-    folder: TempDir,
+    log: PathBuf,
 }
 
-impl Server {
-    /// Starts `moesaic up` with the demo model and further flags, and waits until it is ready.
+impl Process {
+    /// Starts a program in `folder`; what it writes goes to the end of `folder/log_name`.
     ///
     /// # Errors
-    /// With the server's log when it does not become ready.
-    pub fn start(flags: &[&str]) -> Result<Self> {
-        // both are held until both are chosen, so that they differ
-        let doors = [TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?];
-        let [http, grpc] = [doors[0].local_addr()?, doors[1].local_addr()?];
-        drop(doors);
-        let folder = tempfile::tempdir()?;
-        let log = File::create(folder.path().join("log"))?;
-        let child = Command::new(binary()?)
-            .args(["up", "--http", &http.to_string(), "--grpc", &grpc.to_string(), "--model"])
-            .arg(root().join("deploy/models/demo-moe"))
-            .args(flags)
-            .current_dir(folder.path())
+    /// When it cannot be started.
+    pub fn start(name: &str, arguments: &[OsString], folder: &Path, log_name: &str) -> Result<Self> {
+        let log = folder.join(log_name);
+        let file = File::options().create(true).append(true).open(&log)?;
+        let child = Command::new(program(name)?)
+            .args(arguments)
+            .current_dir(folder)
             .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
+            .stdout(file.try_clone()?)
+            .stderr(file)
             .spawn()
-            .context("start moesaic up")?;
-        let mut server = Self { http, grpc, child, folder };
-        let deadline = Instant::now() + START;
-        while http::get(http, "/ready").is_err() {
-            if Instant::now() > deadline || server.child.try_wait()?.is_some() {
-                bail!("moesaic up did not become ready:\n{}", server.log());
-            }
-            std::thread::sleep(POLL); // between two looks at the condition
-        }
-        Ok(server)
+            .with_context(|| format!("start {name}"))?;
+        Ok(Self { child, log })
     }
 
-    /// What the server wrote.
+    /// What it wrote, in this life and those before under the same name.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Whether it has ended.
+    ///
+    /// # Errors
+    /// Where the system does not tell.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
+    /// Waits until `path` answers with 200 at `address`.
+    ///
+    /// # Errors
+    /// With its log when it ends before, or does not in time.
+    pub fn answers(&mut self, address: SocketAddr, path: &str) -> Result<()> {
+        let answered = until(path, || {
+            if self.has_ended()? {
+                bail!("it ended");
+            }
+            Ok(http::get(address, path).is_ok())
+        });
+        answered.with_context(|| format!("the process's log:\n{}", self.log()))
     }
 
     /// Resident memory in bytes.
@@ -77,42 +86,6 @@ impl Server {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS line")?;
         Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
-    }
-
-    /// A metric's value by its name and labels as they are printed; `None` where it is not there.
-    ///
-    /// # Errors
-    /// When the server does not answer.
-    pub fn metric(&self, name: &str) -> Result<Option<f64>> {
-        let text = http::get(self.http, "/metrics")?;
-        let line = text.lines().find(|line| line.starts_with(name) && !line.starts_with('#'));
-        Ok(line.and_then(|line| line.rsplit(' ').next()).and_then(|value| value.parse().ok()))
-    }
-
-    /// Sends SIGTERM and waits for the end.
-    ///
-    /// # Errors
-    /// When it does not end within a minute.
-    pub fn terminate(&mut self) -> Result<ExitStatus> {
-        self.signal("TERM")?;
-        self.ended()
-    }
-
-    /// Waits for the end.
-    ///
-    /// # Errors
-    /// When it does not come within a minute.
-    pub fn ended(&mut self) -> Result<ExitStatus> {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        loop {
-            if let Some(status) = self.child.try_wait()? {
-                return Ok(status);
-            }
-            if Instant::now() > deadline {
-                bail!("the server did not end:\n{}", self.log());
-            }
-            std::thread::sleep(POLL); // between two looks at the condition
-        }
     }
 
     /// Sends a signal to this process alone.
@@ -126,12 +99,125 @@ impl Server {
         }
         Ok(())
     }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// With its log when it does not come in time.
+    pub fn ended(&mut self) -> Result<ExitStatus> {
+        let mut status = None;
+        let ended = until("the end", || {
+            status = self.child.try_wait()?;
+            Ok(status.is_some())
+        });
+        ended.with_context(|| format!("the process's log:\n{}", self.log()))?;
+        status.context("it has ended")
+    }
+
+    /// Kills it (SIGKILL) and waits until it is gone.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn kill(&mut self) -> Result<()> {
+        // it may have ended already
+        let _ = self.child.kill();
+        self.child.wait()?;
+        Ok(())
+    }
 }
 
-impl Drop for Server {
+impl Drop for Process {
     fn drop(&mut self) {
         // it may have ended already
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A metric's value by its name and labels as they are printed; `None` where it is not there.
+///
+/// # Errors
+/// When nobody answers.
+pub fn metric(address: SocketAddr, name: &str) -> Result<Option<f64>> {
+    let text = http::get(address, "/metrics")?;
+    let line = text.lines().find(|line| line.starts_with(name) && !line.starts_with('#'));
+    Ok(line.and_then(|line| line.rsplit(' ').next()).and_then(|value| value.parse().ok()))
+}
+
+/// A running `moesaic up`.
+pub struct Server {
+    /// The HTTP door.
+    pub http: SocketAddr,
+    /// The gRPC door.
+    pub grpc: SocketAddr,
+    process: Process,
+    _folder: TempDir,
+}
+
+impl Server {
+    /// Starts `moesaic up` with the demo model and further flags, and waits until it is ready.
+    ///
+    /// # Errors
+    /// With the server's log when it does not become ready.
+    pub fn start(flags: &[&str]) -> Result<Self> {
+        // both are held until both are chosen, so that they differ
+        let doors = [TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?];
+        let [http, grpc] = [doors[0].local_addr()?, doors[1].local_addr()?];
+        drop(doors);
+        let folder = tempfile::tempdir()?;
+        let (at_http, at_grpc) = (http.to_string(), grpc.to_string());
+        let fixed = ["up", "--http", &at_http, "--grpc", &at_grpc, "--model"];
+        let mut arguments: Vec<OsString> = fixed.iter().map(OsString::from).collect();
+        arguments.push(root().join("deploy/models/demo-moe").into());
+        arguments.extend(flags.iter().map(OsString::from));
+        let mut process = Process::start("moesaic", &arguments, folder.path(), "log")?;
+        process.answers(http, "/ready")?;
+        Ok(Self { http, grpc, process, _folder: folder })
+    }
+
+    /// What the server wrote.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// Resident memory in bytes.
+    ///
+    /// # Errors
+    /// Where the system does not tell.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        self.process.resident_bytes()
+    }
+
+    /// A metric's value, as [`metric`] has it.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub fn metric(&self, name: &str) -> Result<Option<f64>> {
+        metric(self.http, name)
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        self.signal("TERM")?;
+        self.ended()
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// When it does not come in time.
+    pub fn ended(&mut self) -> Result<ExitStatus> {
+        self.process.ended()
+    }
+
+    /// Sends a signal to this process alone.
+    ///
+    /// # Errors
+    /// When `kill` cannot be run.
+    pub fn signal(&self, name: &str) -> Result<()> {
+        self.process.signal(name)
     }
 }

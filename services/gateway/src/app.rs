@@ -29,6 +29,11 @@ async fn bind(field: &str, address: &str) -> Result<TcpListener> {
     })
 }
 
+/// Binds the HTTP port.
+pub(crate) async fn bind_http(config: &Config) -> Result<TcpListener> {
+    bind("gateway.http", &config.http).await
+}
+
 fn address(listener: &TcpListener) -> Result<SocketAddr> {
     listener.local_addr().map_err(|error| Error::internal(format!("read the bound address: {error}")))
 }
@@ -40,9 +45,14 @@ impl Gateway {
     /// `InvalidArgument` naming the field.
     pub async fn bind(config: Config) -> Result<Self> {
         config.validate()?;
-        let http = bind("gateway.http", &config.http).await?;
+        let http = bind_http(&config).await?;
         let grpc = bind("gateway.grpc", &config.grpc).await?;
-        Ok(Self { core: Arc::new(Core::new(config)), http, grpc })
+        Ok(Self::new(Arc::new(Core::new(config)), http, grpc))
+    }
+
+    /// A gateway at ports that are bound.
+    pub fn new(core: Arc<Core>, http: TcpListener, grpc: TcpListener) -> Self {
+        Self { core, http, grpc }
     }
 
     /// The core; give it the model with [`Core::serve`].

@@ -37,8 +37,8 @@ pub struct Config {
     pub allowed_origins: Vec<String>,
     /// Tenants share prefix blocks; without it each API key has blocks of its own.
     pub share_prefixes: bool,
-    /// Keeps tenants' salts from being guessed; random at each start where it is empty. Gateways of one cluster, and those
-    /// that are to find blocks again after a restart, need the same.
+    /// Keeps tenants' salts from being guessed. Where it is empty a random one is made: the gateways of a cluster keep one
+    /// in Redis, and `moesaic up` makes another at each start, after which blocks are not found again.
     pub salt_secret: Secret,
 }
 

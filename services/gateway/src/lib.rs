@@ -11,9 +11,13 @@ mod connections;
 pub mod core;
 pub mod grpc;
 pub mod http;
+pub mod process;
+mod replicas;
 mod request_id;
+mod salt;
 pub mod served;
 
 pub use app::Gateway;
 pub use config::Config;
+pub use process::GatewayProcess;
 pub use served::ServedModel;

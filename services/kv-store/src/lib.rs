@@ -5,6 +5,8 @@ pub mod actors;
 mod app;
 pub mod config;
 pub mod lru;
+pub mod process;
 
 pub use app::KvStore;
 pub use config::Config;
+pub use process::KvStoreProcess;

@@ -4,12 +4,46 @@
 use bytes::Bytes;
 use moesaic_config::ByteSize;
 use moesaic_kv_store::{Config, KvStore};
+use moesaic_proto::kv::v1 as wire;
+use moesaic_proto::kv::v1::kv_store_service_client::KvStoreServiceClient;
 use moesaic_testkit::conformance::{self, block};
+use moesaic_transport::GrpcPrefixStore;
+use moesaic_transport::channel::to_address;
+use moesaic_transport::grpc::prefix_service;
+use moesaic_types::ErrorCode;
 use moesaic_types::boundary::PrefixStore;
+use std::sync::Arc;
+use tonic::service::Routes;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn the_store_conforms() {
     conformance::prefix_store(KvStore::start(&Config::default()).unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_store_behind_grpc_conforms_and_names_what_is_wrong() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let routes = Routes::new(prefix_service(KvStore::start(&Config::default()).unwrap()));
+    let serving = tokio::spawn(moesaic_transport::serve(routes, listener, None, stopped));
+    let channel = to_address(&address).unwrap();
+    let store = Arc::new(GrpcPrefixStore::new("kv-store k0", channel.clone()));
+    conformance::prefix_store(store.clone()).await;
+
+    let mut raw = KvStoreServiceClient::new(channel);
+    let odd = raw.longest(wire::LongestRequest { chain: Bytes::from_static(&[0; 17]) }).await.unwrap_err();
+    assert_eq!(moesaic_proto::from_status(&odd).field.as_deref(), Some("chain"));
+    let offer = wire::OfferRequest { hash: Bytes::from_static(b"short"), ..wire::OfferRequest::default() };
+    let mut answers = raw.offer(tokio_stream::iter([offer])).await.unwrap().into_inner();
+    let refused = moesaic_proto::from_status(&answers.message().await.unwrap_err());
+    assert_eq!(refused.field.as_deref(), Some("hash"));
+
+    drop((raw, answers));
+    stop.send_replace(true);
+    serving.await.unwrap().unwrap();
+    let gone = store.longest(&[block(0).0]).await.unwrap_err();
+    assert!(gone.code == ErrorCode::Unavailable && gone.message.contains("kv-store k0"), "{gone}");
 }
 
 #[tokio::test]

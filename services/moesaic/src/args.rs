@@ -1,5 +1,7 @@
 //! The command line.
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use moesaic_model::BackendKind;
+use moesaic_service::SettingsArgs;
 use moesaic_types::{KvFormat, WeightFormat};
 use std::path::PathBuf;
 
@@ -39,7 +41,7 @@ pub struct ModelArgs {
     pub model: Option<PathBuf>,
     /// native (our CPU kernels) or candle.
     #[arg(long)]
-    pub backend: Option<BackendName>,
+    pub backend: Option<BackendKind>,
     /// f32, bf16, q8, q4, q4-g64 or q4-g128; as stored where not given.
     #[arg(long)]
     pub weights: Option<WeightFormat>,
@@ -49,16 +51,6 @@ pub struct ModelArgs {
     /// Threads of the maths; all cores where not given.
     #[arg(long)]
     pub threads: Option<usize>,
-}
-
-/// The two backends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum BackendName {
-    /// Our CPU kernels.
-    Native,
-    /// candle: CPU here, CUDA and Metal by cargo features.
-    Candle,
 }
 
 /// `moesaic check`.
@@ -132,17 +124,6 @@ pub struct Eval {
     pub json: bool,
 }
 
-/// Where settings come from.
-#[derive(Clone, Debug, Default, ClapArgs)]
-pub struct SettingsArgs {
-    /// Configuration file; `moesaic.toml` in the working folder is read where it exists.
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// Set one value, as `--set scheduler.token_budget=256`; may be repeated.
-    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
-    pub set: Vec<String>,
-}
-
 /// `moesaic up`.
 #[derive(Debug, ClapArgs)]
 pub struct Up {
@@ -189,7 +170,7 @@ pub struct Chat {
 pub struct Config {
     #[command(flatten)]
     pub settings: SettingsArgs,
-    /// One section only: model, gateway, router, scheduler, expert_shard, kv_store or telemetry.
+    /// One section only: model, gateway, router, scheduler, expert_shard, kv_store, cluster or telemetry.
     #[arg(long, value_name = "NAME")]
     pub service: Option<String>,
 }

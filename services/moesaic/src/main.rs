@@ -5,7 +5,6 @@
 mod args;
 mod commands;
 mod config;
-mod demo;
 mod embedded;
 mod progress;
 

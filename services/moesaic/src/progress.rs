@@ -2,6 +2,7 @@
 use indicatif::{ProgressBar, ProgressStyle};
 use moesaic_model::decoder::{Part, Progress};
 use std::io::IsTerminal;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 /// A bar over bytes.
@@ -53,5 +54,18 @@ impl Bar {
             bar.finish_and_clear();
         }
         tracing::info!(what = self.what, seconds = self.started.elapsed().as_secs_f32(), "done");
+    }
+}
+
+/// Tells of a model's loading, each time that it is loaded.
+pub fn loading() -> impl Fn(Progress) + Send + Sync {
+    let bar: Mutex<Option<Bar>> = Mutex::new(None);
+    move |progress| {
+        let mut bar = bar.lock().unwrap_or_else(PoisonError::into_inner);
+        bar.get_or_insert_with(|| Bar::new("load")).layers(progress);
+        // the decoder comes last
+        if progress.part == Part::Decoder && progress.layers_done == progress.layers_total {
+            bar.take().into_iter().for_each(Bar::finish);
+        }
     }
 }

@@ -9,6 +9,10 @@ use std::time::Duration;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
+    /// Address of the router's own process; its /metrics, /live and /ready are 1000 ports above.
+    pub grpc: String,
+    /// How long running calls may go on after the signal to stop; 0s..=24h.
+    pub drain_timeout: HumanDuration,
     /// `prefix_aware`, `least_loaded` or `round_robin`.
     pub policy: Policy,
     /// Cost of a prompt block that must be computed, against 1 for a KV block in use at the replica; 0..=1000.
@@ -34,6 +38,8 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            grpc: "127.0.0.1:9010".into(),
+            drain_timeout: HumanDuration::from_secs(10),
             policy: Policy::PrefixAware,
             prefill_weight: 1.0,
             queue_weight: 4.0,
@@ -74,6 +80,7 @@ impl Config {
                 return refuse(field, &time, "10ms to 1m");
             }
         }
+        moesaic_service::check_drain("router", self.drain_timeout)?;
         if !(1..=1000).contains(&self.breaker_failures) {
             return refuse("breaker_failures", &self.breaker_failures, "1 to 1000");
         }

@@ -13,6 +13,8 @@ pub mod grpc;
 pub mod index;
 mod metrics;
 pub mod policy;
+pub mod process;
 
 pub use app::Router;
 pub use config::Config;
+pub use process::RouterProcess;

@@ -66,7 +66,7 @@ fn served() -> ServedAs {
 }
 
 fn replica() -> Role {
-    Role::Replica(ReplicaInfo { model: served(), max_context: 1000 })
+    Role::Replica(ReplicaInfo { model: served(), text: Digest::default(), max_context: 1000 })
 }
 
 #[tokio::test]

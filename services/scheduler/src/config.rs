@@ -1,4 +1,6 @@
 //! What an operator can set.
+use moesaic_config::HumanDuration;
+use moesaic_transport::subjects::Subject;
 use moesaic_types::{BLOCK_TOKENS, Error, ReplicaId, Result};
 use serde::{Deserialize, Serialize};
 
@@ -6,7 +8,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// The replica's name; part of event subjects. Letters, digits, `-` and `_`.
+    /// Address of the scheduler's own process; its /metrics, /live and /ready are 1000 ports above.
+    pub grpc: String,
+    /// How long running requests may go on after the signal to stop; 0s..=24h.
+    pub drain_timeout: HumanDuration,
+    /// The replica's name; in a cluster its process's own, `cluster.id`. 1 to 128 bytes without control characters.
     pub replica: String,
     /// The `model_name` label of the metrics.
     pub model_name: String,
@@ -57,6 +63,8 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            grpc: "127.0.0.1:9020".into(),
+            drain_timeout: HumanDuration::from_secs(30),
             replica: "0".into(),
             model_name: "moesaic".into(),
             token_budget: 512,
@@ -119,11 +127,10 @@ impl Config {
         if self.kv_blocks == Some(0) {
             return Err(Error::invalid("kv_blocks", "kv_blocks must be at least 1"));
         }
-        let named = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-        if self.replica.is_empty() || !self.replica.chars().all(named) {
-            return Err(Error::invalid("replica", "replica must be letters, digits, '-' and '_'"));
+        if !(1..=128).contains(&self.replica.len()) || self.replica.contains(char::is_control) {
+            return Err(Error::invalid("replica", "replica must be 1 to 128 bytes without control characters"));
         }
-        Ok(())
+        moesaic_service::check_drain("scheduler", self.drain_timeout)
     }
 
     /// How many blocks the pool has, when a block takes this many bytes.
@@ -146,6 +153,6 @@ impl Config {
 
     /// The subject of this replica's KV events.
     pub fn kv_subject(&self) -> String {
-        format!("moesaic.v1.kv.scheduler.{}.blocks", self.replica)
+        Subject::kv(&self.replica).to_string()
     }
 }

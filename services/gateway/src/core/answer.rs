@@ -10,7 +10,7 @@ use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 use moesaic_types::boundary::{Placer, Replica};
 use moesaic_types::{Error, ErrorCode, FinishReason, ReplicaId, Result, SampledToken, TenantSalt, Usage};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 /// Finds a replica by its id.
 pub type ReplicaLookup = Arc<dyn Fn(&ReplicaId) -> Option<Arc<dyn Replica>> + Send + Sync>;
@@ -25,14 +25,17 @@ pub struct Core {
     /// The door's keeper.
     pub admission: Admission,
     pub(crate) workers: Workers,
-    backend: OnceLock<Backend>,
+    /// What is served, or why nothing is yet.
+    backend: RwLock<Result<Arc<Backend>>>,
     served: tokio::sync::Notify,
     life: OnceLock<Life>,
-    secret: Vec<u8>,
+    secret: RwLock<Vec<u8>>,
 }
 
-/// What is known once the model is loaded.
+/// What is known once there is a replica.
 pub(super) struct Backend {
+    /// Replicas that a request is tried on.
+    pub(super) attempts: usize,
     models: Vec<Arc<ServedModel>>,
     pub(super) placer: Arc<dyn Placer>,
     pub(super) replicas: ReplicaLookup,
@@ -84,14 +87,35 @@ impl Core {
             threads => threads,
         };
         let workers = Workers::new(threads, config.text_queue);
-        let (backend, served, life) = (OnceLock::new(), tokio::sync::Notify::new(), OnceLock::new());
+        let backend = RwLock::new(Err(Error::unavailable("the model is being loaded; try again soon")));
+        let (served, life, secret) = (tokio::sync::Notify::new(), OnceLock::new(), RwLock::new(secret));
         Self { config, admission, workers, backend, served, life, secret }
     }
 
-    /// Sets what is served; the gateway is ready from then on. The first call counts.
+    /// Sets what is served; the gateway is ready from then on. A later call replaces it; requests that run go on with
+    /// the model that they began with.
     pub fn serve(&self, models: Vec<Arc<ServedModel>>, placer: Arc<dyn Placer>, replicas: ReplicaLookup) {
-        let _first_counts = self.backend.set(Backend { models, placer, replicas });
+        let backend = Arc::new(Backend { attempts: self.config.attempts, models, placer, replicas });
+        *self.backend.write().unwrap_or_else(PoisonError::into_inner) = Ok(backend);
         self.served.notify_one();
+    }
+
+    /// Says why nothing is served yet; without effect once something is.
+    pub fn wait_for(&self, reason: &str) {
+        let mut backend = self.backend.write().unwrap_or_else(PoisonError::into_inner);
+        if backend.is_err() {
+            *backend = Err(Error::unavailable(reason));
+        }
+    }
+
+    /// What tenants' salts are derived from.
+    pub fn salt_secret(&self) -> Vec<u8> {
+        self.secret.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sets what tenants' salts are derived from, where the configuration does not.
+    pub fn set_salt_secret(&self, secret: Vec<u8>) {
+        *self.secret.write().unwrap_or_else(PoisonError::into_inner) = secret;
     }
 
     /// Sets what liveness depends on besides this process answering at all. The first call counts.
@@ -112,13 +136,13 @@ impl Core {
         self.served.notified().await;
     }
 
-    pub(super) fn backend(&self) -> Result<&Backend> {
-        self.backend.get().ok_or_else(|| Error::unavailable("the model is being loaded; try again soon"))
+    pub(super) fn backend(&self) -> Result<Arc<Backend>> {
+        self.backend.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The models that are served; none while they load.
-    pub fn models(&self) -> &[Arc<ServedModel>] {
-        self.backend.get().map_or(&[], |b| b.models.as_slice())
+    pub fn models(&self) -> Vec<Arc<ServedModel>> {
+        self.backend().map_or_else(|_| Vec::new(), |backend| backend.models.clone())
     }
 
     /// A model by its name; an empty name means the only one.
@@ -126,7 +150,8 @@ impl Core {
     /// # Errors
     /// `NotFound` naming the models there are, `Unavailable` while they load.
     pub fn model(&self, name: &str) -> Result<Arc<ServedModel>> {
-        let models = &self.backend()?.models;
+        let backend = self.backend()?;
+        let models = &backend.models;
         if let ([only], "") = (models.as_slice(), name) {
             return Ok(only.clone());
         }
@@ -158,7 +183,10 @@ impl Core {
     pub fn salt(&self, key: Option<&str>) -> TenantSalt {
         match self.config.share_prefixes {
             true => TenantSalt::default(),
-            false => TenantSalt::derive(&self.secret, key.unwrap_or_default()),
+            false => {
+                let secret = self.secret.read().unwrap_or_else(PoisonError::into_inner);
+                TenantSalt::derive(&secret, key.unwrap_or_default())
+            }
         }
     }
 
@@ -186,11 +214,11 @@ impl Core {
     ///
     /// # Errors
     /// What the router or the scheduler say.
-    pub(crate) async fn start(self: &Arc<Self>, job: Job, permit: Arc<Permit>) -> Result<PieceStream> {
-        let job = Arc::new(job);
+    pub(crate) async fn start(&self, job: Job, permit: Arc<Permit>) -> Result<PieceStream> {
+        let (job, backend) = (Arc::new(job), self.backend()?);
         let mut choices = Vec::with_capacity(job.n);
         for index in 0..job.n {
-            choices.push(Choice::start(self.clone(), job.clone(), index, permit.clone()).await?.into_stream());
+            choices.push(Choice::start(backend.clone(), job.clone(), index, permit.clone()).await?.into_stream());
         }
         Ok(stream::select_all(choices).boxed())
     }

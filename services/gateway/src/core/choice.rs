@@ -1,5 +1,5 @@
 //! One choice under way: its tokens become text, and when its replica fails it goes on at another.
-use super::answer::{Core, Piece, PieceStream};
+use super::answer::{Backend, Piece, PieceStream};
 use super::deadline;
 use super::job::Job;
 use super::place::{Placed, seek};
@@ -12,7 +12,8 @@ use moesaic_types::{Delta, Error, ErrorCode, FinishReason, ReplicaId, Result, To
 use std::sync::Arc;
 
 pub(super) struct Choice {
-    core: Arc<Core>,
+    /// As it was when the choice began: another model must not go on with it.
+    backend: Arc<Backend>,
     job: Arc<Job>,
     index: usize,
     placed: Placed,
@@ -27,12 +28,12 @@ pub(super) struct Choice {
 
 impl Choice {
     /// Returns when a replica has accepted the choice.
-    pub(super) async fn start(core: Arc<Core>, job: Arc<Job>, index: usize, permit: Arc<Permit>) -> Result<Self> {
+    pub(super) async fn start(backend: Arc<Backend>, job: Arc<Job>, index: usize, permit: Arc<Permit>) -> Result<Self> {
         let text = Assembler::new(&job);
         let mut failed = Vec::new();
-        let placed = seek(&core, &job, index, &[], &mut failed, None).await?;
+        let placed = seek(&backend, &job, index, &[], &mut failed, None).await?;
         let (emitted, cached, done) = (Vec::new(), None, false);
-        Ok(Self { core, job, index, placed, failed, emitted, cached, text, done, _permit: permit })
+        Ok(Self { backend, job, index, placed, failed, emitted, cached, text, done, _permit: permit })
     }
 
     pub(super) fn into_stream(self) -> PieceStream {
@@ -74,7 +75,7 @@ impl Choice {
         tracing::warn!(id = %self.job.id, %from, %error, "replica failed; going on elsewhere");
         self.failed.push(from.clone());
         let earlier = Some((&self.placed.attempt, error));
-        let placed = seek(&self.core, &self.job, self.index, &self.emitted, &mut self.failed, earlier).await?;
+        let placed = seek(&self.backend, &self.job, self.index, &self.emitted, &mut self.failed, earlier).await?;
         metrics::counter!(MIGRATIONS_TOTAL).increment(1);
         self.placed = placed;
         Ok(())

@@ -1,5 +1,5 @@
 //! Finds a replica for a choice and hands the choice to it.
-use super::answer::Core;
+use super::answer::Backend;
 use super::deadline;
 use super::job::Job;
 use moesaic_telemetry::propagation;
@@ -28,7 +28,7 @@ impl Placed {
 /// Tries replicas until one accepts; those that do not are added to `failed`. Where none does, the failure of the
 /// `earlier` attempt is told: it says more than that nobody is left.
 pub(super) async fn seek(
-    core: &Core,
+    backend: &Backend,
     job: &Job,
     index: usize,
     emitted: &[TokenId],
@@ -39,7 +39,7 @@ pub(super) async fn seek(
         Some((attempt, error)) => (Some(attempt.clone()), Some(error)),
         None => (None, None),
     };
-    while failed.len() < core.config.attempts {
+    while failed.len() < backend.attempts {
         let attempt = tracing::info_span!(
             parent: &job.span,
             "attempt",
@@ -51,7 +51,7 @@ pub(super) async fn seek(
         if let Some(earlier) = &linked {
             propagation::link(&attempt, earlier);
         }
-        let sent = send(core, job, index, emitted, failed, attempt.clone()).instrument(attempt.clone());
+        let sent = send(backend, job, index, emitted, failed, attempt.clone()).instrument(attempt.clone());
         match deadline::by(job.deadline, sent).await? {
             Ok(placed) => return Ok(placed),
             Err((Some(replica), error)) if elsewhere(&error) => {
@@ -75,14 +75,13 @@ fn elsewhere(error: &Error) -> bool {
 
 /// Places and sends a choice; an error comes with the replica that gave it, if it was one.
 async fn send(
-    core: &Core,
+    backend: &Backend,
     job: &Job,
     index: usize,
     emitted: &[TokenId],
     failed: &[ReplicaId],
     attempt: Span,
 ) -> Result<Placed, (Option<ReplicaId>, Error)> {
-    let backend = core.backend().map_err(|error| (None, error))?;
     let prompt: Arc<[TokenId]> = match emitted {
         [] => job.prompt.clone(),
         _ => job.prompt.iter().chain(emitted).copied().collect(),

@@ -41,7 +41,7 @@ pub fn model() -> ServedModel {
         vocab: tokenizer.vocab_size(),
         eos: vec![2],
         tokenizer,
-        template: Some(ChatTemplate::open(&demo()).unwrap()),
+        template: Some(Arc::new(ChatTemplate::open(&demo()).unwrap())),
         defaults: GenerationConfig::open(&demo()).unwrap(),
         hasher: BlockHasher::new(&Digest::of(b"m"), WeightFormat::F32, KvFormat::F32, None),
     }

@@ -19,6 +19,9 @@ pub struct Sources {
     pub env: Vec<(String, String)>,
     /// Dotted keys with their values as text, from flags.
     pub overrides: Vec<(String, String)>,
+    /// Sections that others read: a file and the environment may be shared, so what these set there is passed over,
+    /// unless the configuration has such a section itself.
+    pub others: &'static [&'static str],
 }
 
 impl Sources {
@@ -27,7 +30,7 @@ impl Sources {
         // A variable that is no Unicode cannot be one of ours; its value would be refused by any key.
         let env = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
         let env = env.map(|(name, value)| (name, value.to_string_lossy().into_owned())).collect();
-        Self { file, required_file, env, overrides: Vec::new() }
+        Self { file, required_file, env, overrides: Vec::new(), others: &[] }
     }
 }
 
@@ -38,7 +41,8 @@ pub fn load<T: Serialize + DeserializeOwned + Default>(sources: &Sources) -> Res
         source_name: "defaults".into(),
         reason: error.to_string(),
     })?;
-    let mut layers = Layers { defaults: &defaults, entries: Vec::new(), origins: BTreeMap::new() };
+    let others = sources.others;
+    let mut layers = Layers { defaults: &defaults, others, entries: Vec::new(), origins: BTreeMap::new() };
     layers.add_standard_variables(&sources.env)?;
     if let Some(path) = &sources.file {
         layers.add_file(path, sources.required_file)?;
@@ -55,6 +59,7 @@ pub fn dump<T: Serialize>(config: &T) -> String {
 
 struct Layers<'a> {
     defaults: &'a Json,
+    others: &'a [&'a str],
     /// Dotted keys in the order in which they are set.
     entries: Vec<(String, Value)>,
     /// Who set a key last.
@@ -74,6 +79,12 @@ impl Layers<'_> {
                 nearest: keys::nearest(self.defaults, key),
             }),
         }
+    }
+
+    /// Whether somebody else reads this key.
+    fn is_others(&self, key: &str) -> bool {
+        let section = key.split('.').next().unwrap_or_default();
+        self.others.contains(&section) && keys::find(self.defaults, &[section]) == Key::Unknown
     }
 
     fn add_text(&mut self, key: String, value: &str, origin: String) -> Result<(), Error> {
@@ -102,6 +113,9 @@ impl Layers<'_> {
         for (name, value) in env {
             if let Some(rest) = name.strip_prefix(ENV_PREFIX) {
                 let key = rest.split("__").map(str::to_ascii_lowercase).collect::<Vec<_>>().join(".");
+                if self.is_others(&key) {
+                    continue;
+                }
                 self.add_text(key, value, format!("variable {name}"))?;
             }
         }
@@ -127,6 +141,9 @@ impl Layers<'_> {
         let mut keys: Vec<_> = table.into_iter().collect();
         keys.sort_by(|a, b| a.0.cmp(&b.0));
         for (key, value) in keys {
+            if self.is_others(&key) {
+                continue;
+            }
             self.check(&key, &value, &origin)?;
             self.entries.push((key, value));
         }
@@ -152,7 +169,7 @@ impl Layers<'_> {
     }
 
     fn read<T: DeserializeOwned>(self) -> Result<T, Error> {
-        let Self { defaults, entries, origins } = self;
+        let Self { defaults, entries, origins, .. } = self;
         let origin = "defaults".to_owned();
         let base = defaults.as_object().into_iter().flatten();
         let base = base.map(|(key, value)| (key.clone(), Value::new(Some(&origin), text::from_json(value, &origin))));

@@ -152,6 +152,22 @@ fn an_unknown_key_is_named_with_the_nearest_and_its_source() {
 }
 
 #[test]
+fn what_others_read_is_passed_over_but_for_flags_and_own_sections() {
+    let (_file, mut sources) = file("[router]\nany = 1\n[gateway]\nhttp_port = 1\n");
+    assert!(load::<Config>(&sources).unwrap_err().to_string().contains("unknown key 'router'"));
+    sources.others = &["router", "gateway"];
+    sources.env = env(&[("MOESAIC__ROUTER__ANY", "2"), ("MOESAIC__GATEWAY__GRPC_PORT", "2")]).env;
+    let gateway = load::<Config>(&sources).unwrap().gateway;
+    assert_eq!((gateway.http_port, gateway.grpc_port), (1, 2));
+    for wrong in ["[gateway]\nany = 1\n", "[rooter]\nany = 1\n"] {
+        let (_file, strict) = file(wrong);
+        assert!(load::<Config>(&Sources { others: sources.others, ..strict }).is_err(), "{wrong}");
+    }
+    sources.overrides = vec![("router.any".into(), "3".into())];
+    assert!(load::<Config>(&sources).unwrap_err().to_string().contains("router.any"));
+}
+
+#[test]
 fn a_wrong_value_names_its_key_and_source() {
     for (name, value, key, part) in [
         ("MOESAIC__GATEWAY__HTTP_PORT", "abc", "gateway.http_port", "abc"),

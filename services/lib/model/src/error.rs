@@ -67,5 +67,15 @@ pub enum Error {
     },
 }
 
+impl From<Error> for moesaic_types::Error {
+    /// Inside a service, all of these but lost experts need a person.
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Experts { .. } => Self::unavailable(error.to_string()),
+            _ => Self::internal(error.to_string()),
+        }
+    }
+}
+
 /// Shorthand.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -7,7 +7,9 @@
 
 pub mod backend;
 pub mod chat;
+pub mod config;
 pub mod decoder;
+pub mod demo;
 pub mod error;
 pub mod expert_pool;
 pub mod gate;
@@ -21,6 +23,7 @@ pub mod spec;
 pub mod tokenizer;
 
 pub use backend::BackendKind;
+pub use config::ModelConfig;
 pub use decoder::{LoadOptions, load};
 pub use error::{Error, Result};
 pub use runner::{LogitsWanted, Runner, SequenceChunk};

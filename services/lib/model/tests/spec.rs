@@ -1,6 +1,9 @@
 //! Reading configurations: both forms, every option's bounds, and errors that name the file and the key.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
-use moesaic_model::spec::{Attention, Ffn, GatePolicy, ModelSpec, Position, RopeScaling, alibi_slopes, from_config};
+use moesaic_model::source;
+use moesaic_model::spec::{
+    self, Attention, Ffn, GatePolicy, ModelSpec, Position, RopeScaling, alibi_slopes, from_config,
+};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -204,4 +207,23 @@ fn slopes_of_six_heads_are_those_of_four_and_every_second_of_eight() {
     let expected = [0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125];
     assert_eq!(alibi_slopes(6), expected);
     assert_eq!(alibi_slopes(1), [1.0 / 256.0]);
+}
+
+#[test]
+fn the_text_side_needs_no_weights_and_its_digest_follows_tokenizer_and_configuration() {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../deploy/models/demo-moe");
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "tokenizer.json"] {
+        std::fs::copy(from.join(name), folder.path().join(name)).unwrap();
+    }
+    let whole = spec::read(&from, &*source::open(&from).unwrap()).unwrap();
+    assert_eq!(spec::read_text_side(folder.path()).unwrap(), whole);
+    let digest = source::text_digest(&from).unwrap();
+    assert_eq!(source::text_digest(folder.path()).unwrap(), digest);
+    for name in ["config.json", "tokenizer.json"] {
+        let text = std::fs::read_to_string(from.join(name)).unwrap();
+        std::fs::write(folder.path().join(name), format!("{text} ")).unwrap();
+        assert_ne!(source::text_digest(folder.path()).unwrap(), digest, "{name}");
+        std::fs::write(folder.path().join(name), text).unwrap();
+    }
 }

@@ -4,6 +4,7 @@ use moesaic_config::{HumanDuration, Secret};
 use moesaic_types::cluster::{Service, Socket};
 use moesaic_types::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -23,8 +24,8 @@ pub struct ClusterConfig {
     pub lease: HumanDuration,
     /// This process's name among those of its service, the same over restarts; empty: the host's name and the port.
     pub id: String,
-    /// Where peers reach this process's gRPC, `http://host:port`; empty: the host's name and the port that it listens
-    /// on.
+    /// Where peers reach this process's gRPC, `http://host:port`; empty: the address that it listens on, with the host's
+    /// name where it listens on all.
     pub advertise: String,
     /// A folder for this process's Unix socket, by which peers on the same host reach it; without one they use TCP.
     pub socket_folder: Option<PathBuf>,
@@ -94,9 +95,15 @@ impl ClusterConfig {
         if self.id.is_empty() { format!("{}-{port}", host::name()) } else { self.id.clone() }
     }
 
-    /// The address that is in force for a process that listens on `port`.
-    pub fn address_of(&self, port: u16) -> String {
-        if self.advertise.is_empty() { format!("http://{}:{port}", host::name()) } else { self.advertise.clone() }
+    /// The address that is in force for a process that listens on `listening`.
+    pub fn address_of(&self, listening: SocketAddr) -> String {
+        if !self.advertise.is_empty() {
+            self.advertise.clone()
+        } else if listening.ip().is_unspecified() {
+            format!("http://{}:{}", host::name(), listening.port())
+        } else {
+            format!("http://{listening}")
+        }
     }
 
     /// Where a process that listens on `port` makes its Unix socket; `None` where it has none, or no host to name.
@@ -172,7 +179,11 @@ mod tests {
     fn names_that_are_not_set_are_made_from_the_host_and_the_port() {
         let config = ClusterConfig::default();
         assert!(config.id_of(9020).ends_with("-9020"));
-        assert!(is_address(&config.address_of(9020)), "{}", config.address_of(9020));
+        let on = |listening: &str| config.address_of(listening.parse().unwrap());
+        assert_eq!(on("127.0.0.1:9020"), "http://127.0.0.1:9020");
+        for (listening, end) in [("0.0.0.0:9020", ":9020"), ("[::1]:9020", "[::1]:9020"), ("[::]:9020", ":9020")] {
+            assert!(is_address(&on(listening)) && on(listening).ends_with(end), "{}", on(listening));
+        }
         assert_eq!(config.socket_of(Service::Scheduler, 9020), None);
         let set = ClusterConfig {
             id: "s0".into(),
@@ -180,7 +191,10 @@ mod tests {
             socket_folder: Some("/run/moesaic".into()),
             ..config
         };
-        assert_eq!((set.id_of(1).as_str(), set.address_of(1).as_str()), ("s0", "http://10.0.0.1:9"));
+        assert_eq!(
+            (set.id_of(1).as_str(), set.address_of(([0, 0, 0, 0], 1).into()).as_str()),
+            ("s0", "http://10.0.0.1:9")
+        );
         let socket = set.socket_of(Service::Scheduler, 9020).unwrap();
         assert_eq!(socket.path, PathBuf::from("/run/moesaic/moesaic-scheduler-9020.sock"));
     }

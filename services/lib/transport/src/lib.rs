@@ -21,7 +21,7 @@ pub use channel::channel;
 pub use config::ClusterConfig;
 pub use experts::{ExpertsOptions, RemoteExperts};
 pub use file_queue::FileQueue;
-pub use grpc::{GrpcPlacer, GrpcReplica};
+pub use grpc::{GrpcPlacer, GrpcPrefixStore, GrpcReplica};
 pub use membership::{Directory, Registration};
 pub use memory::{MemoryBus, MemoryMetadata};
 pub use nats::{JetStreamQueue, JobLimits, Nats, NatsBus};

@@ -1,5 +1,5 @@
 //! Who is in the cluster, and which experts are where: the records that stand in the metadata.
-use crate::{Digest, KvFormat, WeightFormat};
+use crate::{BlockHasher, Digest, KvFormat, WeightFormat};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -98,7 +98,7 @@ pub enum Role {
 /// A model as it is served: equal ones give equal blocks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServedAs {
-    /// Of the weights.
+    /// Of the weights, and of what else decides what is in a block but the formats.
     pub digest: Digest,
     /// How weights are held; `None`: as they are stored.
     pub weights: Option<WeightFormat>,
@@ -106,11 +106,20 @@ pub struct ServedAs {
     pub kv: KvFormat,
 }
 
+impl ServedAs {
+    /// Names the blocks of the model as it is served.
+    pub fn hasher(&self) -> BlockHasher {
+        BlockHasher::new(&self.digest, self.weights.unwrap_or_default(), self.kv, None)
+    }
+}
+
 /// A scheduler that takes requests.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplicaInfo {
     /// The model.
     pub model: ServedAs,
+    /// Of its configuration and tokenizer: a gateway with the same gives tokens the same meaning.
+    pub text: Digest,
     /// The longest context that it can hold, in tokens.
     pub max_context: usize,
 }

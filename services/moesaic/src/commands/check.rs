@@ -1,7 +1,8 @@
 //! `moesaic check`: reference outputs against this build.
-use crate::args::{self, BackendName, ModelArgs};
+use crate::args::{self, ModelArgs};
 use crate::commands::load_runner;
 use anyhow::{Context, Result, bail};
+use moesaic_model::BackendKind;
 use moesaic_model::golden::{self, Golden, Variant};
 use moesaic_types::{KvFormat, WeightFormat};
 use std::process::ExitCode;
@@ -33,9 +34,9 @@ fn as_variant(model: &ModelArgs, variant: Variant) -> ModelArgs {
         Variant::Judged => model.clone(),
         Variant::Plain => {
             // either backend computes in f32 with the values that the rounded weights stand for
-            let other = match model.backend.unwrap_or(BackendName::Native) {
-                BackendName::Native => BackendName::Candle,
-                BackendName::Candle => BackendName::Native,
+            let other = match model.backend.unwrap_or(BackendKind::Native) {
+                BackendKind::Native => BackendKind::Candle,
+                BackendKind::Candle => BackendKind::Native,
             };
             ModelArgs { backend: Some(other), ..exact }
         }

@@ -15,7 +15,7 @@ pub fn dump(config: &config::Config, service: Option<&str>) -> Result<String> {
     let key = name.replace('-', "_");
     let value = serde_json::to_value(config)?;
     let section = value.get(&key).with_context(|| {
-        format!("--service {name}: use model, gateway, router, scheduler, expert_shard, kv_store or telemetry")
+        format!("--service {name}: use model, gateway, router, scheduler, expert_shard, kv_store, cluster or telemetry")
     })?;
     Ok(moesaic_config::dump(&serde_json::json!({ key: section })))
 }

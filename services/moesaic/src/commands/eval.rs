@@ -2,8 +2,9 @@
 //!
 //! `mixed_eval.jsonl` gives the perplexity of the reference answers; `aml_eval.jsonl`, `extract_eval.jsonl` and
 //! `arith_eval.jsonl` give the share of greedy answers that are right.
-use crate::{args, commands::load_runner, demo};
+use crate::{args, commands::load_runner};
 use anyhow::{Context, Result, ensure};
+use moesaic_model::demo;
 use moesaic_model::generation_config::end_tokens;
 use moesaic_model::{LogitsWanted, Runner, SequenceChunk, chat::ChatTemplate, tokenizer::Tokenizer};
 use moesaic_types::BLOCK_TOKENS;

@@ -7,10 +7,10 @@ mod eval;
 mod quantize;
 mod up;
 
-use crate::args::{Args, BackendName, Command, ModelArgs};
-use crate::{demo, progress::Bar};
+use crate::args::{Args, Command, ModelArgs};
+use crate::progress::Bar;
 use anyhow::{Context, Result};
-use moesaic_model::{Runner, backend::BackendKind};
+use moesaic_model::{Runner, demo};
 use std::process::ExitCode;
 
 /// Runs the command; the exit status is the command's.
@@ -31,15 +31,6 @@ pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-impl From<BackendName> for BackendKind {
-    fn from(name: BackendName) -> Self {
-        match name {
-            BackendName::Native => Self::Native,
-            BackendName::Candle => Self::Candle,
-        }
-    }
-}
-
 /// Loads a model for the tools that drive it step by step.
 fn load_runner(args: &ModelArgs) -> Result<Box<dyn Runner>> {
     let path = match &args.model {
@@ -53,7 +44,7 @@ fn load_runner(args: &ModelArgs) -> Result<Box<dyn Runner>> {
         threads: args.threads.unwrap_or_else(default_threads),
         progress: Some(&|p| bar.layers(p)),
     };
-    let kind = args.backend.unwrap_or(BackendName::Native).into();
+    let kind = args.backend.unwrap_or_default();
     let runner = moesaic_model::load(&path, kind, &options).with_context(|| format!("load {}", path.display()))?;
     bar.finish();
     Ok(runner)

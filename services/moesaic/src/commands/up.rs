@@ -46,7 +46,7 @@ async fn serve(config: config::Config) -> Result<()> {
         services = loading => services?,
         signal = &mut doors => return signal.map(|_| ()),
     };
-    if let [model] = core.models() {
+    if let [model] = &core.models()[..] {
         tracing::info!(model = model.id, max_context = model.max_context, "ready: http://{http}/v1, grpc {grpc}");
     }
     let mut terminate = tokio::select! {

@@ -14,10 +14,12 @@ pub use matrix::{FfnMatrices, Matrix, ReadCodes, ReadRow, TensorSlice, kernel_fo
 use crate::spec::Norm;
 use crate::{Error, Result};
 use moesaic_types::{KvFormat, Routing};
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// Which backend runs a model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum BackendKind {
     /// The CPU kernels of `moesaic-kernels`.
     #[default]

@@ -136,6 +136,23 @@ pub fn digest(source: &dyn WeightSource) -> Result<Digest> {
     Ok(digest)
 }
 
+/// A digest of what tokens mean to a model at a path: its configuration and its tokenizer. Needs no weights.
+///
+/// # Errors
+/// `Io`, naming the file; what a GGUF file's reading says.
+pub fn text_digest(path: &Path) -> Result<Digest> {
+    if !path.is_dir() {
+        return Ok(Digest::of(gguf::GgufSource::open(path)?.metadata().to_json().to_string().as_bytes()));
+    }
+    let mut parts = Vec::new();
+    for name in ["config.json", "tokenizer.json"] {
+        let path = path.join(name);
+        let bytes = std::fs::read(&path).map_err(|source| Error::Io { path, source })?;
+        parts.extend_from_slice(&Digest::of(&bytes).0);
+    }
+    Ok(Digest::of(&parts))
+}
+
 pub(crate) fn corrupt(path: &Path, reason: impl Into<String>) -> Error {
     Error::Corrupt { path: path.to_owned(), reason: reason.into() }
 }

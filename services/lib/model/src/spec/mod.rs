@@ -16,7 +16,7 @@ pub use names::{ExpertNames, Names};
 pub use rope::{Rope, RopeScaling};
 
 use crate::Result;
-use crate::source::WeightSource;
+use crate::source::{self, WeightSource};
 use std::path::Path;
 
 /// Reads the architecture of a Hugging Face folder, or of a GGUF file that `source` has open.
@@ -31,6 +31,11 @@ pub fn read(path: &Path, source: &dyn WeightSource) -> Result<ModelSpec> {
         spec.names = bare;
     }
     Ok(spec)
+}
+
+/// Reads the architecture without opening the weights of a folder, for who has none.
+pub fn read_text_side(path: &Path) -> Result<ModelSpec> {
+    if path.is_dir() { read_folder(path) } else { read(path, &*source::open(path)?) }
 }
 
 /// A model's architecture.

@@ -6,7 +6,18 @@ use std::net::TcpListener;
 ///
 /// It lies below the range that the system gives to clients: else a client that connects to it again and again while
 /// its server is down would in time be given that very port, and be connected with itself.
+///
+/// # Panics
+/// When there is none.
 pub fn free() -> u16 {
+    free_with(&[])
+}
+
+/// The same, with the ports that lie so many above it.
+///
+/// # Panics
+/// When there are none.
+pub fn free_with(offsets: &[u16]) -> u16 {
     let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
     let first_of_clients = range.split_whitespace().next().and_then(|first| first.parse().ok()).unwrap_or(32_768_u64);
     let first = 10_000_u64;
@@ -14,7 +25,8 @@ pub fn free() -> u16 {
     for attempt in 0..10_000_u64 {
         let count = first_of_clients.saturating_sub(first).max(1_000);
         let port = u16::try_from(first + random.hash_one(attempt) % count).expect("below the clients' range");
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        let is_free = |offset: &u16| TcpListener::bind(("127.0.0.1", port + offset)).is_ok();
+        if is_free(&0) && offsets.iter().all(is_free) {
             return port;
         }
     }

@@ -1,10 +1,12 @@
 //! The boundaries between services over gRPC: clients that implement a trait, and services that serve one.
 mod answers;
 mod placer;
+mod prefix;
 mod replica;
 mod routers;
 
 pub use placer::{GrpcPlacer, PlacerService, placer_service};
+pub use prefix::{GrpcPrefixStore, PrefixService, prefix_service};
 pub use replica::{GrpcReplica, ReplicaService, replica_service};
 pub use routers::Routers;
 

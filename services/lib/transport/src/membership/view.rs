@@ -1,5 +1,6 @@
 //! What is known of a service's members, and how it changes with what is read: without a clock or a server.
 use super::record::{Change, MembershipEvent, Record};
+use moesaic_types::Error;
 use moesaic_types::cluster::MemberState;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,6 +20,16 @@ impl View {
     /// A member.
     pub fn get(&self, id: &str) -> Option<&Record> {
         self.members.get(id)
+    }
+
+    /// An error that members are missing, with the reason where it may lie in what we know.
+    pub fn explain(&self, error: Error) -> Error {
+        if !self.is_stale {
+            return error;
+        }
+        let message =
+            format!("{}; redis (cluster.redis_url) was not read just now, so others may be there", error.message);
+        Error { message, ..error }
     }
 
     /// Members that take work, by id.
@@ -182,6 +193,13 @@ mod tests {
         assert_eq!(known.view().get("a").map(|a| a.member.generation), Some(5));
         known.told(event(Change::Left, 5));
         assert_eq!(ids(&known), names(&[]));
+    }
+
+    #[test]
+    fn a_stale_view_explains_who_is_missing() {
+        let missing = Error::unavailable("no replica is ready");
+        assert!(View { is_stale: true, ..View::default() }.explain(missing.clone()).message.contains("redis"));
+        assert_eq!(View::default().explain(missing.clone()), missing);
     }
 
     #[test]

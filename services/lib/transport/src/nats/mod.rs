@@ -11,7 +11,7 @@ pub use bus::NatsBus;
 pub use jobs::{JetStreamQueue, JobLimits, dead_letters};
 
 use async_nats::connection::State;
-use async_nats::{Client, ConnectOptions, ServerAddr};
+use async_nats::{Client, ConnectOptions, Event, ServerAddr};
 use moesaic_types::{Error, ErrorCode, Result};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
@@ -60,7 +60,8 @@ impl Nats {
             .request_timeout(Some(DEADLINE))
             .client_capacity(COMMANDS)
             .subscription_capacity(MESSAGES)
-            .reconnect_delay_callback(pause);
+            .reconnect_delay_callback(pause)
+            .event_callback(tell);
         let refused = |error: async_nats::ConnectError| invalid(&error.kind().to_string());
         let client = options.connect(servers).await.map_err(refused)?;
         Ok(Self { client, address: hosts.join(",").into() })
@@ -96,6 +97,14 @@ impl Nats {
         timeout(DEADLINE, connected)
             .await
             .unwrap_or_else(|_| Err(self.unavailable(format!("no answer within {DEADLINE:?}"))))
+    }
+}
+
+/// The log hears of a connection that is lost or made; not of each attempt, which may go on for days.
+async fn tell(event: Event) {
+    match event {
+        Event::Connected | Event::Disconnected => tracing::info!(%event, "nats"),
+        event => tracing::debug!(%event, "nats"),
     }
 }
 

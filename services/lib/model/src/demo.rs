@@ -1,11 +1,15 @@
 //! Finds the demo model, which is served where no model is named.
-use anyhow::{Result, bail};
+use crate::{Error, Result};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 const FOLDER: &str = "deploy/models/demo-moe";
 
 /// The demo model's folder: under the working folder or one of its parents, beside the binary (a build tree, or an
 /// installation's `share/moesaic`).
+///
+/// # Errors
+/// `Io`, saying how to name a model, when it is not there.
 pub fn find() -> Result<PathBuf> {
     let here = std::env::current_dir().ok();
     let binary = std::env::current_exe().ok();
@@ -21,10 +25,11 @@ pub fn find() -> Result<PathBuf> {
             }
         }
     }
-    bail!(
-        "the demo model is not here (looked for {FOLDER} from {} up); name a model with --model DIR|FILE.gguf",
-        tried.first().map(|p| p.display().to_string()).unwrap_or_default()
-    )
+    let path = tried.into_iter().next().unwrap_or_else(|| FOLDER.into());
+    let reason = format!(
+        "the demo model is not here (looked for {FOLDER} from there up); name a model: --model DIR|FILE.gguf, or model.path"
+    );
+    Err(Error::Io { path, source: std::io::Error::new(ErrorKind::NotFound, reason) })
 }
 
 fn is_model(folder: &Path) -> bool {

@@ -1,0 +1,41 @@
+//! A process's connections to the cluster's servers.
+use moesaic_transport::{ClusterConfig, Directory, Nats, NatsBus, RedisMetadata};
+use moesaic_types::Result;
+use moesaic_types::boundary::{EventBus, Metadata};
+use moesaic_types::cluster::Service;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What a service needs to find the others; cheap to clone. Neither Redis nor NATS must be there for it to be made.
+#[derive(Clone)]
+pub struct Cluster {
+    /// Small shared state.
+    pub metadata: Arc<dyn Metadata>,
+    /// Events.
+    pub events: Arc<dyn EventBus>,
+    /// This process's name among those of its service.
+    pub id: Arc<str>,
+    /// A member that was not heard of for so long is gone.
+    pub lease: Duration,
+    nats: Nats,
+}
+
+impl Cluster {
+    pub(crate) async fn connect(config: &ClusterConfig, service: Service, port: u16) -> Result<Self> {
+        let id: Arc<str> = config.id_of(port).into();
+        let metadata = Arc::new(RedisMetadata::connect(config.redis(), &config.key_prefix)?);
+        let nats = Nats::connect(config.nats(), &format!("moesaic-{service} {id}")).await?;
+        let events = Arc::new(NatsBus::new(nats.clone()));
+        Ok(Self { metadata, events, id, lease: config.lease.get(), nats })
+    }
+
+    /// Watches the members of a service.
+    pub fn directory(&self, service: Service) -> Directory {
+        Directory::start(Arc::clone(&self.metadata), Arc::clone(&self.events), service, self.lease)
+    }
+
+    /// Whether NATS is connected, as far as is known.
+    pub fn hears_events(&self) -> bool {
+        self.nats.is_connected()
+    }
+}

@@ -1,0 +1,199 @@
+//! The scheduler as a process: it loads the model, then answers over gRPC.
+use crate::app::Scheduler;
+use crate::config::Config;
+use crate::model::{OwnExperts, runner_factory};
+use crate::vocabulary::Vocabulary;
+use futures::future::{BoxFuture, FutureExt};
+use moesaic_model::ModelConfig;
+use moesaic_model::config::Found;
+use moesaic_model::decoder::{Part, Progress};
+use moesaic_model::generation_config::end_tokens;
+use moesaic_model::source::text_digest;
+use moesaic_model::tokenizer::Tokenizer;
+use moesaic_service::{Cluster, Doors, Process};
+use moesaic_telemetry::TelemetryConfig;
+use moesaic_transport::grpc::replica_service;
+use moesaic_transport::{ClusterConfig, serve};
+use moesaic_types::boundary::{DeltaStream, Replica, ReplicaLoad};
+use moesaic_types::cluster::{ReplicaInfo, Role, Service};
+use moesaic_types::{Digest, Error, GenerateRequest, RequestId, Result};
+use serde::{Deserialize, Serialize};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+use tonic::service::Routes;
+
+/// The sections that a scheduler reads.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Which model, and how it runs.
+    pub model: ModelConfig,
+    /// The engine.
+    pub scheduler: Config,
+    /// Redis, NATS, and this process's name.
+    pub cluster: ClusterConfig,
+    /// Logs and traces.
+    pub telemetry: TelemetryConfig,
+}
+
+impl moesaic_service::Settings for Settings {
+    fn validate(&self) -> Result<()> {
+        self.scheduler.validate()
+    }
+
+    fn cluster(&self) -> &ClusterConfig {
+        &self.cluster
+    }
+
+    fn telemetry(&self) -> &TelemetryConfig {
+        &self.telemetry
+    }
+
+    fn grpc(&self) -> (&'static str, &str) {
+        ("scheduler.grpc", &self.scheduler.grpc)
+    }
+
+    fn drain_timeout(&self) -> Duration {
+        self.scheduler.drain_timeout.get()
+    }
+}
+
+/// A scheduler's process.
+pub struct SchedulerProcess {
+    settings: Settings,
+    cluster: Cluster,
+    replica: Arc<Late>,
+    loading: watch::Sender<Option<Progress>>,
+}
+
+/// The replica, which is there once the model is loaded.
+#[derive(Default)]
+struct Late(OnceLock<Arc<Scheduler>>);
+
+impl Late {
+    fn get(&self) -> Result<&Arc<Scheduler>> {
+        self.0.get().ok_or_else(|| Error::unavailable("the model is being loaded; send the request to another replica"))
+    }
+}
+
+impl Replica for Late {
+    fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<DeltaStream>> {
+        async move { self.get()?.generate(request).await }.boxed()
+    }
+
+    fn enough(&self, id: &RequestId) {
+        if let Ok(scheduler) = self.get() {
+            scheduler.enough(id);
+        }
+    }
+
+    fn load(&self) -> BoxFuture<'_, Result<ReplicaLoad>> {
+        async move { self.get()?.load().await }.boxed()
+    }
+}
+
+impl Process for SchedulerProcess {
+    const SERVICE: Service = Service::Scheduler;
+    type Settings = Settings;
+
+    async fn new(settings: Settings, cluster: Cluster) -> Result<Self> {
+        Ok(Self { settings, cluster, replica: Arc::default(), loading: watch::Sender::default() })
+    }
+
+    async fn serve(self: Arc<Self>, doors: Doors, stop: watch::Receiver<bool>) -> Result<()> {
+        let routes = Routes::new(replica_service(Arc::clone(&self.replica)));
+        serve(routes, doors.listener, doors.socket, stop).await
+    }
+
+    async fn prepare(self: Arc<Self>) -> Result<Role> {
+        let Settings { model, scheduler: config, .. } = self.settings.clone();
+        let looking = model.clone();
+        let looked = tokio::task::spawn_blocking(move || Looked::at(&looking)).await;
+        let Looked { found, text, vocabulary } =
+            looked.map_err(|error| Error::internal(format!("open the model: {error}")))??;
+        let config = Config { replica: self.cluster.id.to_string(), model_name: model.name_of(&found.path), ..config };
+        let loading = self.loading.clone();
+        let report = Arc::new(move |progress: Progress| {
+            loading.send_replace(Some(progress));
+        });
+        let factory = runner_factory(found.path, model, OwnExperts, report);
+        let events = Arc::clone(&self.cluster.events);
+        let hasher = found.served_as.hasher();
+        let scheduler = Scheduler::start(config, factory, vocabulary, hasher, None, Some(events)).await?;
+        let max_context = scheduler.info()?.max_context;
+        self.replica.0.get_or_init(|| scheduler);
+        Ok(Role::Replica(ReplicaInfo { model: found.served_as, text, max_context }))
+    }
+
+    async fn ready(&self) -> Result<()> {
+        match self.replica.0.get() {
+            Some(scheduler) => scheduler.ready(),
+            None => Err(Error::unavailable(how_far(*self.loading.borrow()))),
+        }
+    }
+
+    fn live(&self) -> Result<()> {
+        self.replica.0.get().map_or(Ok(()), |scheduler| scheduler.live())
+    }
+
+    async fn load(&self) -> Option<ReplicaLoad> {
+        self.replica.load().await.ok()
+    }
+
+    async fn drain(&self, deadline: Instant) -> bool {
+        match self.replica.0.get() {
+            Some(scheduler) => scheduler.drain(deadline).await,
+            None => true,
+        }
+    }
+}
+
+/// What is known of the model before it is loaded.
+struct Looked {
+    found: Found,
+    text: Digest,
+    vocabulary: Vocabulary,
+}
+
+impl Looked {
+    fn at(model: &ModelConfig) -> moesaic_model::Result<Self> {
+        let found = model.look()?;
+        let tokenizer = Tokenizer::open(&found.path)?;
+        let eos = end_tokens(&found.path, found.spec.vocab, &tokenizer)?;
+        let text = text_digest(&found.path)?;
+        let vocabulary = Vocabulary::new(&tokenizer, found.spec.vocab, eos);
+        Ok(Self { found, text, vocabulary })
+    }
+}
+
+fn how_far(progress: Option<Progress>) -> String {
+    match progress {
+        None => "the model is being opened".into(),
+        Some(Progress { part, layers_done, layers_total }) => {
+            let what = match part {
+                Part::Decoder => "layers",
+                Part::Experts => "experts of layers",
+            };
+            format!("the model is being loaded: {what} {layers_done} of {layers_total}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loading_says_how_far_it_is() {
+        assert!(how_far(None).contains("opened"));
+        let progress = Progress { part: Part::Experts, layers_done: 3, layers_total: 24 };
+        assert!(how_far(Some(progress)).ends_with("experts of layers 3 of 24"));
+    }
+
+    #[tokio::test]
+    async fn a_replica_that_is_not_loaded_refuses_so_that_others_are_asked() {
+        let error = Late::default().load().await.unwrap_err();
+        assert_eq!(error.code, moesaic_types::ErrorCode::Unavailable);
+    }
+}

@@ -1,4 +1,5 @@
 //! The `[expert_shard]` section.
+use moesaic_config::HumanDuration;
 use moesaic_types::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -6,6 +7,16 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
+    /// Address of the shard's own process; its /metrics, /live and /ready are 1000 ports above.
+    pub grpc: String,
+    /// How long answers that schedulers wait for may take after the signal to stop; 0s..=24h.
+    pub drain_timeout: HumanDuration,
+    /// The expert-parallel group that it is in; shards of one group hold slices of the same experts. 0..=4095.
+    pub group: usize,
+    /// Which slice of each expert it holds, below `ranks`.
+    pub rank: usize,
+    /// Slices that each expert is cut into (tensor parallelism); 1..=64.
+    pub ranks: usize,
     /// Windows of expert load that are kept for placement; 1..=1000. A window ends when the load is asked for.
     pub load_windows: usize,
     /// Messages that the control actor holds at most; 1..=65536.
@@ -18,7 +29,17 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { load_windows: 8, mailbox: 64, queue: 256, max_batch_tokens: 8192 }
+        Self {
+            grpc: "127.0.0.1:9030".into(),
+            drain_timeout: HumanDuration::from_secs(30),
+            group: 0,
+            rank: 0,
+            ranks: 1,
+            load_windows: 8,
+            mailbox: 64,
+            queue: 256,
+            max_batch_tokens: 8192,
+        }
     }
 }
 
@@ -28,14 +49,18 @@ impl Config {
     /// # Errors
     /// `InvalidArgument` naming the field and its limits.
     pub fn validate(&self) -> Result<()> {
-        let within = |name: &str, value: usize, max: usize| {
+        let within = |name: &str, value: usize, min: usize, max: usize| {
             let name = format!("expert_shard.{name}");
-            let message = format!("{name} is {value}; use 1 to {max}");
-            if (1..=max).contains(&value) { Ok(()) } else { Err(Error::invalid(name, message)) }
+            let message = format!("{name} is {value}; use {min} to {max}");
+            if (min..=max).contains(&value) { Ok(()) } else { Err(Error::invalid(name, message)) }
         };
-        within("load_windows", self.load_windows, 1000)?;
-        within("mailbox", self.mailbox, 65_536)?;
-        within("queue", self.queue, 65_536)?;
-        within("max_batch_tokens", self.max_batch_tokens, 1 << 20)
+        within("group", self.group, 0, 4095)?;
+        within("ranks", self.ranks, 1, 64)?;
+        within("rank", self.rank, 0, self.ranks - 1)?;
+        within("load_windows", self.load_windows, 1, 1000)?;
+        within("mailbox", self.mailbox, 1, 65_536)?;
+        within("queue", self.queue, 1, 65_536)?;
+        within("max_batch_tokens", self.max_batch_tokens, 1, 1 << 20)?;
+        moesaic_service::check_drain("expert_shard", self.drain_timeout)
     }
 }

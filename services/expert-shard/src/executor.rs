@@ -74,13 +74,25 @@ impl<B: Backend> Executor<B> {
         Ok(Self { jobs: sender })
     }
 
+    /// Whether the thread is there.
+    ///
+    /// # Errors
+    /// `Unavailable` when it is gone.
+    pub fn live(&self) -> Result<()> {
+        if self.jobs.is_closed() { Err(gone()) } else { Ok(()) }
+    }
+
     /// Hands a job over; waits while the queue is full.
     ///
     /// # Errors
     /// `Unavailable` when the thread is gone.
     pub async fn submit(&self, job: Job<B>) -> Result<()> {
-        self.jobs.send(job).await.map_err(|_| Error::unavailable("the experts' thread has ended; restart this shard"))
+        self.jobs.send(job).await.map_err(|_| gone())
     }
+}
+
+fn gone() -> Error {
+    Error::unavailable("the experts' thread has ended; restart this shard")
 }
 
 /// The thread's state.

@@ -11,9 +11,10 @@ use moesaic_proto::{ComputeInput, WireDType, encode_tensor, from_status, into_st
 use moesaic_telemetry::propagation::{from_traceparent, set_parent};
 use moesaic_types::cluster::Shares;
 use moesaic_types::{Error, Result};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, watch};
+use tokio::time::timeout_at;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Span;
@@ -24,10 +25,56 @@ const MAX_MESSAGE: usize = 64 << 20;
 /// Requests of one stream that are computed or wait to be taken; then no more are read from it.
 const IN_FLIGHT: usize = 32;
 
-/// Serves a shard.
-pub struct ShardService<B: Backend> {
-    server: Arc<Server<B>>,
+/// What a process does with its shard, whatever backend that is on.
+#[tonic::async_trait]
+pub trait ShardServer: ExpertService<ComputeStream = ComputeStream> {
+    /// The placement that it follows; 0 before the first.
+    fn epoch(&self) -> u64;
+    /// Whether it can compute.
+    ///
+    /// # Errors
+    /// `Unavailable` when its thread has ended: the process must be restarted.
+    fn live(&self) -> Result<()>;
+    /// Waits until nobody waits for an answer; whether that was by the deadline.
+    async fn idle_by(&self, deadline: Instant) -> bool;
 }
+
+/// Answers of one stream.
+pub type ComputeStream = BoxStream<'static, Result<wire::ComputeResponse, Status>>;
+
+/// A shard that is there once the model's files are opened.
+#[derive(Default)]
+pub struct Shard(OnceLock<Arc<dyn ShardServer>>);
+
+impl Shard {
+    /// It is there. A second one is dropped.
+    pub fn set(&self, server: Arc<dyn ShardServer>) {
+        self.0.get_or_init(|| server);
+    }
+
+    /// The shard.
+    ///
+    /// # Errors
+    /// `Unavailable` while the files are being opened.
+    pub fn get(&self) -> Result<&Arc<dyn ShardServer>> {
+        self.0.get().ok_or_else(|| Error::unavailable("the model's files are being opened"))
+    }
+}
+
+/// The gRPC service of a shard.
+pub fn expert_service(shard: Arc<Shard>) -> ExpertServiceServer<Shard> {
+    let service = ExpertServiceServer::from_arc(shard);
+    service.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
+}
+
+/// Serves a shard whose experts come from `library`.
+pub fn server<B: Backend>(shard: Arc<ExpertShard<B>>, executor: Executor<B>, library: Library) -> Arc<dyn ShardServer> {
+    let server = Server { shard, executor, library, preparing: Mutex::default(), in_flight: watch::Sender::new(0) };
+    Arc::new(Served(Arc::new(server)))
+}
+
+/// A shard on one backend.
+struct Served<B: Backend>(Arc<Server<B>>);
 
 struct Server<B: Backend> {
     shard: Arc<ExpertShard<B>>,
@@ -35,17 +82,24 @@ struct Server<B: Backend> {
     library: Library,
     /// Held while a placement is prepared.
     preparing: Mutex<()>,
+    /// Requests that were not answered yet.
+    in_flight: watch::Sender<usize>,
 }
 
-/// The gRPC service of a shard whose experts come from `library`.
-pub fn expert_service<B: Backend>(
-    shard: Arc<ExpertShard<B>>,
-    executor: Executor<B>,
-    library: Library,
-) -> ExpertServiceServer<ShardService<B>> {
-    let server = Arc::new(Server { shard, executor, library, preparing: Mutex::default() });
-    let service = ExpertServiceServer::new(ShardService { server });
-    service.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
+/// A request that is not answered yet.
+struct InFlight<B: Backend>(Arc<Server<B>>);
+
+impl<B: Backend> InFlight<B> {
+    fn new(server: &Arc<Server<B>>) -> Self {
+        server.in_flight.send_modify(|count| *count += 1);
+        Self(Arc::clone(server))
+    }
+}
+
+impl<B: Backend> Drop for InFlight<B> {
+    fn drop(&mut self) {
+        self.0.in_flight.send_modify(|count| *count -= 1);
+    }
 }
 
 /// How an answer travels.
@@ -79,7 +133,7 @@ fn micros(time: Duration) -> u32 {
 
 impl<B: Backend> Server<B> {
     /// Reads requests and submits them until the client ends, breaks off or stops to take answers.
-    async fn take(&self, mut requests: Streaming<wire::ComputeRequest>, answers: mpsc::Sender<Answer>) {
+    async fn take(self: Arc<Self>, mut requests: Streaming<wire::ComputeRequest>, answers: mpsc::Sender<Answer>) {
         loop {
             let Ok(place) = answers.clone().reserve_owned().await else { return };
             let message = match requests.message().await {
@@ -104,7 +158,11 @@ impl<B: Backend> Server<B> {
                     let (reply, hidden, epoch) = (input.reply, self.shard.hidden(), held.epoch);
                     let pending = Pending { tag, reply, hidden, epoch };
                     let span = span(&input);
-                    let reply = Box::new(move |outcome| drop(place.send((pending, outcome))));
+                    let in_flight = InFlight::new(&self);
+                    let reply = Box::new(move |outcome| {
+                        drop(place.send((pending, outcome)));
+                        drop(in_flight);
+                    });
                     let ComputeInput { layer, x, routing, .. } = input;
                     if self.executor.submit(Job { held, layer, x, routing, span, submitted, reply }).await.is_err() {
                         return;
@@ -166,16 +224,59 @@ fn span(input: &ComputeInput) -> Span {
 }
 
 #[tonic::async_trait]
-impl<B: Backend> ExpertService for ShardService<B> {
-    type ComputeStream = BoxStream<'static, Result<wire::ComputeResponse, Status>>;
+impl ExpertService for Shard {
+    type ComputeStream = ComputeStream;
+
+    async fn compute(
+        &self,
+        request: Request<Streaming<wire::ComputeRequest>>,
+    ) -> Result<Response<ComputeStream>, Status> {
+        self.get().map_err(into_status)?.compute(request).await
+    }
+
+    async fn describe(
+        &self,
+        request: Request<wire::DescribeRequest>,
+    ) -> Result<Response<wire::DescribeResponse>, Status> {
+        self.get().map_err(into_status)?.describe(request).await
+    }
+
+    async fn prepare(&self, request: Request<wire::PrepareRequest>) -> Result<Response<wire::PrepareResponse>, Status> {
+        self.get().map_err(into_status)?.prepare(request).await
+    }
+
+    async fn commit(&self, request: Request<wire::CommitRequest>) -> Result<Response<wire::CommitResponse>, Status> {
+        self.get().map_err(into_status)?.commit(request).await
+    }
+}
+
+#[tonic::async_trait]
+impl<B: Backend> ShardServer for Served<B> {
+    fn epoch(&self) -> u64 {
+        self.0.shard.shelf().current().epoch
+    }
+
+    fn live(&self) -> Result<()> {
+        self.0.executor.live()
+    }
+
+    async fn idle_by(&self, deadline: Instant) -> bool {
+        let mut in_flight = self.0.in_flight.subscribe();
+        let idle = in_flight.wait_for(|count| *count == 0);
+        timeout_at(deadline.into(), idle).await.is_ok()
+    }
+}
+
+#[tonic::async_trait]
+impl<B: Backend> ExpertService for Served<B> {
+    type ComputeStream = ComputeStream;
 
     async fn compute(
         &self,
         request: Request<Streaming<wire::ComputeRequest>>,
     ) -> Result<Response<Self::ComputeStream>, Status> {
         let (sender, answers) = mpsc::channel::<Answer>(IN_FLIGHT);
-        let server = Arc::clone(&self.server);
-        tokio::spawn(async move { server.take(request.into_inner(), sender).await });
+        tokio::spawn(Arc::clone(&self.0).take(request.into_inner(), sender));
         let answers = ReceiverStream::new(answers).map(|(pending, outcome)| Ok(pending.answer(outcome)));
         Ok(Response::new(answers.boxed()))
     }
@@ -184,12 +285,12 @@ impl<B: Backend> ExpertService for ShardService<B> {
         &self,
         request: Request<wire::DescribeRequest>,
     ) -> Result<Response<wire::DescribeResponse>, Status> {
-        let shard = &self.server.shard;
+        let shard = &self.0.shard;
         let load = if request.into_inner().end_window { shard.end_window().await } else { shard.load().await };
         let mut load = load.map_err(into_status)?;
         let Held { epoch, experts } = shard.shelf().current();
         let mut held = experts.shares();
-        let spec = &self.server.library.spec;
+        let spec = &self.0.library.spec;
         let layers = spec.moe_layers().map(|layer| wire::Layer {
             layer: layer as u32,
             experts: held.remove(&layer).unwrap_or_default(),
@@ -201,13 +302,13 @@ impl<B: Backend> ExpertService for ShardService<B> {
     async fn prepare(&self, request: Request<wire::PrepareRequest>) -> Result<Response<wire::PrepareResponse>, Status> {
         let wire::PrepareRequest { epoch, shares } = request.into_inner();
         let shares = shares_from_wire(shares).map_err(into_status)?;
-        let loaded = Arc::clone(&self.server).prepare(epoch, shares).await.map_err(into_status)?;
+        let loaded = Server::prepare(Arc::clone(&self.0), epoch, shares).await.map_err(into_status)?;
         Ok(Response::new(wire::PrepareResponse { loaded }))
     }
 
     async fn commit(&self, request: Request<wire::CommitRequest>) -> Result<Response<wire::CommitResponse>, Status> {
         let epoch = request.into_inner().epoch;
-        self.server.shard.shelf().commit(epoch).map_err(into_status)?;
+        self.0.shard.shelf().commit(epoch).map_err(into_status)?;
         Ok(Response::new(wire::CommitResponse { epoch }))
     }
 }

@@ -11,7 +11,9 @@ pub mod executor;
 pub mod grpc;
 pub mod library;
 pub mod load;
+mod process;
 pub mod shelf;
 
 pub use app::ExpertShard;
 pub use config::Config;
+pub use process::{Settings, ShardProcess};

@@ -26,7 +26,7 @@ pub struct Services {
 
 /// Loads the model and starts every service; the gateway answers from then on.
 pub async fn start(config: &Config, gateway: &Core) -> Result<Services> {
-    let Found { path, spec, served_as } = config.model.look().context("open the model")?;
+    let Found { path, spec, served_as, .. } = config.model.look().context("open the model")?;
     let hasher = served_as.hasher();
     let mut served = ServedModel::open(&path, config.model.name_of(&path), &spec, hasher.clone())?;
 

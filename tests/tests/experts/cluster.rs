@@ -1,6 +1,6 @@
 //! Shards of a reference checkpoint behind real gRPC servers on loopback, and a decoder over them.
 use moesaic_expert_shard::executor::Executor;
-use moesaic_expert_shard::grpc::expert_service;
+use moesaic_expert_shard::grpc::{self, expert_service};
 use moesaic_expert_shard::library::Library;
 use moesaic_expert_shard::{Config, ExpertShard};
 use moesaic_model::backend::TensorSlice;
@@ -111,7 +111,9 @@ impl Cluster {
             threads: 1,
         };
         let executor = Executor::start(Arc::clone(&shard), 16, 64).unwrap();
-        let routes = Routes::new(expert_service(Arc::clone(&shard), executor, library()));
+        let served = Arc::new(grpc::Shard::default());
+        served.set(grpc::server(Arc::clone(&shard), executor, library()));
+        let routes = Routes::new(expert_service(served));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let server = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();

@@ -1,10 +1,10 @@
 //! The `[model]` section: which model, and how it runs.
 use crate::backend::BackendKind;
-use crate::source::{self, WeightSource};
+use crate::source;
 use crate::spec::{self, ModelSpec};
 use crate::{Result, demo};
 use moesaic_types::cluster::ServedAs;
-use moesaic_types::{KvFormat, WeightFormat};
+use moesaic_types::{Digest, KvFormat, WeightFormat};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -48,6 +48,8 @@ pub struct Found {
     pub spec: ModelSpec,
     /// What it is with these settings.
     pub served_as: ServedAs,
+    /// Its weights as experts hold them: equal wherever they can compute for each other, on whatever backend.
+    pub experts: Digest,
 }
 
 impl ModelConfig {
@@ -84,15 +86,21 @@ impl ModelConfig {
         let path = self.find()?;
         let source = source::open(&path)?;
         let spec = spec::read(&path, &*source)?;
-        let served_as = self.served_as(&*source)?;
-        Ok(Found { path, spec, served_as })
+        let digest = source::digest(&*source)?;
+        let (served_as, experts) = (self.served_as(&digest), self.experts(&digest));
+        Ok(Found { path, spec, served_as, experts })
     }
 
     /// How a model is served with these settings.
-    fn served_as(&self, source: &dyn WeightSource) -> Result<ServedAs> {
+    fn served_as(&self, digest: &Digest) -> ServedAs {
         // "as stored" and a format that happens to be stored may differ, and backends lay blocks out in their own ways
         let stored = if self.weights.is_none() { " as stored" } else { "" };
-        let digest = source::digest(source)?.tagged(&format!("{:?} blocks v1{stored}", self.backend));
-        Ok(ServedAs { digest, weights: self.weights, kv: self.kv })
+        let digest = digest.tagged(&format!("{:?} blocks v1{stored}", self.backend));
+        ServedAs { digest, weights: self.weights, kv: self.kv }
+    }
+
+    fn experts(&self, digest: &Digest) -> Digest {
+        let weights = self.weights.map_or_else(|| "as stored".into(), |weights| weights.to_string());
+        digest.tagged(&format!("experts v1 {weights}"))
     }
 }

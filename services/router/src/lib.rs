@@ -12,6 +12,7 @@ pub mod config;
 pub mod grpc;
 pub mod index;
 mod metrics;
+pub mod placement;
 pub mod policy;
 pub mod process;
 

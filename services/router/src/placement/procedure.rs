@@ -1,0 +1,167 @@
+//! What the router that leads does with shards and metadata. Each of these is a plain task that ends with the term.
+use super::config::Config;
+use super::lease::{Term, current};
+use super::plan::{self, Plan};
+use super::shard::Shard;
+use super::state::{Change, Found, Mend, Seen};
+use crate::metrics;
+use futures::future::{join_all, try_join_all};
+use moesaic_transport::membership::{Clients, Record};
+use moesaic_transport::placement;
+use moesaic_types::boundary::{EventBus, Metadata};
+use moesaic_types::cluster::{MemberState, Placement, Role, ShardInfo};
+use moesaic_types::{Digest, Error, Result};
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
+
+/// The counter of epochs, of all models: no two placements have the same.
+const EPOCHS: &str = "placement/epochs";
+
+/// A counter below this one, in seconds since 1970, is a new one.
+const YEAR_2020: u64 = 1_577_836_800;
+
+/// What the placement stands on, whatever becomes of its actor.
+pub(crate) struct Ground {
+    pub config: Config,
+    pub metadata: Arc<dyn Metadata>,
+    pub events: Arc<dyn EventBus>,
+    pub shards: Clients<Shard>,
+    pub term: watch::Receiver<Option<Term>>,
+    /// Names this router in this life of it.
+    pub source: String,
+}
+
+/// What was found, by model.
+pub(crate) type Looked = HashMap<Digest, Found>;
+
+impl Ground {
+    /// What a future gives, unless the term ends before.
+    pub async fn leading<T>(&self, number: u64, future: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut term = self.term.clone();
+        let ended = term.wait_for(|term| term.is_none_or(|term| term.number != number));
+        tokio::select! {
+            biased;
+            _ = ended => Err(deposed()),
+            output = future => output,
+        }
+    }
+
+    /// Asks all shards, then reads the records of their models.
+    pub async fn look(&self, end_window: bool) -> Result<Looked> {
+        let view = self.shards.directory().view();
+        let members = view.members.values().filter_map(shard_of);
+        let answers = join_all(members.map(|(record, info)| self.ask(record, info, end_window))).await;
+        let mut looked = Looked::new();
+        for seen in answers {
+            looked.entry(seen.info.model).or_default().shards.push(seen);
+        }
+        for (model, found) in &mut looked {
+            found.standing = placement::read(&*self.metadata, model).await?;
+        }
+        Ok(looked)
+    }
+
+    async fn ask(&self, Record { member, .. }: &Record, info: &ShardInfo, end_window: bool) -> Seen {
+        let report = match self.shards.get(&member.id) {
+            Some(shard) => shard.describe(end_window, self.config.call_timeout.get()).await,
+            None => Err(gone(&member.id)),
+        };
+        if let Err(error) = &report {
+            tracing::debug!(shard = &*member.id, %error, "ask a shard");
+        }
+        Seen { id: Arc::clone(&member.id), generation: member.generation, info: info.clone(), report }
+    }
+
+    fn shard(&self, id: &str) -> Result<Shard> {
+        self.shards.get(id).ok_or_else(|| gone(id))
+    }
+
+    /// Makes a placement: every shard loads what it needs, the record is written, every shard switches. `None` when
+    /// nothing is better than what stands. An error leaves that standing, unless it came with the writing.
+    pub async fn change(&self, model: Digest, change: Change) -> Result<Option<Placement>> {
+        let Change { groups, load, present, is_planned, is_renumbered, floor, version, shards } = change;
+        let (limits, members) = (self.config.limits(), groups.clone());
+        let (planned, present) = if is_planned {
+            let planning = move || (plan::plan(&load, &members, &limits, present.as_ref()), present);
+            let planned = tokio::task::spawn_blocking(planning).await;
+            planned.map_err(|error| Error::internal(format!("plan the placement: {error}")))?
+        } else {
+            (None, present)
+        };
+        let (layers, moves) = match (planned, present) {
+            (Some(Plan { layers, moves, .. }), _) => (layers, moves),
+            (None, Some(present)) if is_renumbered => (present, 0),
+            (None, _) => return Ok(None),
+        };
+        let epoch = self.epoch(floor).await?;
+        let last = layers.values().flatten().flatten().chain(&groups).max().copied();
+        let placement = Placement { epoch, model, groups: last.map_or(0, |last| last + 1), layers };
+        tracing::info!(epoch, moves, groups = groups.len(), "prepare a placement of experts");
+        let prepare = |(id, group): &(Arc<str>, usize)| {
+            let (shard, shares) = (self.shard(id), placement.shares(*group));
+            async move { shard?.prepare(epoch, &shares, self.config.prepare_timeout.get()).await }
+        };
+        try_join_all(shards.iter().map(prepare)).await?;
+        if current(&self.term).is_none() {
+            return Err(deposed());
+        }
+        let written = placement::publish(&*self.metadata, &*self.events, &self.source, &placement, version).await?;
+        if written.is_none() {
+            return Err(Error::unavailable("another router wrote the placement meanwhile"));
+        }
+        tracing::info!(epoch, moves, "experts are placed");
+        metrics::expert_moves(moves);
+        let commit = async |id: &Arc<str>| {
+            let committed = match self.shard(id) {
+                Ok(shard) => shard.commit(epoch, self.config.call_timeout.get()).await,
+                Err(error) => Err(error),
+            };
+            // it switches when it is first asked, or is seen to be behind
+            if let Err(error) = committed {
+                tracing::debug!(shard = &**id, epoch, %error, "commit a placement");
+            }
+        };
+        join_all(shards.iter().map(|(id, _)| commit(id))).await;
+        Ok(Some(placement))
+    }
+
+    /// Takes a shard to the placement that stands.
+    pub async fn mend(&self, mend: &Mend) -> Result<()> {
+        let shard = self.shard(&mend.id)?;
+        shard.prepare(mend.epoch, &mend.shares, self.config.prepare_timeout.get()).await?;
+        shard.commit(mend.epoch, self.config.call_timeout.get()).await
+    }
+
+    /// An epoch that no placement had: above `floor`, and, should all who knew them be gone with the counter, above the
+    /// epochs of old, for it begins with the seconds since 1970 and placements are further apart than that.
+    async fn epoch(&self, floor: u64) -> Result<u64> {
+        let count = async |amount: u64| -> Result<u64> {
+            let amount = i64::try_from(amount).map_err(|_| Error::internal(format!("epochs end at {floor}")))?;
+            let counted = self.metadata.add(EPOCHS, amount, None).await?;
+            u64::try_from(counted).map_err(|_| Error::internal(format!("{EPOCHS} is {counted}")))
+        };
+        let next = count(1).await?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let floor = if next < YEAR_2020 { floor.max(now) } else { floor };
+        if next > floor { Ok(next) } else { count(floor - next + 1).await }
+    }
+}
+
+fn deposed() -> Error {
+    Error::unavailable("this router does not lead the placement any longer")
+}
+
+fn gone(id: &str) -> Error {
+    Error::unavailable(format!("shard {id} is gone"))
+}
+
+/// A shard that is here to stay.
+fn shard_of(record: &Record) -> Option<(&Record, &ShardInfo)> {
+    match &record.member.role {
+        Role::Shard(info) if record.member.state != MemberState::Draining => Some((record, info)),
+        _ => None,
+    }
+}

@@ -1,0 +1,401 @@
+//! What the router that leads knows of one model's shards, and what it does next: plain data, and the caller's clock.
+use super::config::Config;
+use super::plan::{self, Layers, Load};
+use super::shard::Report;
+use moesaic_transport::placement::Standing;
+use moesaic_types::Result;
+use moesaic_types::cluster::{Placement, ShardInfo, Shares};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The longest pause after a failure.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// A shard that is a member now, and its answer.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// Its name.
+    pub id: Arc<str>,
+    /// Its life.
+    pub generation: u64,
+    /// Its place in the grid.
+    pub info: ShardInfo,
+    /// What it says of itself.
+    pub report: Result<Report>,
+}
+
+/// What a look at a model's shards found.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// All that are members.
+    pub shards: Vec<Seen>,
+    /// The record; read after the shards were asked, so that it is not older than what they follow.
+    pub standing: Option<Standing>,
+}
+
+/// A new placement to be made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Change {
+    /// The groups that are there.
+    pub groups: BTreeSet<usize>,
+    /// The load that was measured.
+    pub load: Load,
+    /// What stands.
+    pub present: Option<Layers>,
+    /// Whether it is to be planned; else what stands gets a new epoch.
+    pub is_planned: bool,
+    /// Whether what stands must get a new epoch even where nothing better is planned.
+    pub is_renumbered: bool,
+    /// The highest epoch that anyone has seen.
+    pub floor: u64,
+    /// The record's version.
+    pub version: Option<u64>,
+    /// Shards that must be prepared, with their groups.
+    pub shards: Vec<(Arc<str>, usize)>,
+}
+
+/// A shard to be taken to the placement that stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mend {
+    /// Its name.
+    pub id: Arc<str>,
+    /// Its life.
+    pub generation: u64,
+    /// The placement's epoch.
+    pub epoch: u64,
+    /// What it has to hold.
+    pub shares: Shares,
+}
+
+/// What to do next.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Steps {
+    /// A new placement.
+    pub change: Option<Change>,
+    /// Shards to mend.
+    pub mends: Vec<Mend>,
+}
+
+/// When something that failed is tried again.
+#[derive(Clone, Copy, Debug, Default)]
+struct Retry {
+    after: Option<Instant>,
+    pause: Duration,
+}
+
+impl Retry {
+    fn allows(&self, now: Instant) -> bool {
+        self.after.is_none_or(|after| now >= after)
+    }
+
+    fn failed(&mut self, now: Instant, first: Duration) {
+        self.pause = (self.pause * 2).clamp(first, LONGEST_PAUSE);
+        self.after = Some(now + self.pause);
+    }
+}
+
+#[derive(Debug)]
+struct Mending {
+    generation: u64,
+    is_running: bool,
+    retry: Retry,
+}
+
+/// A model's state.
+#[derive(Debug)]
+pub struct Model {
+    /// The placement that was written last.
+    known: Option<Placement>,
+    /// When each group was last seen whole, or first missed.
+    whole_at: BTreeMap<usize, Instant>,
+    /// The groups that are whole, and since when there are just these.
+    settled: Option<(BTreeSet<usize>, Instant)>,
+    /// Experts are to be placed by the load.
+    is_due: bool,
+    is_changing: bool,
+    retry: Retry,
+    mending: BTreeMap<Arc<str>, Mending>,
+    /// Of what stands, when it was last looked at.
+    imbalance: Option<f64>,
+}
+
+impl Model {
+    /// A model of which a placement may be known from an earlier term.
+    pub fn new(known: Option<Placement>) -> Self {
+        Self {
+            known,
+            whole_at: BTreeMap::new(),
+            settled: None,
+            is_due: false,
+            is_changing: false,
+            retry: Retry::default(),
+            mending: BTreeMap::new(),
+            imbalance: None,
+        }
+    }
+
+    /// The placement that was written last.
+    pub fn known(&self) -> Option<&Placement> {
+        self.known.as_ref()
+    }
+
+    /// How much busier the busiest groups are than the average one.
+    pub fn imbalance(&self) -> Option<f64> {
+        self.imbalance
+    }
+
+    /// The groups of which all shards answered.
+    pub fn whole(&self) -> impl Iterator<Item = usize> {
+        self.settled.iter().flat_map(|(groups, _)| groups.iter().copied())
+    }
+
+    /// Experts are to be placed by the load, as soon as all shards are there.
+    pub fn rebalance(&mut self) {
+        self.is_due = true;
+    }
+
+    /// Takes in what was found, and says what to do. Who does it tells [`Self::changed`] and [`Self::mended`].
+    pub fn next(&mut self, now: Instant, config: &Config, found: Found) -> Steps {
+        let Found { shards, standing } = found;
+        let load = load(&shards);
+        if load.is_empty() {
+            return Steps::default();
+        }
+        let version = standing.as_ref().map(|standing| standing.version);
+        let record = standing.and_then(|standing| standing.placement);
+        let highest = answers(&shards).map(|(_, report)| report.epoch).max().unwrap_or(0);
+        let epoch = |placement: &Option<Placement>| placement.as_ref().map_or(0, |placement| placement.epoch);
+        let floor = highest.max(epoch(&record)).max(epoch(&self.known));
+        // a record that the shards are ahead of is of metadata that lost the last writes
+        let stands = record.as_ref().filter(|record| record.epoch >= highest).cloned();
+        let whole = self.look(now, &shards);
+        self.keep_mending(&shards);
+        let layers = self.layers(stands.as_ref(), record, highest, gathered(&shards, &whole, &load));
+        if stands.is_some() {
+            self.known.clone_from(&stands);
+        }
+        self.imbalance = stands.as_ref().map(|stands| {
+            let holders = holders(&stands.layers).len();
+            plan::imbalance(&load, &stands.layers, holders, config.min_load)
+        });
+        let change = self.change(now, config, &whole, layers, &load, stands.is_some(), lacks(&shards, stands.as_ref()));
+        let targets = answers(&shards).map(|(seen, _)| (Arc::clone(&seen.id), seen.info.group)).collect();
+        let change = change.map(|(present, is_planned, is_renumbered)| Change {
+            groups: whole,
+            load,
+            present,
+            is_planned,
+            is_renumbered,
+            floor,
+            version,
+            shards: targets,
+        });
+        self.is_changing |= change.is_some();
+        let mends = match stands {
+            Some(stands) if !self.is_changing => self.mends(now, &shards, &stands),
+            _ => Vec::new(),
+        };
+        Steps { change, mends }
+    }
+
+    /// A change ended: with a placement, with none because nothing is better, or not.
+    pub fn changed(&mut self, now: Instant, config: &Config, outcome: Result<Option<Placement>>) {
+        self.is_changing = false;
+        match outcome {
+            Ok(placement) => {
+                self.known = placement.or(self.known.take());
+                (self.is_due, self.retry) = (false, Retry::default());
+            }
+            Err(_) => self.retry.failed(now, config.retry_pause.get()),
+        }
+    }
+
+    /// A shard was mended, or not.
+    pub fn mended(&mut self, now: Instant, config: &Config, id: &str, generation: u64, is_done: bool) {
+        let Some(mending) = self.mending.get_mut(id).filter(|mending| mending.generation == generation) else { return };
+        mending.is_running = false;
+        match is_done {
+            true => mending.retry = Retry::default(),
+            false => mending.retry.failed(now, config.retry_pause.get()),
+        }
+    }
+
+    /// Notes which groups are whole.
+    fn look(&mut self, now: Instant, shards: &[Seen]) -> BTreeSet<usize> {
+        let whole = whole(shards);
+        for group in &whole {
+            self.whole_at.insert(*group, now);
+        }
+        if self.settled.as_ref().is_none_or(|(groups, _)| *groups != whole) {
+            self.settled = Some((whole.clone(), now));
+        }
+        whole
+    }
+
+    /// Forgets shards that are gone or started anew.
+    fn keep_mending(&mut self, shards: &[Seen]) {
+        let lives: BTreeMap<&Arc<str>, u64> = shards.iter().map(|seen| (&seen.id, seen.generation)).collect();
+        self.mending.retain(|id, mending| lives.get(id) == Some(&mending.generation));
+    }
+
+    /// Who holds what, by the best word that there is: the record's; without it our own, or the shards' where they have
+    /// gone on since.
+    fn layers(
+        &self,
+        stands: Option<&Placement>,
+        record: Option<Placement>,
+        highest: u64,
+        gathered: Layers,
+    ) -> Option<Layers> {
+        if let Some(stands) = stands {
+            return Some(stands.layers.clone());
+        }
+        if let Some(known) = self.known.as_ref().filter(|known| known.epoch >= highest) {
+            return Some(known.layers.clone());
+        }
+        if is_complete(&gathered) {
+            return Some(gathered);
+        }
+        let older = record.map(|record| record.layers);
+        older.or_else(|| Some(gathered).filter(|gathered| !holders(gathered).is_empty()))
+    }
+
+    /// Whether something is to change: what is present, whether it is planned, whether it gets a new epoch anyway.
+    #[allow(clippy::too_many_arguments, reason = "all that a change depends on")]
+    fn change(
+        &mut self,
+        now: Instant,
+        config: &Config,
+        whole: &BTreeSet<usize>,
+        present: Option<Layers>,
+        load: &Load,
+        stands: bool,
+        lacks: bool,
+    ) -> Option<(Option<Layers>, bool, bool)> {
+        let fits = |layers: &Layers| {
+            let has_shape =
+                |(index, counts): (&usize, &Vec<u64>)| layers.get(index).map(Vec::len) == Some(counts.len());
+            is_complete(layers) && load.iter().all(has_shape)
+        };
+        let is_complete = present.as_ref().is_some_and(fits);
+        let holders = present.as_ref().map(holders).unwrap_or_default();
+        let mut missing = Vec::new();
+        for group in holders.difference(whole) {
+            missing.push(now.saturating_duration_since(*self.whole_at.entry(*group).or_insert(now)));
+        }
+        let (awaited, lost): (Vec<_>, Vec<_>) =
+            missing.into_iter().partition(|missed| *missed < config.lost_after.get());
+        let is_busy = self.is_changing || !self.retry.allows(now) || whole.is_empty();
+        let is_loading = self.mending.values().any(|mending| mending.is_running);
+        let is_wanted = if is_complete {
+            !lost.is_empty() || self.is_due
+        } else {
+            // those who hold something of a placement that is lost may not all be there yet
+            let patience = if holders.is_empty() { config.settle } else { config.lost_after };
+            let settled = self.settled.as_ref().map(|(_, since)| now.saturating_duration_since(*since));
+            whole.len() >= config.min_groups && settled.is_some_and(|settled| settled >= patience.get())
+        };
+        let is_planned = is_wanted && awaited.is_empty() && !is_loading;
+        let is_renumbered = is_complete && (!stands || lacks && self.is_due);
+        (!is_busy && (is_planned || is_renumbered)).then_some((present, is_planned, is_renumbered))
+    }
+
+    /// Shards that are behind.
+    fn mends(&mut self, now: Instant, shards: &[Seen], stands: &Placement) -> Vec<Mend> {
+        let mut mends = Vec::new();
+        for (seen, _) in answers(shards).filter(|(_, report)| report.epoch < stands.epoch) {
+            let fresh = Mending { generation: seen.generation, is_running: false, retry: Retry::default() };
+            let mending = self.mending.entry(Arc::clone(&seen.id)).or_insert(fresh);
+            if mending.is_running || !mending.retry.allows(now) {
+                continue;
+            }
+            mending.is_running = true;
+            let (id, generation) = (Arc::clone(&seen.id), seen.generation);
+            mends.push(Mend { id, generation, epoch: stands.epoch, shares: stands.shares(seen.info.group) });
+        }
+        mends
+    }
+}
+
+fn answers(shards: &[Seen]) -> impl Iterator<Item = (&Seen, &Report)> {
+    shards.iter().filter_map(|seen| Some((seen, seen.report.as_ref().ok()?)))
+}
+
+/// The groups that hold something.
+fn holders(layers: &Layers) -> BTreeSet<usize> {
+    layers.values().flatten().flatten().copied().collect()
+}
+
+fn is_complete(layers: &Layers) -> bool {
+    !layers.is_empty() && layers.values().flatten().all(|groups| !groups.is_empty())
+}
+
+/// By group, by rank: the answers of its shards. A rank that nobody has, or whose shards do not answer, is empty.
+fn grid(shards: &[Seen]) -> BTreeMap<usize, Vec<Vec<&Report>>> {
+    let mut grid = BTreeMap::<usize, Vec<Vec<&Report>>>::new();
+    for seen in shards {
+        let ranks = grid.entry(seen.info.group).or_default();
+        let count = ranks.len().max(seen.info.ranks).max(seen.info.rank + 1);
+        ranks.resize(count, Vec::new());
+        ranks[seen.info.rank].extend(seen.report.as_ref().ok());
+    }
+    grid
+}
+
+/// The groups of which every rank answered.
+fn whole(shards: &[Seen]) -> BTreeSet<usize> {
+    let is_whole =
+        |(group, ranks): (usize, Vec<Vec<&Report>>)| ranks.iter().all(|rank| !rank.is_empty()).then_some(group);
+    grid(shards).into_iter().filter_map(is_whole).collect()
+}
+
+/// The load of each expert over all groups. Shards of one group see the same tokens: they are counted once.
+fn load(shards: &[Seen]) -> Load {
+    let mut load = Load::new();
+    for ranks in grid(shards).into_values() {
+        let mut of_group = Load::new();
+        for report in ranks.into_iter().flatten() {
+            merge(&mut of_group, &report.load, u64::max);
+        }
+        merge(&mut load, &of_group, u64::saturating_add);
+    }
+    load
+}
+
+fn merge(into: &mut Load, from: &Load, with: impl Fn(u64, u64) -> u64) {
+    for (layer, counts) in from {
+        let sums = into.entry(*layer).or_default();
+        sums.resize(sums.len().max(counts.len()), 0);
+        sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum = with(*sum, *count));
+    }
+}
+
+/// What whole groups hold by their own word, with the shape of `load`.
+fn gathered(shards: &[Seen], whole: &BTreeSet<usize>, load: &Load) -> Layers {
+    let mut layers: Layers = load.iter().map(|(layer, counts)| (*layer, vec![Vec::new(); counts.len()])).collect();
+    for (group, ranks) in grid(shards).into_iter().filter(|(group, _)| whole.contains(group)) {
+        for (layer, experts) in &mut layers {
+            for (expert, groups) in experts.iter_mut().enumerate() {
+                let has = |report: &&Report| {
+                    let held = report.held.get(layer).filter(|_| report.epoch > 0);
+                    held.is_some_and(|held| held.binary_search(&(expert as u32)).is_ok())
+                };
+                if ranks.iter().all(|rank| rank.iter().any(has)) {
+                    groups.push(group);
+                }
+            }
+        }
+    }
+    layers
+}
+
+/// Whether a shard says that it follows what stands, without all that this wants of it: only a new epoch helps.
+fn lacks(shards: &[Seen], stands: Option<&Placement>) -> bool {
+    let Some(stands) = stands else { return false };
+    let mut following = answers(shards).filter(|(_, report)| report.epoch == stands.epoch);
+    following.any(|(seen, report)| !plan::covers(&report.held, &stands.shares(seen.info.group)))
+}
+
+#[cfg(test)]
+mod tests;

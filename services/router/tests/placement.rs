@@ -29,6 +29,7 @@ async fn suite(cluster: &Cluster) {
     a_shard_without_room_leaves_the_placement_standing(cluster, &grid).await;
     a_shard_that_restarts_gets_its_experts_again(cluster, &mut grid).await;
     another_router_takes_over(cluster, &grid).await;
+    a_deposed_router_s_placement_comes_to_nothing(cluster, &grid).await;
     let all = grid.into_iter().map(Running::leave);
     futures::future::join_all(all).await;
 }
@@ -137,6 +138,41 @@ async fn another_router_takes_over(cluster: &Cluster, grid: &[Running]) {
     let after = cluster.stands("the other's placement", grid, apart).await;
     assert!(after.epoch > before.epoch);
     waits.stop().await;
+}
+
+async fn a_deposed_router_s_placement_comes_to_nothing(cluster: &Cluster, grid: &[Running]) {
+    let before = cluster.record().await.unwrap();
+    let slow = &grid[0];
+    slow.shard.gate.send_replace(false);
+    let prepares = slow.state(|state| state.prepares);
+    let leader = cluster.lead(&Config { min_copies: 2, ..config(2) });
+    until("it waits for a shard", || async { slow.state(|state| state.prepares) > prepares }).await;
+    let coming = grid[1].state(|state| state.prepared.as_ref().map(|(epoch, _)| *epoch));
+    until("the lease is another's", || async {
+        let Ok(Some((_, version))) = cluster.metadata.get("placement/leader").await else { return false };
+        let (lease, minute) = ("placement/leader", Some(std::time::Duration::from_secs(60)));
+        cluster
+            .metadata
+            .compare_and_set(lease, Some(version), "another".into(), minute)
+            .await
+            .is_ok_and(|v| v.is_some())
+    })
+    .await;
+    until("it is deposed", || async { !leader.leads() && leader.status().await == Ok(vec![]) }).await;
+    slow.shard.gate.send_replace(true);
+    let standing = placement::read(&*cluster.metadata, &model()).await.unwrap().unwrap();
+    assert_eq!(standing.placement.as_ref(), Some(&before), "nothing was written");
+    // what the other does: all experts are everywhere, by its own epoch
+    let layers = before.layers.iter().map(|(layer, experts)| (*layer, vec![vec![0, 1]; experts.len()])).collect();
+    let epoch = coming.unwrap_or(before.epoch) + 10;
+    let theirs = Placement { epoch, layers, ..before };
+    let (metadata, events) = (&*cluster.metadata, &*cluster.events);
+    placement::publish(metadata, events, "another", &theirs, Some(standing.version)).await.unwrap().unwrap();
+    let (_, version) = cluster.metadata.get("placement/leader").await.unwrap().unwrap();
+    assert!(cluster.metadata.remove("placement/leader", version).await.unwrap());
+    until("it leads again", || async { leader.leads() }).await;
+    cluster.stands("it goes on from there", grid, |placement| *placement == theirs).await;
+    leader.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -158,10 +158,113 @@ fn gone(id: &str) -> Error {
     Error::unavailable(format!("shard {id} is gone"))
 }
 
+/// Slices of a group at most: a record with more is none of a shard of ours.
+const MOST_RANKS: usize = 1024;
+
 /// A shard that is here to stay.
 fn shard_of(record: &Record) -> Option<(&Record, &ShardInfo)> {
-    match &record.member.role {
-        Role::Shard(info) if record.member.state != MemberState::Draining => Some((record, info)),
-        _ => None,
+    let Role::Shard(info) = &record.member.role else { return None };
+    let is_shard = info.rank < info.ranks && info.ranks <= MOST_RANKS;
+    (is_shard && record.member.state != MemberState::Draining).then_some((record, info))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moesaic_transport::{Directory, MemoryBus, MemoryMetadata};
+    use moesaic_types::ErrorCode;
+    use moesaic_types::cluster::{Member, Service};
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::time::Duration;
+    use tokio::time::Instant;
+
+    fn ground(term: Option<Term>) -> (Ground, watch::Sender<Option<Term>>) {
+        let (metadata, events) = (Arc::new(MemoryMetadata::new()), Arc::new(MemoryBus::new()));
+        let lease = Duration::from_secs(3);
+        let shards = Directory::start(metadata.clone(), events.clone(), Service::ExpertShard, lease);
+        let (told, term) = watch::channel(term);
+        let shards = Clients::new(shards, Shard::of);
+        (Ground { config: Config::default(), metadata, events, shards, term, source: "r0".into() }, told)
+    }
+
+    fn term(number: u64) -> Option<Term> {
+        Some(Term { number, until: Instant::now() + Duration::from_secs(60) })
+    }
+
+    fn first(floor: u64, version: Option<u64>) -> Change {
+        Change {
+            groups: BTreeSet::from([0, 2]),
+            load: BTreeMap::from([(0, vec![1; 4])]),
+            present: None,
+            is_planned: true,
+            is_renumbered: false,
+            floor,
+            version,
+            shards: vec![],
+        }
+    }
+
+    #[tokio::test]
+    async fn who_was_deposed_writes_nothing() {
+        let (ground, told) = ground(term(1));
+        let model = Digest::default();
+        let placed = ground.change(model, first(0, None)).await.unwrap().unwrap();
+        assert_eq!((placed.groups, &placed.layers[&0]), (3, &vec![vec![0], vec![0], vec![2], vec![2]]));
+        let standing = placement::read(&*ground.metadata, &model).await.unwrap();
+        let refused = ground.change(model, first(0, None)).await.unwrap_err();
+        assert!(refused.message.contains("another router wrote"), "{refused}");
+        told.send_replace(Some(Term { number: 1, until: Instant::now() }));
+        let version = standing.as_ref().map(|standing| standing.version);
+        let late = ground.change(model, first(0, version)).await.unwrap_err();
+        assert!(late.message.contains("does not lead"), "{late}");
+        assert_eq!(placement::read(&*ground.metadata, &model).await.unwrap(), standing);
+    }
+
+    #[tokio::test]
+    async fn what_is_under_way_ends_with_the_term() {
+        let (ground, told) = ground(term(1));
+        assert_eq!(ground.leading(1, async { Ok(5) }).await, Ok(5));
+        assert_eq!(ground.leading(2, async { Ok(5) }).await.unwrap_err().code, ErrorCode::Unavailable);
+        let pending = ground.leading(1, std::future::pending::<Result<()>>());
+        let (ended, _) = tokio::join!(pending, async { told.send_replace(term(2)) });
+        assert_eq!(ended.unwrap_err().code, ErrorCode::Unavailable);
+    }
+
+    #[tokio::test]
+    async fn no_two_placements_have_one_epoch() {
+        let (ground, _told) = ground(term(1));
+        let first = ground.epoch(3).await.unwrap();
+        assert!(first > YEAR_2020, "above all that was before");
+        assert_eq!(ground.epoch(3).await, Ok(first + 1));
+        assert_eq!(ground.epoch(first + 10).await, Ok(first + 11));
+        assert_eq!(ground.epoch(first + 10).await, Ok(first + 12));
+        assert_eq!(ground.epoch(u64::MAX - 1).await.unwrap_err().code, ErrorCode::Internal);
+    }
+
+    #[test]
+    fn a_shard_that_leaves_or_is_none_is_not_placed_on() {
+        let record = |state, role| {
+            let member = Member {
+                service: Service::ExpertShard,
+                id: "s".into(),
+                generation: 1,
+                address: "http://s:9030".into(),
+                socket: None,
+                state,
+                role,
+            };
+            Record { member, load: None }
+        };
+        let shard = |rank, ranks| Role::Shard(ShardInfo { model: Digest::default(), group: 0, rank, ranks });
+        assert!(shard_of(&record(MemberState::Starting, shard(1, 2))).is_some());
+        assert!(shard_of(&record(MemberState::Ready, shard(0, 1))).is_some());
+        for (state, role) in [
+            (MemberState::Draining, shard(0, 1)),
+            (MemberState::Ready, shard(2, 2)),
+            (MemberState::Ready, shard(0, usize::MAX)),
+            (MemberState::Ready, Role::Plain),
+        ] {
+            assert!(shard_of(&record(state, role)).is_none());
+        }
     }
 }

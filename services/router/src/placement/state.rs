@@ -171,7 +171,10 @@ impl Model {
         let stands = record.as_ref().filter(|record| record.epoch >= highest).cloned();
         let whole = self.look(now, &shards);
         self.keep_mending(&shards);
-        let layers = self.layers(stands.as_ref(), record, highest, gathered(&shards, &whole, &load));
+        let present = match &stands {
+            Some(stands) => Some(stands.layers.clone()),
+            None => self.layers(record, highest, gathered(&shards, &whole, &load)),
+        };
         if stands.is_some() {
             self.known.clone_from(&stands);
         }
@@ -179,9 +182,13 @@ impl Model {
             let holders = holders(&stands.layers).len();
             plan::imbalance(&load, &stands.layers, holders, config.min_load)
         });
-        let change = self.change(now, config, &whole, layers, &load, stands.is_some(), lacks(&shards, stands.as_ref()));
-        let targets = answers(&shards).map(|(seen, _)| (Arc::clone(&seen.id), seen.info.group)).collect();
-        let change = change.map(|(present, is_planned, is_renumbered)| Change {
+        let must_renumber = match &stands {
+            Some(stands) => self.is_due && lacks(&shards, stands),
+            None => true,
+        };
+        let (is_planned, is_renumbered) = self.wants(now, config, &whole, present.as_ref(), &load);
+        let is_renumbered = is_renumbered && must_renumber;
+        let change = (is_planned || is_renumbered).then(|| Change {
             groups: whole,
             load,
             present,
@@ -189,7 +196,7 @@ impl Model {
             is_renumbered,
             floor,
             version,
-            shards: targets,
+            shards: answers(&shards).map(|(seen, _)| (Arc::clone(&seen.id), seen.info.group)).collect(),
         });
         self.is_changing |= change.is_some();
         let mends = match stands {
@@ -228,6 +235,7 @@ impl Model {
             self.whole_at.insert(*group, now);
         }
         if self.settled.as_ref().is_none_or(|(groups, _)| *groups != whole) {
+            tracing::info!(groups = ?whole, "groups of which all shards answer");
             self.settled = Some((whole.clone(), now));
         }
         whole
@@ -239,18 +247,9 @@ impl Model {
         self.mending.retain(|id, mending| lives.get(id) == Some(&mending.generation));
     }
 
-    /// Who holds what, by the best word that there is: the record's; without it our own, or the shards' where they have
-    /// gone on since.
-    fn layers(
-        &self,
-        stands: Option<&Placement>,
-        record: Option<Placement>,
-        highest: u64,
-        gathered: Layers,
-    ) -> Option<Layers> {
-        if let Some(stands) = stands {
-            return Some(stands.layers.clone());
-        }
+    /// Who holds what where the record does not say so, by the best word that there is: our own, or the shards' where
+    /// they have gone on since.
+    fn layers(&self, record: Option<Placement>, highest: u64, gathered: Layers) -> Option<Layers> {
         if let Some(known) = self.known.as_ref().filter(|known| known.epoch >= highest) {
             return Some(known.layers.clone());
         }
@@ -261,34 +260,30 @@ impl Model {
         older.or_else(|| Some(gathered).filter(|gathered| !holders(gathered).is_empty()))
     }
 
-    /// Whether something is to change: what is present, whether it is planned, whether it gets a new epoch anyway.
-    #[allow(clippy::too_many_arguments, reason = "all that a change depends on")]
-    fn change(
+    /// Whether experts are to be placed, and whether what is present can be given another epoch.
+    fn wants(
         &mut self,
         now: Instant,
         config: &Config,
         whole: &BTreeSet<usize>,
-        present: Option<Layers>,
+        present: Option<&Layers>,
         load: &Load,
-        stands: bool,
-        lacks: bool,
-    ) -> Option<(Option<Layers>, bool, bool)> {
-        let fits = |layers: &Layers| {
-            let has_shape =
-                |(index, counts): (&usize, &Vec<u64>)| layers.get(index).map(Vec::len) == Some(counts.len());
-            is_complete(layers) && load.iter().all(has_shape)
-        };
-        let is_complete = present.as_ref().is_some_and(fits);
-        let holders = present.as_ref().map(holders).unwrap_or_default();
+    ) -> (bool, bool) {
+        let has_shape =
+            |layers: &Layers| load.iter().all(|(index, counts)| layers.get(index).map(Vec::len) == Some(counts.len()));
+        let is_whole = present.is_some_and(|layers| is_complete(layers) && has_shape(layers));
+        let holders = present.map(holders).unwrap_or_default();
         let mut missing = Vec::new();
         for group in holders.difference(whole) {
             missing.push(now.saturating_duration_since(*self.whole_at.entry(*group).or_insert(now)));
         }
         let (awaited, lost): (Vec<_>, Vec<_>) =
             missing.into_iter().partition(|missed| *missed < config.lost_after.get());
-        let is_busy = self.is_changing || !self.retry.allows(now) || whole.is_empty();
+        if self.is_changing || !self.retry.allows(now) || whole.is_empty() {
+            return (false, false);
+        }
         let is_loading = self.mending.values().any(|mending| mending.is_running);
-        let is_wanted = if is_complete {
+        let is_wanted = if is_whole {
             !lost.is_empty() || self.is_due
         } else {
             // those who hold something of a placement that is lost may not all be there yet
@@ -296,9 +291,7 @@ impl Model {
             let settled = self.settled.as_ref().map(|(_, since)| now.saturating_duration_since(*since));
             whole.len() >= config.min_groups && settled.is_some_and(|settled| settled >= patience.get())
         };
-        let is_planned = is_wanted && awaited.is_empty() && !is_loading;
-        let is_renumbered = is_complete && (!stands || lacks && self.is_due);
-        (!is_busy && (is_planned || is_renumbered)).then_some((present, is_planned, is_renumbered))
+        (is_wanted && awaited.is_empty() && !is_loading, is_whole)
     }
 
     /// Shards that are behind.
@@ -391,8 +384,7 @@ fn gathered(shards: &[Seen], whole: &BTreeSet<usize>, load: &Load) -> Layers {
 }
 
 /// Whether a shard says that it follows what stands, without all that this wants of it: only a new epoch helps.
-fn lacks(shards: &[Seen], stands: Option<&Placement>) -> bool {
-    let Some(stands) = stands else { return false };
+fn lacks(shards: &[Seen], stands: &Placement) -> bool {
     let mut following = answers(shards).filter(|(_, report)| report.epoch == stands.epoch);
     following.any(|(seen, report)| !plan::covers(&report.held, &stands.shares(seen.info.group)))
 }

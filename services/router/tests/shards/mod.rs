@@ -50,8 +50,19 @@ impl State {
     }
 }
 
-#[derive(Clone, Debug, Default)]
-pub struct FakeShard(pub Arc<Mutex<State>>);
+#[derive(Clone, Debug)]
+pub struct FakeShard {
+    pub state: Arc<Mutex<State>>,
+    /// While it is closed, nothing gets loaded.
+    pub gate: watch::Sender<bool>,
+}
+
+impl FakeShard {
+    fn new() -> Self {
+        let state = State { load: load([0; 6]), ..State::default() };
+        Self { state: Arc::new(Mutex::new(state)), gate: watch::Sender::new(true) }
+    }
+}
 
 #[tonic::async_trait]
 impl ExpertService for FakeShard {
@@ -68,7 +79,7 @@ impl ExpertService for FakeShard {
         &self,
         request: Request<wire::DescribeRequest>,
     ) -> Result<Response<wire::DescribeResponse>, Status> {
-        let mut state = self.0.lock().unwrap();
+        let mut state = self.state.lock().unwrap();
         state.windows += usize::from(request.into_inner().end_window);
         let layer = |(layer, load): (&usize, &Vec<u64>)| wire::Layer {
             layer: *layer as u32,
@@ -81,8 +92,9 @@ impl ExpertService for FakeShard {
 
     async fn prepare(&self, request: Request<wire::PrepareRequest>) -> Result<Response<wire::PrepareResponse>, Status> {
         let request = request.into_inner();
-        let mut state = self.0.lock().unwrap();
-        state.prepares += 1;
+        self.state.lock().unwrap().prepares += 1;
+        self.gate.subscribe().wait_for(|open| *open).await.unwrap();
+        let mut state = self.state.lock().unwrap();
         if state.is_full {
             return Err(into_status(Error::exhausted("no room for experts", Duration::from_secs(1))));
         }
@@ -96,7 +108,7 @@ impl ExpertService for FakeShard {
 
     async fn commit(&self, request: Request<wire::CommitRequest>) -> Result<Response<wire::CommitResponse>, Status> {
         let epoch = request.into_inner().epoch;
-        let mut state = self.0.lock().unwrap();
+        let mut state = self.state.lock().unwrap();
         match state.prepared.take_if(|(prepared, _)| *prepared == epoch) {
             Some((epoch, shares)) => (state.epoch, state.held) = (epoch, shares),
             None if state.epoch == epoch => {}
@@ -126,7 +138,7 @@ pub struct Running {
 
 impl Running {
     pub fn state<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
-        look(&mut self.shard.0.lock().unwrap())
+        look(&mut self.shard.state.lock().unwrap())
     }
 
     pub async fn leave(self) {
@@ -153,8 +165,7 @@ impl Cluster {
 
     /// Starts a shard as a process that knows nothing would.
     pub async fn start(&self, group: usize, rank: usize, ranks: usize) -> Running {
-        let shard = FakeShard::default();
-        shard.0.lock().unwrap().load = load([0; 6]);
+        let shard = FakeShard::new();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let (stop, stopped) = watch::channel(false);
@@ -231,7 +242,7 @@ impl Witness {
                 let Some(placement) = watch.borrow_and_update().clone() else { continue };
                 epochs.lock().unwrap().push(placement.epoch);
                 for (id, group, shard) in &shards {
-                    let (state, shares) = (shard.0.lock().unwrap(), placement.shares(*group));
+                    let (state, shares) = (shard.state.lock().unwrap(), placement.shares(*group));
                     assert!(state.serves(placement.epoch, &shares) || state.epoch > placement.epoch, "{id}: {state:?}");
                 }
             }

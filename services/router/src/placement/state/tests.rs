@@ -1,6 +1,5 @@
 //! Without shards or a clock: what is done next.
 use super::*;
-use moesaic_config::HumanDuration;
 use moesaic_types::{Digest, Error};
 
 const SECOND: Duration = Duration::from_secs(1);

@@ -2,7 +2,7 @@
 //! shards and the metadata say.
 use crate::metrics;
 use crate::placement::lease::current;
-use crate::placement::state::{Model, Steps};
+use crate::placement::state::{Failure, Model, Steps};
 use crate::placement::{Ground, Looked};
 use actix::{Actor, ActorFutureExt, AsyncContext, Context, Handler, Message, MessageResult};
 use moesaic_types::cluster::Placement;
@@ -142,13 +142,13 @@ impl ExpertPlacement {
         }
     }
 
-    fn changed(&mut self, digest: &Digest, outcome: Result<Option<Placement>>) {
+    fn changed(&mut self, digest: &Digest, outcome: Result<Option<Placement>, Failure>) {
         match &outcome {
             Ok(Some(_)) => metrics::placement_changed(true),
             Ok(None) => {}
-            Err(error) => {
+            Err(Failure { group, error }) => {
                 metrics::placement_changed(false);
-                tracing::warn!(%error, "place experts anew; the placement stands as it was");
+                tracing::warn!(%error, group, "place experts anew; the placement stands as it was");
             }
         }
         if let Some(model) = self.models.get_mut(digest) {

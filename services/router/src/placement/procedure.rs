@@ -3,7 +3,7 @@ use super::config::Config;
 use super::lease::{Term, current};
 use super::plan::{self, Plan};
 use super::shard::Shard;
-use super::state::{Change, Found, Mend, Seen};
+use super::state::{Change, Failure, Found, Mend, Seen};
 use crate::metrics;
 use futures::future::{join_all, try_join_all};
 use moesaic_transport::membership::{Clients, Record};
@@ -39,12 +39,16 @@ pub(crate) type Looked = HashMap<Digest, Found>;
 
 impl Ground {
     /// What a future gives, unless the term ends before.
-    pub async fn leading<T>(&self, number: u64, future: impl Future<Output = Result<T>>) -> Result<T> {
+    pub async fn leading<T, E: From<Error>>(
+        &self,
+        number: u64,
+        future: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
         let mut term = self.term.clone();
         let ended = term.wait_for(|term| term.is_none_or(|term| term.number != number));
         tokio::select! {
             biased;
-            _ = ended => Err(deposed()),
+            _ = ended => Err(deposed().into()),
             output = future => output,
         }
     }
@@ -80,8 +84,9 @@ impl Ground {
     }
 
     /// Makes a placement: every shard loads what it needs, the record is written, every shard switches. `None` when
-    /// nothing is better than what stands. An error leaves that standing, unless it came with the writing.
-    pub async fn change(&self, model: Digest, change: Change) -> Result<Option<Placement>> {
+    /// nothing is better than what stands. An error leaves that standing, unless it came with the writing. What stands
+    /// gets another epoch also where a shard fails, which then is mended as one that restarted.
+    pub async fn change(&self, model: Digest, change: Change) -> Result<Option<Placement>, Failure> {
         let Change { groups, load, present, is_planned, is_renumbered, floor, version, shards } = change;
         let (limits, members) = (self.config.limits(), groups.clone());
         let (planned, present) = if is_planned {
@@ -91,26 +96,37 @@ impl Ground {
         } else {
             (None, present)
         };
-        let (layers, moves) = match (planned, present) {
-            (Some(Plan { layers, moves, .. }), _) => (layers, moves),
-            (None, Some(present)) if is_renumbered => (present, 0),
+        let (layers, moves, is_new) = match (planned, present) {
+            (Some(Plan { layers, moves, .. }), _) => (layers, moves, true),
+            (None, Some(present)) if is_renumbered => (present, 0, false),
             (None, _) => return Ok(None),
         };
         let epoch = self.epoch(floor).await?;
         let last = layers.values().flatten().flatten().chain(&groups).max().copied();
         let placement = Placement { epoch, model, groups: last.map_or(0, |last| last + 1), layers };
         tracing::info!(epoch, moves, groups = groups.len(), "prepare a placement of experts");
-        let prepare = |(id, group): &(Arc<str>, usize)| {
-            let (shard, shares) = (self.shard(id), placement.shares(*group));
-            async move { shard?.prepare(epoch, &shares, self.config.prepare_timeout.get()).await }
+        let prepare = async |id: &str, group: usize| {
+            let patience = self.config.prepare_timeout.get();
+            let prepared = match self.shard(id) {
+                Ok(shard) => shard.prepare(epoch, &placement.shares(group), patience).await,
+                Err(error) => Err(error),
+            };
+            match prepared {
+                Err(error) if is_new => Err(Failure { group: Some(group), error }),
+                Err(error) => {
+                    tracing::warn!(shard = id, epoch, %error, "give a shard another epoch");
+                    Ok(())
+                }
+                Ok(()) => Ok(()),
+            }
         };
-        try_join_all(shards.iter().map(prepare)).await?;
+        try_join_all(shards.iter().map(|(id, group)| prepare(id, *group))).await?;
         if current(&self.term).is_none() {
-            return Err(deposed());
+            return Err(deposed().into());
         }
         let written = placement::publish(&*self.metadata, &*self.events, &self.source, &placement, version).await?;
         if written.is_none() {
-            return Err(Error::unavailable("another router wrote the placement meanwhile"));
+            return Err(Error::unavailable("another router wrote the placement meanwhile").into());
         }
         tracing::info!(epoch, moves, "experts are placed");
         metrics::expert_moves(moves);
@@ -211,11 +227,11 @@ mod tests {
         let placed = ground.change(model, first(0, None)).await.unwrap().unwrap();
         assert_eq!((placed.groups, &placed.layers[&0]), (3, &vec![vec![0], vec![0], vec![2], vec![2]]));
         let standing = placement::read(&*ground.metadata, &model).await.unwrap();
-        let refused = ground.change(model, first(0, None)).await.unwrap_err();
+        let refused = ground.change(model, first(0, None)).await.unwrap_err().error;
         assert!(refused.message.contains("another router wrote"), "{refused}");
         told.send_replace(Some(Term { number: 1, until: Instant::now() }));
         let version = standing.as_ref().map(|standing| standing.version);
-        let late = ground.change(model, first(0, version)).await.unwrap_err();
+        let late = ground.change(model, first(0, version)).await.unwrap_err().error;
         assert!(late.message.contains("does not lead"), "{late}");
         assert_eq!(placement::read(&*ground.metadata, &model).await.unwrap(), standing);
     }
@@ -223,8 +239,9 @@ mod tests {
     #[tokio::test]
     async fn what_is_under_way_ends_with_the_term() {
         let (ground, told) = ground(term(1));
-        assert_eq!(ground.leading(1, async { Ok(5) }).await, Ok(5));
-        assert_eq!(ground.leading(2, async { Ok(5) }).await.unwrap_err().code, ErrorCode::Unavailable);
+        let five = async || -> Result<i32> { Ok(5) };
+        assert_eq!(ground.leading(1, five()).await, Ok(5));
+        assert_eq!(ground.leading(2, five()).await.unwrap_err().code, ErrorCode::Unavailable);
         let pending = ground.leading(1, std::future::pending::<Result<()>>());
         let (ended, _) = tokio::join!(pending, async { told.send_replace(term(2)) });
         assert_eq!(ended.unwrap_err().code, ErrorCode::Unavailable);

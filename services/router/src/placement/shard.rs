@@ -61,9 +61,7 @@ impl Shard {
 
     /// Has it load what a placement wants of it; returns when that is there.
     pub async fn prepare(&self, epoch: u64, shares: &Shares, patience: Duration) -> Result<()> {
-        let share =
-            |(layer, experts): (&usize, &Vec<u32>)| wire::Share { layer: *layer as u32, experts: experts.clone() };
-        let request = wire::PrepareRequest { epoch, shares: shares.iter().map(share).collect() };
+        let request = wire::PrepareRequest { epoch, shares: moesaic_proto::shares_to_wire(shares) };
         let mut client = self.client.clone();
         self.within(patience, client.prepare(request)).await.map(|_| ())
     }

@@ -3,8 +3,8 @@ use super::config::Config;
 use super::plan::{self, Layers, Load};
 use super::shard::Report;
 use moesaic_transport::placement::Standing;
-use moesaic_types::Result;
 use moesaic_types::cluster::{Placement, ShardInfo, Shares};
+use moesaic_types::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -98,8 +98,25 @@ impl Retry {
 #[derive(Debug)]
 struct Mending {
     generation: u64,
+    group: usize,
     is_running: bool,
     retry: Retry,
+    failing_since: Option<Instant>,
+}
+
+/// Why a change came to nothing.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Failure {
+    /// The group that could not be prepared, where that was it.
+    pub group: Option<usize>,
+    /// What went wrong.
+    pub error: Error,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { group: None, error }
+    }
 }
 
 /// A model's state.
@@ -116,6 +133,8 @@ pub struct Model {
     is_changing: bool,
     retry: Retry,
     mending: BTreeMap<Arc<str>, Mending>,
+    /// Groups that could not load what they should; those that hold nothing are left out for a while.
+    refused: BTreeMap<usize, Retry>,
     /// Of what stands, when it was last looked at.
     imbalance: Option<f64>,
 }
@@ -131,6 +150,7 @@ impl Model {
             is_changing: false,
             retry: Retry::default(),
             mending: BTreeMap::new(),
+            refused: BTreeMap::new(),
             imbalance: None,
         }
     }
@@ -169,8 +189,8 @@ impl Model {
         let floor = highest.max(epoch(&record)).max(epoch(&self.known));
         // a record that the shards are ahead of is of metadata that lost the last writes
         let stands = record.as_ref().filter(|record| record.epoch >= highest).cloned();
-        let whole = self.look(now, &shards);
         self.keep_mending(&shards);
+        let whole = self.look(now, config, &shards);
         let present = match &stands {
             Some(stands) => Some(stands.layers.clone()),
             None => self.layers(record, highest, gathered(&shards, &whole, &load)),
@@ -188,15 +208,22 @@ impl Model {
         };
         let (is_planned, is_renumbered) = self.wants(now, config, &whole, present.as_ref(), &load);
         let is_renumbered = is_renumbered && must_renumber;
-        let change = (is_planned || is_renumbered).then(|| Change {
-            groups: whole,
+        let holders = present.as_ref().map(holders).unwrap_or_default();
+        let refuses = |group: &usize| self.refused.get(group).is_some_and(|retry| !retry.allows(now));
+        let usable: BTreeSet<usize> =
+            whole.into_iter().filter(|group| holders.contains(group) || !refuses(group)).collect();
+        let is_asked = |group: usize| usable.contains(&group) || holders.contains(&group);
+        let asked = answers(&shards).filter(|(seen, _)| is_asked(seen.info.group));
+        let asked = asked.map(|(seen, _)| (Arc::clone(&seen.id), seen.info.group)).collect();
+        let change = (is_planned || is_renumbered).then_some(Change {
+            groups: usable,
             load,
             present,
             is_planned,
             is_renumbered,
             floor,
             version,
-            shards: answers(&shards).map(|(seen, _)| (Arc::clone(&seen.id), seen.info.group)).collect(),
+            shards: asked,
         });
         self.is_changing |= change.is_some();
         let mends = match stands {
@@ -207,14 +234,20 @@ impl Model {
     }
 
     /// A change ended: with a placement, with none because nothing is better, or not.
-    pub fn changed(&mut self, now: Instant, config: &Config, outcome: Result<Option<Placement>>) {
+    pub fn changed(&mut self, now: Instant, config: &Config, outcome: Result<Option<Placement>, Failure>) {
         self.is_changing = false;
         match outcome {
             Ok(placement) => {
+                let used = placement.as_ref().map(|placement| holders(&placement.layers)).unwrap_or_default();
+                self.refused.retain(|group, _| !used.contains(group));
                 self.known = placement.or(self.known.take());
                 (self.is_due, self.retry) = (false, Retry::default());
             }
-            Err(_) => self.retry.failed(now, config.retry_pause.get()),
+            Err(failure) => {
+                let first = config.retry_pause.get();
+                failure.group.into_iter().for_each(|group| self.refused.entry(group).or_default().failed(now, first));
+                self.retry.failed(now, first);
+            }
         }
     }
 
@@ -222,15 +255,24 @@ impl Model {
     pub fn mended(&mut self, now: Instant, config: &Config, id: &str, generation: u64, is_done: bool) {
         let Some(mending) = self.mending.get_mut(id).filter(|mending| mending.generation == generation) else { return };
         mending.is_running = false;
-        match is_done {
-            true => mending.retry = Retry::default(),
-            false => mending.retry.failed(now, config.retry_pause.get()),
+        if is_done {
+            (mending.retry, mending.failing_since) = (Retry::default(), None);
+        } else {
+            let first = config.retry_pause.get();
+            mending.retry.failed(now, first);
+            mending.failing_since.get_or_insert(now);
+            self.refused.entry(mending.group).or_default().failed(now, first);
         }
     }
 
-    /// Notes which groups are whole.
-    fn look(&mut self, now: Instant, shards: &[Seen]) -> BTreeSet<usize> {
-        let whole = whole(shards);
+    /// Notes which groups are whole. A shard that cannot be mended for long counts as one that does not answer.
+    fn look(&mut self, now: Instant, config: &Config, shards: &[Seen]) -> BTreeSet<usize> {
+        let is_broken = |seen: &&Seen| {
+            let since = self.mending.get(&seen.id).and_then(|mending| mending.failing_since);
+            since.is_some_and(|since| now.saturating_duration_since(since) >= config.lost_after.get())
+        };
+        let broken: BTreeSet<usize> = shards.iter().filter(is_broken).map(|seen| seen.info.group).collect();
+        let whole: BTreeSet<usize> = whole(shards).difference(&broken).copied().collect();
         for group in &whole {
             self.whole_at.insert(*group, now);
         }
@@ -298,14 +340,15 @@ impl Model {
     fn mends(&mut self, now: Instant, shards: &[Seen], stands: &Placement) -> Vec<Mend> {
         let mut mends = Vec::new();
         for (seen, _) in answers(shards).filter(|(_, report)| report.epoch < stands.epoch) {
-            let fresh = Mending { generation: seen.generation, is_running: false, retry: Retry::default() };
+            let (generation, group) = (seen.generation, seen.info.group);
+            let fresh = Mending { generation, group, is_running: false, retry: Retry::default(), failing_since: None };
             let mending = self.mending.entry(Arc::clone(&seen.id)).or_insert(fresh);
             if mending.is_running || !mending.retry.allows(now) {
                 continue;
             }
             mending.is_running = true;
-            let (id, generation) = (Arc::clone(&seen.id), seen.generation);
-            mends.push(Mend { id, generation, epoch: stands.epoch, shares: stands.shares(seen.info.group) });
+            let id = Arc::clone(&seen.id);
+            mends.push(Mend { id, generation, epoch: stands.epoch, shares: stands.shares(group) });
         }
         mends
     }

@@ -87,7 +87,7 @@ impl ExpertService for FakeShard {
             load: load.clone(),
         };
         let layers = state.load.iter().map(layer).collect();
-        Ok(Response::new(wire::DescribeResponse { epoch: state.epoch, layers, weight_bytes: 0 }))
+        Ok(Response::new(wire::DescribeResponse { epoch: state.epoch, layers }))
     }
 
     async fn prepare(&self, request: Request<wire::PrepareRequest>) -> Result<Response<wire::PrepareResponse>, Status> {

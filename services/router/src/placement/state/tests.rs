@@ -19,6 +19,10 @@ fn silent(group: usize) -> Seen {
     Seen { report: Err(Error::unavailable("it is silent")), ..seen(group, 0, &[]) }
 }
 
+fn failed(group: Option<usize>) -> Result<Option<Placement>, Failure> {
+    Err(Failure { group, error: Error::unavailable("a shard failed") })
+}
+
 fn placement(epoch: u64) -> Placement {
     let layers = Layers::from([(0, vec![vec![0], vec![0], vec![1], vec![1]])]);
     Placement { epoch, model: Digest::default(), groups: 2, layers }
@@ -58,11 +62,11 @@ fn experts_are_placed_by_the_load_when_it_is_due_and_all_are_there() {
     let change = model.next(now, &config, found(&both(7), Some(7))).change.unwrap();
     assert_eq!((change.is_planned, change.is_renumbered, change.version), (true, false, Some(107)));
     assert_eq!(change.load, Load::from([(0, vec![2; 4])]));
-    model.changed(now, &config, Err(Error::unavailable("a shard failed")));
+    model.changed(now, &config, failed(None));
     assert_eq!(model.next(now, &config, found(&both(7), Some(7))), Steps::default(), "a pause");
     let now = now + config.retry_pause.get();
     assert!(model.next(now, &config, found(&both(7), Some(7))).change.is_some(), "it is tried again");
-    model.changed(now, &config, Err(Error::unavailable("a shard failed")));
+    model.changed(now, &config, failed(None));
     let now = now + config.retry_pause.get();
     assert_eq!(model.next(now, &config, found(&both(7), Some(7))), Steps::default(), "a longer pause");
     let now = now + config.retry_pause.get();
@@ -103,7 +107,7 @@ fn a_group_that_is_lost_for_long_is_given_up() {
     let change = model.next(later, &config, found(&alone, Some(7))).change.unwrap();
     assert_eq!((change.is_planned, &change.groups), (true, &BTreeSet::from([0])));
     assert_eq!(change.shards, [("s0".into(), 0)]);
-    model.changed(later, &config, Err(Error::unavailable("no room")));
+    model.changed(later, &config, failed(None));
     // it was back meanwhile: its time begins anew
     let back = later + config.retry_pause.get();
     assert_eq!(model.next(back, &config, found(&both(7), Some(7))), Steps::default());
@@ -148,4 +152,35 @@ fn ranks_of_a_group_are_counted_once_and_hold_what_all_of_them_hold() {
     assert_eq!((whole(&both), &load), (BTreeSet::from([0]), &Load::from([(0, vec![1; 4])])));
     let gathered = gathered(&both, &whole(&both), &load);
     assert_eq!(gathered[&0], [vec![], vec![0], vec![0], vec![]]);
+}
+
+#[test]
+fn a_group_that_cannot_load_is_left_out_for_a_while_and_given_up_where_it_held_something() {
+    let (mut model, now, config) = (Model::new(None), Instant::now(), config());
+    let three = [both(7)[0].clone(), both(7)[1].clone(), seen(2, 7, &[])];
+    let groups = |model: &mut Model, now| model.next(now, &config, found(&three, Some(7))).change.map(|c| c.groups);
+    model.next(now, &config, found(&three, Some(7)));
+    model.rebalance();
+    assert_eq!(groups(&mut model, now), Some(BTreeSet::from([0, 1, 2])));
+    model.changed(now, &config, failed(Some(2)));
+    model.retry = Retry::default();
+    assert_eq!(groups(&mut model, now), Some(BTreeSet::from([0, 1])), "the others go on");
+    model.changed(now, &config, failed(Some(1)));
+    model.retry = Retry::default();
+    assert_eq!(groups(&mut model, now), Some(BTreeSet::from([0, 1])), "one that holds something cannot be left out");
+    model.changed(now, &config, Ok(None));
+    let later = now + config.retry_pause.get();
+    model.rebalance();
+    assert_eq!(groups(&mut model, later), Some(BTreeSet::from([0, 1, 2])), "it is tried again");
+
+    // a shard that restarted, and cannot load
+    let (mut model, empty) = (Model::new(None), [both(7)[0].clone(), seen(1, 0, &[])]);
+    let mut next = |now: Instant| {
+        let steps = model.next(now, &config, found(&empty, Some(7)));
+        steps.mends.iter().for_each(|mend| model.mended(now, &config, &mend.id, mend.generation, false));
+        steps
+    };
+    assert_eq!(next(now).mends.len(), 1);
+    let change = next(now + config.lost_after.get()).change.expect("it is given up");
+    assert_eq!((change.is_planned, change.groups), (true, BTreeSet::from([0])));
 }

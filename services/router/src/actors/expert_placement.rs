@@ -19,6 +19,8 @@ pub struct ExpertPlacement {
     models: HashMap<Digest, Model>,
     /// A look is under way.
     is_looking: bool,
+    /// Counts what was done to shards: a look that began before tells of what is over.
+    deeds: u64,
     rebalanced: Instant,
     /// The metadata could not be read the last time.
     was_refused: bool,
@@ -46,6 +48,7 @@ impl ExpertPlacement {
             term: None,
             models: HashMap::new(),
             is_looking: false,
+            deeds: 0,
             rebalanced: Instant::now(),
             was_refused: false,
         }
@@ -58,16 +61,21 @@ impl ExpertPlacement {
         }
         let Some(term) = term.filter(|_| !self.is_looking) else { return };
         self.is_looking = true;
+        let deeds = self.deeds;
         let now = Instant::now();
         let is_due = now.saturating_duration_since(self.rebalanced) >= self.ground.config.rebalance_interval.get();
         if is_due {
             self.rebalanced = now;
+            self.models.values_mut().for_each(Model::rebalance);
         }
         let ground = Arc::clone(&self.ground);
         let look = async move { ground.leading(term, ground.look(is_due)).await };
         context.spawn(actix::fut::wrap_future::<_, Self>(look).map(move |looked, actor, context| {
             if actor.term == Some(term) {
-                actor.looked(context, term, is_due, looked);
+                actor.is_looking = false;
+                if actor.deeds == deeds {
+                    actor.looked(context, term, looked);
+                }
             }
         }));
     }
@@ -84,8 +92,7 @@ impl ExpertPlacement {
         (self.term, self.is_looking, self.rebalanced) = (term, false, Instant::now());
     }
 
-    fn looked(&mut self, context: &mut Context<Self>, term: u64, is_due: bool, looked: Result<Looked>) {
-        self.is_looking = false;
+    fn looked(&mut self, context: &mut Context<Self>, term: u64, looked: Result<Looked>) {
         let looked = match looked {
             Ok(looked) => looked,
             Err(error) => {
@@ -100,9 +107,6 @@ impl ExpertPlacement {
         let now = Instant::now();
         for (digest, found) in looked {
             let model = self.models.entry(digest).or_insert_with(|| Model::new(None));
-            if is_due {
-                model.rebalance();
-            }
             let steps = model.next(now, &self.ground.config, found);
             metrics::placement(&digest, model.known(), model.imbalance(), model.whole().count());
             self.take(context, term, digest, steps);
@@ -134,6 +138,7 @@ impl ExpertPlacement {
                 if let Err(error) = &mended {
                     tracing::warn!(shard = &*mend.id, epoch = mend.epoch, %error, "take a shard to the placement");
                 }
+                actor.deeds += 1;
                 if let Some(model) = actor.models.get_mut(&digest) {
                     let config = &actor.ground.config;
                     model.mended(Instant::now(), config, &mend.id, mend.generation, mended.is_ok());
@@ -151,6 +156,7 @@ impl ExpertPlacement {
                 tracing::warn!(%error, group, "place experts anew; the placement stands as it was");
             }
         }
+        self.deeds += 1;
         if let Some(model) = self.models.get_mut(digest) {
             model.changed(Instant::now(), &self.ground.config, outcome);
         }

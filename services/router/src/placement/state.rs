@@ -189,7 +189,7 @@ impl Model {
         let floor = highest.max(epoch(&record)).max(epoch(&self.known));
         // a record that the shards are ahead of is of metadata that lost the last writes
         let stands = record.as_ref().filter(|record| record.epoch >= highest).cloned();
-        self.keep_mending(&shards);
+        self.keep_mending(&shards, stands.as_ref());
         let whole = self.look(now, config, &shards);
         let present = match &stands {
             Some(stands) => Some(stands.layers.clone()),
@@ -283,10 +283,17 @@ impl Model {
         whole
     }
 
-    /// Forgets shards that are gone or started anew.
-    fn keep_mending(&mut self, shards: &[Seen]) {
-        let lives: BTreeMap<&Arc<str>, u64> = shards.iter().map(|seen| (&seen.id, seen.generation)).collect();
-        self.mending.retain(|id, mending| lives.get(id) == Some(&mending.generation));
+    /// Forgets failures of shards that are gone, started anew, or follow what stands by now.
+    fn keep_mending(&mut self, shards: &[Seen], stands: Option<&Placement>) {
+        let lives: BTreeMap<&Arc<str>, &Seen> = shards.iter().map(|seen| (&seen.id, seen)).collect();
+        let follows = |seen: &Seen| {
+            let epochs = seen.report.as_ref().ok().zip(stands);
+            epochs.is_some_and(|(report, stands)| report.epoch >= stands.epoch)
+        };
+        self.mending.retain(|id, mending| {
+            let same_life = lives.get(id).filter(|seen| seen.generation == mending.generation);
+            same_life.is_some_and(|seen| mending.is_running || !follows(seen))
+        });
     }
 
     /// Who holds what where the record does not say so, by the best word that there is: our own, or the shards' where

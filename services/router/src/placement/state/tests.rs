@@ -183,4 +183,13 @@ fn a_group_that_cannot_load_is_left_out_for_a_while_and_given_up_where_it_held_s
     assert_eq!(next(now).mends.len(), 1);
     let change = next(now + config.lost_after.get()).change.expect("it is given up");
     assert_eq!((change.is_planned, change.groups), (true, BTreeSet::from([0])));
+
+    // it switched by itself meanwhile: there was nothing to mend
+    let mut model = Model::new(None);
+    let mend = model.next(now, &config, found(&empty, Some(7))).mends.remove(0);
+    model.mended(now, &config, &mend.id, mend.generation, false);
+    assert_eq!(model.next(now, &config, found(&both(7), Some(7))), Steps::default());
+    let later = now + config.lost_after.get();
+    assert_eq!(model.next(later, &config, found(&both(7), Some(7))), Steps::default());
+    assert_eq!(model.whole().collect::<Vec<_>>(), [0, 1]);
 }

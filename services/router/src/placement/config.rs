@@ -25,8 +25,8 @@ pub struct Config {
     pub rebalance_interval: HumanDuration,
     /// By how much the busiest groups must get less busy for that, as a share; 0..=1.
     pub min_gain: f64,
-    /// Tokens of all experts of a layer, each counted once for each of its experts, below which its load is taken for
-    /// even.
+    /// Tokens of all experts of a layer, each counted once for each of its experts, below which its load says nothing:
+    /// what stands stays.
     pub min_load: u64,
     /// How often shards are asked what they hold, so that those that restarted get it again; 10ms..=1m.
     pub check_interval: HumanDuration,

@@ -10,6 +10,7 @@ mod leader;
 pub mod lease;
 pub mod plan;
 mod procedure;
+pub mod seen;
 pub mod shard;
 pub mod state;
 

@@ -24,7 +24,8 @@ pub struct Limits {
     pub max_experts: usize,
     /// By how much the busiest groups must get less busy for a new placement, as a share.
     pub min_gain: f64,
-    /// Tokens of all experts of a layer, below which its load is taken for even.
+    /// Tokens of all experts of a layer, below which its load says nothing: what stands there stays, and what is placed
+    /// is placed as if it were even.
     pub min_load: u64,
 }
 
@@ -59,7 +60,9 @@ pub fn plan(load: &Load, groups: &BTreeSet<usize>, limits: &Limits, present: Opt
         is_wrong |= layer.is_wrong;
         let found = layer.placed();
         let (was, is) = (stands.map_or(0.0, |stands| busiest(&weights, stands)), busiest(&weights, &found));
-        let kept = stands.filter(|_| !layer.is_wrong && !is_gain(was, is, limits.min_gain));
+        // what is right stays until enough load says otherwise
+        let is_better = is_known(counts, limits.min_load) && is_gain(was, is, limits.min_gain);
+        let kept = stands.filter(|_| !layer.is_wrong && !is_better);
         before += was;
         after += if kept.is_some() { was } else { is };
         placed.insert(index, kept.cloned().unwrap_or(found));
@@ -104,12 +107,15 @@ pub fn covers(held: &Shares, wanted: &Shares) -> bool {
 
 /// What each expert counts: its share of the layer's load, or all the same where too little is known.
 fn weights(counts: &[u64], min_load: u64) -> Vec<f64> {
-    let total: u64 = counts.iter().sum();
-    let share = |count: &u64| *count as f64 / total as f64;
-    if total == 0 || total < min_load {
+    if !is_known(counts, min_load) {
         return vec![1.0 / counts.len() as f64; counts.len()];
     }
-    counts.iter().map(share).collect()
+    let total: u64 = counts.iter().sum();
+    counts.iter().map(|count| *count as f64 / total as f64).collect()
+}
+
+fn is_known(counts: &[u64], min_load: u64) -> bool {
+    counts.iter().sum::<u64>() >= min_load.max(1)
 }
 
 /// The load of a layer's busiest group, as a share of the layer's.

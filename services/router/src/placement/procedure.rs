@@ -2,8 +2,9 @@
 use super::config::Config;
 use super::lease::{Term, current};
 use super::plan::{self, Plan};
+use super::seen::Seen;
 use super::shard::Shard;
-use super::state::{Change, Failure, Found, Mend, Seen};
+use super::state::{Change, Failure, Found, Mend};
 use crate::metrics;
 use futures::future::{join_all, try_join_all};
 use moesaic_transport::membership::{Clients, Record};

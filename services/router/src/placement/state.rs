@@ -1,9 +1,9 @@
 //! What the router that leads knows of one model's shards, and what it does next: plain data, and the caller's clock.
 use super::config::Config;
 use super::plan::{self, Layers, Load};
-use super::shard::Report;
+use super::seen::{Seen, answers, gathered, lacks, load, whole};
 use moesaic_transport::placement::Standing;
-use moesaic_types::cluster::{Placement, ShardInfo, Shares};
+use moesaic_types::cluster::{Placement, Shares};
 use moesaic_types::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -11,19 +11,6 @@ use std::time::{Duration, Instant};
 
 /// The longest pause after a failure.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-
-/// A shard that is a member now, and its answer.
-#[derive(Clone, Debug)]
-pub struct Seen {
-    /// Its name.
-    pub id: Arc<str>,
-    /// Its life.
-    pub generation: u64,
-    /// Its place in the grid.
-    pub info: ShardInfo,
-    /// What it says of itself.
-    pub report: Result<Report>,
-}
 
 /// What a look at a model's shards found.
 #[derive(Clone, Debug, Default)]
@@ -361,10 +348,6 @@ impl Model {
     }
 }
 
-fn answers(shards: &[Seen]) -> impl Iterator<Item = (&Seen, &Report)> {
-    shards.iter().filter_map(|seen| Some((seen, seen.report.as_ref().ok()?)))
-}
-
 /// The groups that hold something.
 fn holders(layers: &Layers) -> BTreeSet<usize> {
     layers.values().flatten().flatten().copied().collect()
@@ -372,71 +355,6 @@ fn holders(layers: &Layers) -> BTreeSet<usize> {
 
 fn is_complete(layers: &Layers) -> bool {
     !layers.is_empty() && layers.values().flatten().all(|groups| !groups.is_empty())
-}
-
-/// By group, by rank: the answers of its shards. A rank that nobody has, or whose shards do not answer, is empty.
-fn grid(shards: &[Seen]) -> BTreeMap<usize, Vec<Vec<&Report>>> {
-    let mut grid = BTreeMap::<usize, Vec<Vec<&Report>>>::new();
-    for seen in shards {
-        let ranks = grid.entry(seen.info.group).or_default();
-        let count = ranks.len().max(seen.info.ranks).max(seen.info.rank + 1);
-        ranks.resize(count, Vec::new());
-        ranks[seen.info.rank].extend(seen.report.as_ref().ok());
-    }
-    grid
-}
-
-/// The groups of which every rank answered.
-fn whole(shards: &[Seen]) -> BTreeSet<usize> {
-    let is_whole =
-        |(group, ranks): (usize, Vec<Vec<&Report>>)| ranks.iter().all(|rank| !rank.is_empty()).then_some(group);
-    grid(shards).into_iter().filter_map(is_whole).collect()
-}
-
-/// The load of each expert over all groups. Shards of one group see the same tokens: they are counted once.
-fn load(shards: &[Seen]) -> Load {
-    let mut load = Load::new();
-    for ranks in grid(shards).into_values() {
-        let mut of_group = Load::new();
-        for report in ranks.into_iter().flatten() {
-            merge(&mut of_group, &report.load, u64::max);
-        }
-        merge(&mut load, &of_group, u64::saturating_add);
-    }
-    load
-}
-
-fn merge(into: &mut Load, from: &Load, with: impl Fn(u64, u64) -> u64) {
-    for (layer, counts) in from {
-        let sums = into.entry(*layer).or_default();
-        sums.resize(sums.len().max(counts.len()), 0);
-        sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum = with(*sum, *count));
-    }
-}
-
-/// What whole groups hold by their own word, with the shape of `load`.
-fn gathered(shards: &[Seen], whole: &BTreeSet<usize>, load: &Load) -> Layers {
-    let mut layers: Layers = load.iter().map(|(layer, counts)| (*layer, vec![Vec::new(); counts.len()])).collect();
-    for (group, ranks) in grid(shards).into_iter().filter(|(group, _)| whole.contains(group)) {
-        for (layer, experts) in &mut layers {
-            for (expert, groups) in experts.iter_mut().enumerate() {
-                let has = |report: &&Report| {
-                    let held = report.held.get(layer).filter(|_| report.epoch > 0);
-                    held.is_some_and(|held| held.binary_search(&(expert as u32)).is_ok())
-                };
-                if ranks.iter().all(|rank| rank.iter().any(has)) {
-                    groups.push(group);
-                }
-            }
-        }
-    }
-    layers
-}
-
-/// Whether a shard says that it follows what stands, without all that this wants of it: only a new epoch helps.
-fn lacks(shards: &[Seen], stands: &Placement) -> bool {
-    let mut following = answers(shards).filter(|(_, report)| report.epoch == stands.epoch);
-    following.any(|(seen, report)| !plan::covers(&report.held, &stands.shares(seen.info.group)))
 }
 
 #[cfg(test)]

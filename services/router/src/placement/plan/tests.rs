@@ -167,6 +167,9 @@ fn a_small_gain_moves_nothing_and_little_load_says_nothing() {
     let load = Load::from([(0, vec![9, 9, 0, 0])]);
     assert!(plan(&load, &first(2), &limits(), Some(&present)).is_some());
     assert_eq!(plan(&load, &first(2), &Limits { min_load: 19, ..limits() }, Some(&present)), None);
+    let copies = Layers::from([(0, vec![vec![0, 1], vec![0, 1], vec![0], vec![0], vec![1]])]);
+    let (idle, two) = (Load::from([(0, vec![0; 5])]), Limits { redundant_experts: 2, ..limits() });
+    assert_eq!(plan(&idle, &first(2), &two, Some(&copies)), None, "the copies stay where the last load wanted them");
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Without shards or a clock: what is done next.
 use super::*;
+use crate::placement::shard::Report;
+use moesaic_types::cluster::ShardInfo;
 use moesaic_types::{Digest, Error};
 
 const SECOND: Duration = Duration::from_secs(1);

@@ -1,4 +1,5 @@
 //! The `[router]` section.
+use crate::placement;
 use crate::policy::{Policy, Weights};
 use moesaic_config::HumanDuration;
 use moesaic_types::{Error, Result};
@@ -33,6 +34,8 @@ pub struct Config {
     pub decision_timeout: HumanDuration,
     /// Messages that each actor holds at most; 1..=65536.
     pub mailbox: usize,
+    /// Placement of experts, in a cluster.
+    pub placement: placement::Config,
 }
 
 impl Default for Config {
@@ -50,6 +53,7 @@ impl Default for Config {
             index_entries: 1_000_000,
             decision_timeout: HumanDuration::from_secs(1),
             mailbox: 1024,
+            placement: placement::Config::default(),
         }
     }
 }
@@ -90,7 +94,7 @@ impl Config {
         if !(1..=65_536).contains(&self.mailbox) {
             return refuse("mailbox", &self.mailbox, "1 to 65536");
         }
-        Ok(())
+        self.placement.validate()
     }
 
     pub(crate) fn weights(&self) -> Weights {
@@ -111,9 +115,14 @@ mod tests {
             Config { breaker_failures: 0, ..Config::default() },
             Config { index_entries: 0, ..Config::default() },
             Config { mailbox: 0, ..Config::default() },
+            Config {
+                placement: placement::Config { min_copies: 0, ..placement::Config::default() },
+                ..Config::default()
+            },
         ];
         let fields = wrong.map(|config| config.validate().unwrap_err().field.unwrap());
-        let names = ["prefill_weight", "poll_interval", "breaker_failures", "index_entries", "mailbox"];
+        let names =
+            ["prefill_weight", "poll_interval", "breaker_failures", "index_entries", "mailbox", "placement.min_copies"];
         assert_eq!(fields, names.map(|name| format!("router.{name}")));
     }
 }

@@ -1,7 +1,9 @@
 //! What the router records; the names stand in `moesaic-telemetry`.
 use metrics::{counter, gauge};
 use moesaic_telemetry::metrics as names;
+use moesaic_types::Digest;
 use moesaic_types::boundary::Placed;
+use moesaic_types::cluster::Placement;
 
 pub(crate) fn placed(placed: &Placed) {
     counter!(names::ROUTER_PLACEMENTS_TOTAL, "replica" => placed.replica.to_string()).increment(1);
@@ -22,4 +24,28 @@ pub(crate) fn index_entries(count: usize) {
 
 pub(crate) fn event_gap() {
     counter!(names::ROUTER_EVENT_GAPS_TOTAL).increment(1);
+}
+
+pub(crate) fn leads_placement(leads: bool) {
+    gauge!(names::PLACEMENT_LEADER).set(u8::from(leads));
+}
+
+pub(crate) fn placement(model: &Digest, placement: Option<&Placement>, imbalance: Option<f64>, groups: usize) {
+    let label = model.0[..6].iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    gauge!(names::PLACEMENT_GROUPS, "model" => label.clone()).set(groups as f64);
+    if let Some(placement) = placement {
+        gauge!(names::PLACEMENT_EPOCH, "model" => label.clone()).set(placement.epoch as f64);
+    }
+    if let Some(imbalance) = imbalance {
+        gauge!(names::PLACEMENT_IMBALANCE, "model" => label).set(imbalance);
+    }
+}
+
+pub(crate) fn expert_moves(count: usize) {
+    counter!(names::PLACEMENT_MOVES_TOTAL).increment(count as u64);
+}
+
+pub(crate) fn placement_changed(is_done: bool) {
+    let outcome = if is_done { "done" } else { "failed" };
+    counter!(names::PLACEMENT_CHANGES_TOTAL, "outcome" => outcome).increment(1);
 }

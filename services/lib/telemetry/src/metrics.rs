@@ -68,6 +68,17 @@ names! {
     counter ROUTER_EVENT_GAPS_TOTAL = "moesaic_router_event_gaps_total",
         "Gaps in KV events; each clears what is known of the replica's blocks.";
 
+    gauge PLACEMENT_LEADER = "moesaic_placement_leader", "1 where this router leads the placement of experts.";
+    gauge PLACEMENT_EPOCH = "moesaic_placement_epoch",
+        "Epoch of the placement of experts, by `model`; recorded by the router that leads.";
+    gauge PLACEMENT_IMBALANCE = "moesaic_placement_imbalance",
+        "Load of the busiest group of each layer over the average group's, by `model`; 1 is even.";
+    gauge PLACEMENT_GROUPS = "moesaic_placement_groups", "Groups of which all shards answer, by `model`.";
+    counter PLACEMENT_MOVES_TOTAL = "moesaic_placement_moves_total",
+        "Experts that groups loaded for a new placement, a layer's each counted.";
+    counter PLACEMENT_CHANGES_TOTAL = "moesaic_placement_changes_total",
+        "New placements, by `outcome`: done or failed.";
+
     counter KV_STORE_HITS_TOTAL = "moesaic_kv_store_hits_total", "Blocks asked for and found.";
     counter KV_STORE_MISSES_TOTAL = "moesaic_kv_store_misses_total", "Chains asked for that ended early.";
     counter KV_STORE_EVICTIONS_TOTAL = "moesaic_kv_store_evictions_total", "Blocks dropped to make room.";

@@ -1,7 +1,8 @@
 //! How services reach each other: the boundary traits' implementations that need no model.
 //!
 //! [`memory`] and [`file_queue`] have those of embedded mode; the cluster's ([`grpc`], [`nats`], [`redis_metadata`])
-//! stand beside them. [`membership`] says who is there, and [`channel`](mod@channel) connects to one of them.
+//! stand beside them. [`membership`] says who is there, [`placement`] which experts are where, and
+//! [`channel`](mod@channel) connects to a member.
 #![forbid(unsafe_code)]
 
 pub mod channel;
@@ -13,6 +14,7 @@ pub mod host;
 pub mod membership;
 pub mod memory;
 pub mod nats;
+pub mod placement;
 pub mod redis_metadata;
 pub mod serve;
 pub mod subjects;

@@ -12,10 +12,12 @@ pub enum Plane {
     Load,
     /// Who is there.
     Membership,
+    /// Which groups hold which experts.
+    Placement,
 }
 
 impl Plane {
-    const ALL: [Self; 3] = [Self::Kv, Self::Load, Self::Membership];
+    const ALL: [Self; 4] = [Self::Kv, Self::Load, Self::Membership, Self::Placement];
 
     /// As it stands in a subject.
     pub fn name(self) -> &'static str {
@@ -23,6 +25,7 @@ impl Plane {
             Self::Kv => "kv",
             Self::Load => "load",
             Self::Membership => "membership",
+            Self::Placement => "placement",
         }
     }
 
@@ -59,6 +62,11 @@ impl Subject {
     /// A replica's load.
     pub fn load(replica: &str) -> Self {
         Self::new(Plane::Load, "scheduler", replica, "load")
+    }
+
+    /// A model's placement was written; `model` is its digest.
+    pub fn placement(model: &str) -> Self {
+        Self::new(Plane::Placement, "router", model, "placed")
     }
 
     /// Any subject.

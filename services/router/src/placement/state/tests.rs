@@ -1,0 +1,197 @@
+//! Without shards or a clock: what is done next.
+use super::*;
+use crate::placement::shard::Report;
+use moesaic_types::cluster::ShardInfo;
+use moesaic_types::{Digest, Error};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn config() -> Config {
+    Config { min_load: 0, ..Config::default() }
+}
+
+/// A shard that holds these experts of layer 0, of four.
+fn seen(group: usize, epoch: u64, experts: &[u32]) -> Seen {
+    let report = Report { epoch, held: Shares::from([(0, experts.to_vec())]), load: Load::from([(0, vec![1; 4])]) };
+    let info = ShardInfo { model: Digest::default(), group, rank: 0, ranks: 1 };
+    Seen { id: format!("s{group}").into(), generation: 1, info, report: Ok(report) }
+}
+
+fn silent(group: usize) -> Seen {
+    Seen { report: Err(Error::unavailable("it is silent")), ..seen(group, 0, &[]) }
+}
+
+fn failed(group: Option<usize>) -> Result<Option<Placement>, Failure> {
+    Err(Failure { group, error: Error::unavailable("a shard failed") })
+}
+
+fn placement(epoch: u64) -> Placement {
+    let layers = Layers::from([(0, vec![vec![0], vec![0], vec![1], vec![1]])]);
+    Placement { epoch, model: Digest::default(), groups: 2, layers }
+}
+
+fn found(shards: &[Seen], epoch: Option<u64>) -> Found {
+    let standing = epoch.map(|epoch| Standing { placement: Some(placement(epoch)), version: 100 + epoch });
+    Found { shards: shards.to_vec(), standing }
+}
+
+fn both(epoch: u64) -> [Seen; 2] {
+    [seen(0, epoch, &[0, 1]), seen(1, epoch, &[2, 3])]
+}
+
+#[test]
+fn the_first_placement_waits_until_no_group_comes_any_longer() {
+    let (mut model, now, config) = (Model::new(None), Instant::now(), config());
+    let one = [seen(0, 0, &[])];
+    assert_eq!(model.next(now, &config, found(&one, None)), Steps::default());
+    let two = [seen(0, 0, &[]), seen(1, 0, &[])];
+    assert_eq!(model.next(now + config.settle.get(), &config, found(&two, None)), Steps::default(), "one more came");
+    let steps = model.next(now + 2 * config.settle.get(), &config, found(&two, None));
+    let change = steps.change.unwrap();
+    assert!(change.is_planned && !change.is_renumbered);
+    assert_eq!((change.groups, change.present, change.floor, change.version), (BTreeSet::from([0, 1]), None, 0, None));
+    let steps = model.next(now + 3 * config.settle.get(), &config, found(&two, None));
+    assert_eq!(steps, Steps::default(), "one change at a time");
+}
+
+#[test]
+fn experts_are_placed_by_the_load_when_it_is_due_and_all_are_there() {
+    let (mut model, now, config) = (Model::new(None), Instant::now(), config());
+    assert_eq!(model.next(now, &config, found(&both(7), Some(7))), Steps::default());
+    model.rebalance();
+    let missing = [both(7)[0].clone(), silent(1)];
+    assert_eq!(model.next(now, &config, found(&missing, Some(7))), Steps::default(), "one does not answer");
+    let change = model.next(now, &config, found(&both(7), Some(7))).change.unwrap();
+    assert_eq!((change.is_planned, change.is_renumbered, change.version), (true, false, Some(107)));
+    assert_eq!(change.load, Load::from([(0, vec![2; 4])]));
+    model.changed(now, &config, failed(None));
+    assert_eq!(model.next(now, &config, found(&both(7), Some(7))), Steps::default(), "a pause");
+    let now = now + config.retry_pause.get();
+    assert!(model.next(now, &config, found(&both(7), Some(7))).change.is_some(), "it is tried again");
+    model.changed(now, &config, failed(None));
+    let now = now + config.retry_pause.get();
+    assert_eq!(model.next(now, &config, found(&both(7), Some(7))), Steps::default(), "a longer pause");
+    let now = now + config.retry_pause.get();
+    assert!(model.next(now, &config, found(&both(7), Some(7))).change.is_some());
+    model.changed(now, &config, Ok(None));
+    assert_eq!(model.next(now, &config, found(&both(7), Some(7))), Steps::default(), "it is done");
+}
+
+#[test]
+fn a_shard_that_is_behind_is_mended_and_those_that_fail_are_tried_again() {
+    let (mut model, now, config) = (Model::new(None), Instant::now(), config());
+    let behind = [both(7)[0].clone(), seen(1, 0, &[])];
+    let mend = Mend { id: "s1".into(), generation: 1, epoch: 7, shares: Shares::from([(0, vec![2, 3])]) };
+    let steps = model.next(now, &config, found(&behind, Some(7)));
+    assert_eq!(steps, Steps { change: None, mends: vec![mend.clone()] });
+    model.rebalance();
+    assert_eq!(model.next(now, &config, found(&behind, Some(7))), Steps::default(), "it loads, and so nothing changes");
+    model.mended(now, &config, "s1", 2, false);
+    assert_eq!(model.next(now, &config, found(&behind, Some(7))), Steps::default(), "that was another life");
+    model.mended(now, &config, "s1", 1, false);
+    model.is_due = false;
+    assert_eq!(model.next(now, &config, found(&behind, Some(7))), Steps::default(), "a pause");
+    let restarted = [both(7)[0].clone(), Seen { generation: 2, ..behind[1].clone() }];
+    let steps = model.next(now, &config, found(&restarted, Some(7)));
+    assert_eq!(steps.mends, [Mend { generation: 2, ..mend.clone() }], "a new life has no failures");
+    model.mended(now, &config, "s1", 2, false);
+    let steps = model.next(now + config.retry_pause.get(), &config, found(&restarted, Some(7)));
+    assert_eq!(steps.mends.len(), 1);
+}
+
+#[test]
+fn a_group_that_is_lost_for_long_is_given_up() {
+    let (mut model, now, config) = (Model::new(None), Instant::now(), config());
+    let alone = [both(7)[0].clone(), silent(1)];
+    assert_eq!(model.next(now, &config, found(&alone, Some(7))), Steps::default());
+    let later = now + config.lost_after.get();
+    assert_eq!(model.next(later - SECOND, &config, found(&alone, Some(7))), Steps::default());
+    let change = model.next(later, &config, found(&alone, Some(7))).change.unwrap();
+    assert_eq!((change.is_planned, &change.groups), (true, &BTreeSet::from([0])));
+    assert_eq!(change.shards, [("s0".into(), 0)]);
+    model.changed(later, &config, failed(None));
+    // it was back meanwhile: its time begins anew
+    let back = later + config.retry_pause.get();
+    assert_eq!(model.next(back, &config, found(&both(7), Some(7))), Steps::default());
+    assert_eq!(model.next(back + SECOND, &config, found(&alone, Some(7))), Steps::default());
+}
+
+#[test]
+fn lost_metadata_get_what_is_known_best_with_a_later_epoch() {
+    let (now, config) = (Instant::now(), config());
+    let renumbered = |model: &mut Model, found: Found| {
+        let change = model.next(now, &config, found).change.expect("it must be written again");
+        assert!(change.is_renumbered);
+        (change.present.unwrap(), change.floor, change.version)
+    };
+    let layers = placement(7).layers;
+    let mut led = Model::new(None);
+    led.next(now, &config, found(&both(7), Some(7)));
+    let silent = [both(7)[0].clone(), silent(1)];
+    assert_eq!(renumbered(&mut led, found(&silent, None)), (layers.clone(), 7, None), "its own word");
+    let mut fresh = Model::new(None);
+    assert_eq!(renumbered(&mut fresh, found(&both(7), None)), (layers.clone(), 7, None), "the shards' word");
+    let mut older = Model::new(None);
+    assert_eq!(renumbered(&mut older, found(&both(7), Some(5))), (layers.clone(), 7, Some(105)), "they went on since");
+    let mut stale = Model::new(Some(placement(3)));
+    assert_eq!(renumbered(&mut stale, found(&both(7), None)), (layers, 7, None), "another led meanwhile");
+    let mut half = Model::new(None);
+    assert_eq!(half.next(now, &config, found(&silent, None)), Steps::default(), "the rest may be about to come");
+    let steps = half.next(now + config.lost_after.get(), &config, found(&silent, None));
+    assert!(steps.change.is_some_and(|change| change.is_planned && change.present.is_some()));
+}
+
+#[test]
+fn ranks_of_a_group_are_counted_once_and_hold_what_all_of_them_hold() {
+    let rank = |rank: usize, experts: &[u32]| {
+        let seen = seen(0, 7, experts);
+        Seen { id: format!("r{rank}").into(), info: ShardInfo { rank, ranks: 2, ..seen.info.clone() }, ..seen }
+    };
+    let half = [rank(0, &[0, 1])];
+    assert_eq!(whole(&half), BTreeSet::new());
+    let both = [rank(0, &[0, 1, 2]), rank(1, &[1, 2, 3])];
+    let load = load(&both);
+    assert_eq!((whole(&both), &load), (BTreeSet::from([0]), &Load::from([(0, vec![1; 4])])));
+    let gathered = gathered(&both, &whole(&both), &load);
+    assert_eq!(gathered[&0], [vec![], vec![0], vec![0], vec![]]);
+}
+
+#[test]
+fn a_group_that_cannot_load_is_left_out_for_a_while_and_given_up_where_it_held_something() {
+    let (mut model, now, config) = (Model::new(None), Instant::now(), config());
+    let three = [both(7)[0].clone(), both(7)[1].clone(), seen(2, 7, &[])];
+    let groups = |model: &mut Model, now| model.next(now, &config, found(&three, Some(7))).change.map(|c| c.groups);
+    model.next(now, &config, found(&three, Some(7)));
+    model.rebalance();
+    assert_eq!(groups(&mut model, now), Some(BTreeSet::from([0, 1, 2])));
+    model.changed(now, &config, failed(Some(2)));
+    model.retry = Retry::default();
+    assert_eq!(groups(&mut model, now), Some(BTreeSet::from([0, 1])), "the others go on");
+    model.changed(now, &config, failed(Some(1)));
+    model.retry = Retry::default();
+    assert_eq!(groups(&mut model, now), Some(BTreeSet::from([0, 1])), "one that holds something cannot be left out");
+    model.changed(now, &config, Ok(None));
+    let later = now + config.retry_pause.get();
+    model.rebalance();
+    assert_eq!(groups(&mut model, later), Some(BTreeSet::from([0, 1, 2])), "it is tried again");
+
+    // a shard that restarted, and cannot load
+    let (mut model, empty) = (Model::new(None), [both(7)[0].clone(), seen(1, 0, &[])]);
+    let mut next = |now: Instant| {
+        let steps = model.next(now, &config, found(&empty, Some(7)));
+        steps.mends.iter().for_each(|mend| model.mended(now, &config, &mend.id, mend.generation, false));
+        steps
+    };
+    assert_eq!(next(now).mends.len(), 1);
+    let change = next(now + config.lost_after.get()).change.expect("it is given up");
+    assert_eq!((change.is_planned, change.groups), (true, BTreeSet::from([0])));
+
+    // it switched by itself meanwhile: there was nothing to mend
+    let mut model = Model::new(None);
+    let mend = model.next(now, &config, found(&empty, Some(7))).mends.remove(0);
+    model.mended(now, &config, &mend.id, mend.generation, false);
+    assert_eq!(model.next(now, &config, found(&both(7), Some(7))), Steps::default());
+    let later = now + config.lost_after.get();
+    assert_eq!(model.next(later, &config, found(&both(7), Some(7))), Steps::default());
+    assert_eq!(model.whole().collect::<Vec<_>>(), [0, 1]);
+}

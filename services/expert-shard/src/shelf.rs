@@ -58,13 +58,19 @@ impl<B: Backend> Shelf<B> {
         Err(Error::unavailable(format!("placement {epoch}: {reason}; this shard follows {current}")))
     }
 
-    /// Keeps what a coming placement wants; an earlier preparation is dropped.
+    /// Keeps what a coming placement wants; the preparation of an earlier one is dropped.
     ///
     /// # Errors
-    /// `InvalidArgument` naming `epoch` when it is not above the one that is followed.
+    /// `InvalidArgument` naming `epoch` when it is not above the one that is followed, or a later one is prepared: the
+    /// call that asked for it may be given up long since.
     pub fn prepare(&self, held: Held<B>) -> Result<()> {
         let mut state = self.state();
         check_is_coming(held.epoch, state.current.epoch)?;
+        if let Some(later) = state.prepared.as_ref().map(|prepared| prepared.epoch).filter(|epoch| *epoch > held.epoch)
+        {
+            let message = format!("epoch is {}; {later} is prepared already", held.epoch);
+            return Err(Error::invalid("epoch", message));
+        }
         state.prepared = Some(held);
         Ok(())
     }
@@ -139,6 +145,7 @@ mod tests {
         assert!(fields.iter().all(|field| field.as_deref() == Some("epoch")), "{fields:?}");
         shelf.prepare(held(4)).expect("it is above");
         shelf.prepare(held(6)).expect("it is above");
+        assert!(shelf.prepare(held(5)).is_err(), "what was asked for before comes late");
         assert!(shelf.commit(4).is_err(), "a later preparation took its place");
         assert_eq!(shelf.commit(6), Ok(()));
         assert_eq!(shelf.current().epoch, 6);

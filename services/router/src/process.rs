@@ -2,6 +2,7 @@
 use crate::app::Router;
 use crate::config::Config;
 use crate::grpc::{self, Following};
+use crate::placement::PlacementLeader;
 use moesaic_service::{Cluster, Doors, Process};
 use moesaic_telemetry::TelemetryConfig;
 use moesaic_transport::membership::View;
@@ -53,6 +54,8 @@ pub struct RouterProcess {
     router: Arc<Router>,
     schedulers: watch::Receiver<Arc<View>>,
     _following: Following,
+    /// Leads the placement of experts, or waits to.
+    _leader: PlacementLeader,
 }
 
 impl Process for RouterProcess {
@@ -64,7 +67,10 @@ impl Process for RouterProcess {
         let directory = cluster.directory(Service::Scheduler);
         let schedulers = directory.watch();
         let following = grpc::follow(&router, directory);
-        Ok(Self { router, schedulers, _following: following })
+        let (metadata, events) = (Arc::clone(&cluster.metadata), Arc::clone(&cluster.events));
+        let shards = cluster.directory(Service::ExpertShard);
+        let leader = PlacementLeader::start(&settings.router.placement, metadata, events, shards)?;
+        Ok(Self { router, schedulers, _following: following, _leader: leader })
     }
 
     async fn serve(self: Arc<Self>, doors: Doors, stop: watch::Receiver<bool>) -> Result<()> {

@@ -1,8 +1,20 @@
 //! What an operator can set.
 use moesaic_config::HumanDuration;
+use moesaic_proto::WireDType;
 use moesaic_transport::subjects::Subject;
 use moesaic_types::{BLOCK_TOKENS, Error, ReplicaId, Result};
 use serde::{Deserialize, Serialize};
+
+/// Who executes a replica's experts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExpertsAt {
+    /// The replica's own process.
+    #[default]
+    Own,
+    /// The cluster's expert-shards.
+    Shards,
+}
 
 /// The configuration of one replica.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,6 +65,15 @@ pub struct Config {
     /// A step that takes longer than this makes the replica not live, so that the process is restarted, and ends the
     /// requests in flight so that they go on elsewhere; in milliseconds, at least `step_stalled_after_ms`.
     pub step_dead_after_ms: u64,
+    /// Who executes the experts: `own`, this process; `shards`, the cluster's expert-shards.
+    pub experts: ExpertsAt,
+    /// How tokens travel to shards, and their experts' sums back: `f32` loses nothing, `bf16` halves and `int8` quarters
+    /// the bytes.
+    pub expert_activations: WireDType,
+    /// How sums come back.
+    pub expert_outputs: WireDType,
+    /// Longest wait for one layer's experts, in milliseconds; then the step is run again. 100..=600000.
+    pub expert_timeout_ms: u64,
     /// Experts that do not answer are asked again until a request's deadline. A request without one fails after this
     /// time, in milliseconds; and a replica whose experts have not answered for so long is not ready.
     pub experts_patience_ms: u64,
@@ -84,6 +105,10 @@ impl Default for Config {
             grammar_cache: 64,
             step_stalled_after_ms: 120_000,
             step_dead_after_ms: 600_000,
+            experts: ExpertsAt::Own,
+            expert_activations: WireDType::F32,
+            expert_outputs: WireDType::F32,
+            expert_timeout_ms: 30_000,
             experts_patience_ms: 30_000,
             restart_backoff_ms: 100,
         }
@@ -123,6 +148,10 @@ impl Config {
                 self.step_dead_after_ms, self.step_stalled_after_ms
             );
             return Err(Error::invalid("step_dead_after_ms", message));
+        }
+        if !(100..=600_000).contains(&self.expert_timeout_ms) {
+            let message = format!("expert_timeout_ms is {}; use 100 to 600000", self.expert_timeout_ms);
+            return Err(Error::invalid("expert_timeout_ms", message));
         }
         if self.kv_blocks == Some(0) {
             return Err(Error::invalid("kv_blocks", "kv_blocks must be at least 1"));

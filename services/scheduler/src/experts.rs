@@ -1,9 +1,86 @@
-//! The experts of a cluster as the decoder sees them.
+//! A replica's experts: in its own process, or in the cluster's shards.
+use crate::config::{Config, ExpertsAt};
+use crate::model::{Experts, OwnExperts};
+use moesaic_model::LoadOptions;
 use moesaic_model::backend::Backend;
+use moesaic_model::config::Found;
 use moesaic_model::expert_pool::{ExpertPool, Ticket};
-use moesaic_transport::RemoteExperts;
+use moesaic_model::source::WeightSource;
+use moesaic_model::spec::ModelSpec;
+use moesaic_service::Cluster;
+use moesaic_transport::placement::{Follower, follow};
+use moesaic_transport::{ExpertsOptions, RemoteExperts};
 use moesaic_types::Routing;
+use moesaic_types::cluster::Service;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// Who executes a replica's experts.
+pub enum ReplicaExperts {
+    /// Its own process.
+    Own,
+    /// The cluster's shards.
+    Shards {
+        /// The way to them.
+        experts: Arc<RemoteExperts>,
+        /// Keeps the placement up to date.
+        placement: Follower,
+    },
+}
+
+impl ReplicaExperts {
+    /// As the configuration says; a model without experts needs no shards. Call it in a runtime.
+    pub fn start(config: &Config, found: &Found, cluster: &Cluster) -> Self {
+        if config.experts == ExpertsAt::Own || found.spec.moe_layers().next().is_none() {
+            return Self::Own;
+        }
+        let options = ExpertsOptions {
+            activations: config.expert_activations,
+            outputs: config.expert_outputs,
+            timeout: Duration::from_millis(config.expert_timeout_ms),
+            ..ExpertsOptions::default()
+        };
+        let placement = follow(Arc::clone(&cluster.metadata), Arc::clone(&cluster.events), found.experts);
+        let shards = cluster.directory(Service::ExpertShard);
+        let experts = RemoteExperts::start(shards, placement.watch(), found.experts, options);
+        Self::Shards { experts, placement }
+    }
+
+    /// Waits until all of them can be asked. Cancel-safe.
+    pub async fn reached(&self) {
+        if let Self::Shards { experts, .. } = self {
+            experts.reached().await;
+        }
+    }
+
+    /// Whether all of them can be asked now.
+    ///
+    /// # Errors
+    /// `Unavailable` naming what is missing.
+    pub fn ready(&self) -> moesaic_types::Result<()> {
+        match self {
+            Self::Own => Ok(()),
+            Self::Shards { experts, .. } => experts.ready(),
+        }
+    }
+}
+
+impl Experts for Arc<ReplicaExperts> {
+    fn pool<B: Backend>(
+        &self,
+        source: &dyn WeightSource,
+        spec: &ModelSpec,
+        backend: Arc<B>,
+        options: &LoadOptions<'_>,
+    ) -> moesaic_model::Result<Arc<dyn ExpertPool<B>>> {
+        match &**self {
+            ReplicaExperts::Own => OwnExperts.pool(source, spec, backend, options),
+            ReplicaExperts::Shards { experts, .. } => {
+                Ok(Arc::new(RemotePool::new(Arc::clone(experts), backend, spec.hidden)))
+            }
+        }
+    }
+}
 
 /// From so many tokens on a step is worth two micro-batches: below, a shard's time for one is not much longer than for
 /// half of it, so that the overlap would not pay for the second message.

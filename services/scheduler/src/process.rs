@@ -1,7 +1,8 @@
 //! The scheduler as a process: it loads the model, then answers over gRPC.
 use crate::app::Scheduler;
 use crate::config::Config;
-use crate::model::{OwnExperts, runner_factory};
+use crate::experts::ReplicaExperts;
+use crate::model::runner_factory;
 use crate::vocabulary::Vocabulary;
 use futures::future::{BoxFuture, FutureExt};
 use moesaic_model::ModelConfig;
@@ -64,6 +65,7 @@ pub struct SchedulerProcess {
     settings: Settings,
     cluster: Cluster,
     replica: Arc<Late>,
+    experts: OnceLock<Arc<ReplicaExperts>>,
     loading: watch::Sender<Option<Progress>>,
 }
 
@@ -98,7 +100,8 @@ impl Process for SchedulerProcess {
     type Settings = Settings;
 
     async fn new(settings: Settings, cluster: Cluster) -> Result<Self> {
-        Ok(Self { settings, cluster, replica: Arc::default(), loading: watch::Sender::default() })
+        let (replica, experts, loading) = (Arc::default(), OnceLock::new(), watch::Sender::default());
+        Ok(Self { settings, cluster, replica, experts, loading })
     }
 
     async fn serve(self: Arc<Self>, doors: Doors, stop: watch::Receiver<bool>) -> Result<()> {
@@ -117,11 +120,14 @@ impl Process for SchedulerProcess {
         let report = Arc::new(move |progress: Progress| {
             loading.send_replace(Some(progress));
         });
-        let factory = runner_factory(found.path, model, OwnExperts, report);
+        let experts = Arc::new(ReplicaExperts::start(&config, &found, &self.cluster));
+        let experts = Arc::clone(self.experts.get_or_init(|| experts));
+        let factory = runner_factory(found.path, model, Arc::clone(&experts), report);
         let events = Arc::clone(&self.cluster.events);
         let hasher = found.served_as.hasher();
         let scheduler = Scheduler::start(config, factory, vocabulary, hasher, None, Some(events)).await?;
         let max_context = scheduler.info()?.max_context;
+        experts.reached().await;
         self.replica.0.get_or_init(|| scheduler);
         Ok(Role::Replica(ReplicaInfo { model: found.served_as, text, max_context }))
     }
@@ -129,7 +135,11 @@ impl Process for SchedulerProcess {
     async fn ready(&self) -> Result<()> {
         match self.replica.0.get() {
             Some(scheduler) => scheduler.ready(),
-            None => Err(Error::unavailable(how_far(*self.loading.borrow()))),
+            None => {
+                let far = how_far(*self.loading.borrow());
+                let missing = self.experts.get().and_then(|experts| experts.ready().err());
+                Err(Error::unavailable(missing.map_or(far.clone(), |error| format!("{far}; experts: {error}"))))
+            }
         }
     }
 

@@ -91,6 +91,17 @@ impl RemoteExperts {
         Ok(())
     }
 
+    /// Waits until every expert can be asked. Cancel-safe.
+    pub async fn reached(&self) {
+        let mut changes = self.changes.clone();
+        loop {
+            changes.borrow_and_update();
+            if self.ready().is_ok() || changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
     /// Sends tokens `x` `[tokens, hidden]` of a layer to their experts. Neither this nor [`Dispatched::wait`] may be
     /// called on a thread of the runtime.
     pub fn dispatch(self: &Arc<Self>, layer: usize, x: Vec<f32>, hidden: usize, routing: &Routing) -> Dispatched {

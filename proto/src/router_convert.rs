@@ -2,7 +2,7 @@
 use crate::router::v1 as wire;
 use bytes::Bytes;
 use moesaic_types::boundary::{PlaceRequest, Placed};
-use moesaic_types::{BlockHash, Error, ReplicaId, RequestId};
+use moesaic_types::{BlockHash, Digest, Error, ReplicaId, RequestId};
 
 /// Names of blocks, one after another.
 pub fn hashes_to_wire(hashes: &[BlockHash]) -> Bytes {
@@ -30,6 +30,7 @@ impl From<PlaceRequest> for wire::PlaceRequest {
             prompt_tokens: request.prompt_tokens.try_into().unwrap_or(u32::MAX),
             max_tokens: request.max_tokens.try_into().unwrap_or(u32::MAX),
             exclude: request.exclude.iter().map(ToString::to_string).collect(),
+            model: request.model.map(|model| Bytes::copy_from_slice(&model.0)).unwrap_or_default(),
         }
     }
 }
@@ -43,8 +44,17 @@ impl TryFrom<wire::PlaceRequest> for PlaceRequest {
             prompt_tokens: request.prompt_tokens as usize,
             max_tokens: request.max_tokens as usize,
             exclude: request.exclude.into_iter().map(ReplicaId::new).collect(),
+            model: model_from_wire(&request.model)?,
         })
     }
+}
+
+fn model_from_wire(bytes: &[u8]) -> Result<Option<Digest>, Error> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    let wrong = |_| Error::invalid("model", format!("model has {} bytes; use 32, or none", bytes.len()));
+    Ok(Some(Digest(bytes.try_into().map_err(wrong)?)))
 }
 
 impl From<Placed> for wire::PlaceResponse {
@@ -74,8 +84,13 @@ mod tests {
             prompt_tokens: 130,
             max_tokens: 7,
             exclude: vec![ReplicaId::new("b")],
+            model: Some(Digest::of(b"model")),
         };
-        assert_eq!(PlaceRequest::try_from(wire::PlaceRequest::from(request.clone())), Ok(request));
+        for request in [PlaceRequest { model: None, ..request.clone() }, request] {
+            assert_eq!(PlaceRequest::try_from(wire::PlaceRequest::from(request.clone())), Ok(request));
+        }
+        let broken = wire::PlaceRequest { model: Bytes::from_static(b"short"), ..Default::default() };
+        assert_eq!(PlaceRequest::try_from(broken).unwrap_err().field.as_deref(), Some("model"));
         let broken = wire::PlaceRequest { blocks: Bytes::from_static(b"17 bytes are here"), ..Default::default() };
         assert_eq!(PlaceRequest::try_from(broken).unwrap_err().field.as_deref(), Some("blocks"));
     }

@@ -1,13 +1,13 @@
 //! Composition: the two actors, the events' way into the index, and the `Placer` boundary.
 use crate::actors::prefix_index::{Apply, Forget, IndexActor, Overlap};
-use crate::actors::replica_table::{Choose, Ready, Refresh, Registrations, ReplicaTable, Status, Statuses};
+use crate::actors::replica_table::{Choose, Ready, Refresh, Registered, Registrations, ReplicaTable, Status, Statuses};
 use crate::config::Config;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use moesaic_actors::{Handle, Supervised, WeakHandle};
 use moesaic_transport::subjects::Plane;
 use moesaic_types::boundary::{EventBus, PlaceRequest, Placed, Placer, Replica};
-use moesaic_types::{ReplicaId, Result};
+use moesaic_types::{Digest, ReplicaId, Result};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,7 +47,17 @@ impl Router {
 
     /// Adds a replica, or replaces the one with this id. Requests may go there at once.
     pub fn register(&self, id: ReplicaId, replica: Arc<dyn Replica>) {
-        self.registrations.insert(id, replica);
+        self.enter(id, Registered { replica, model: None });
+    }
+
+    /// The same for one that serves one model in one way ([`BlockHasher::digest`](moesaic_types::BlockHasher::digest)):
+    /// requests for another do not go there.
+    pub fn register_serving(&self, id: ReplicaId, replica: Arc<dyn Replica>, model: Digest) {
+        self.enter(id, Registered { replica, model: Some(model) });
+    }
+
+    fn enter(&self, id: ReplicaId, registered: Registered) {
+        self.registrations.insert(id, registered);
         // A full mailbox does no harm: each decision and each poll reads the registrations.
         let _ = self.table.try_tell(Refresh);
     }
@@ -80,8 +90,8 @@ impl Router {
                 HashMap::new()
             }
         };
-        let PlaceRequest { prompt_tokens, max_tokens, exclude, .. } = request;
-        self.table.ask(Choose { prompt_tokens, max_tokens, exclude, overlap }, deadline).await?
+        let PlaceRequest { prompt_tokens, max_tokens, exclude, model, .. } = request;
+        self.table.ask(Choose { prompt_tokens, max_tokens, exclude, model, overlap }, deadline).await?
     }
 }
 

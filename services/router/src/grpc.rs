@@ -41,7 +41,9 @@ async fn keep(router: Weak<Router>, directory: Directory) {
         let followed = peers.follow(takers(&view), reach);
         for (id, replica) in followed.came {
             tracing::info!(replica = &*id, "replica joins");
-            router.register(ReplicaId::new(id), replica);
+            // who came is in the view, with a model
+            let Some(Role::Replica(info)) = view.get(&id).map(|record| &record.member.role) else { continue };
+            router.register_serving(ReplicaId::new(id), replica, info.model.hasher().digest());
         }
         for id in followed.went {
             tracing::info!(replica = &*id, "replica leaves");

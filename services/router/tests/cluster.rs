@@ -103,9 +103,13 @@ async fn replicas_are_those_of_the_directory() {
         prompt_tokens: 10,
         max_tokens: 10,
         exclude: exclude.iter().map(|id| ReplicaId::new(*id)).collect(),
+        model: Some(served().hasher().digest()),
     };
     let placed = soon("a placement", placer.place(request(&["a"]))).await.unwrap();
     assert_eq!(placed.replica, ReplicaId::new("b"));
+    let other = PlaceRequest { model: Some(Digest::of(b"other")), ..request(&[]) };
+    let refused = soon("a refusal", placer.place(other)).await.unwrap_err();
+    assert!(refused.message.contains("2 with another model"), "{refused}");
     b.set_state(MemberState::Draining);
     ready(&["a"]).await;
     let refused = soon("a refusal", placer.place(request(&["a"]))).await.unwrap_err();

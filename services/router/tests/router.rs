@@ -11,7 +11,7 @@ use moesaic_testkit::until;
 use moesaic_transport::MemoryBus;
 use moesaic_transport::subjects::Subject;
 use moesaic_types::boundary::{DeltaStream, EventBus, KvEvent, PlaceRequest, Placed, Placer, Replica, ReplicaLoad};
-use moesaic_types::{BLOCK_TOKENS, BlockHash, Error, ErrorCode, GenerateRequest, ReplicaId, RequestId, Result};
+use moesaic_types::{BLOCK_TOKENS, BlockHash, Digest, Error, ErrorCode, GenerateRequest, ReplicaId, RequestId, Result};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -64,6 +64,7 @@ fn request(blocks: &[u8]) -> PlaceRequest {
         prompt_tokens: (blocks.len() * BLOCK_TOKENS).max(1),
         max_tokens: 16,
         exclude: Vec::new(),
+        model: None,
     }
 }
 
@@ -174,6 +175,22 @@ async fn excluded_replicas_are_left_out_and_end_in_the_breaker() {
     assert_eq!(router.place(request(&[])).await.unwrap().replica, id("b"), "a is left alone for a minute");
     let both = PlaceRequest { exclude: vec![id("a"), id("b")], ..request(&[]) };
     assert_eq!(router.place(both).await.unwrap_err().code, ErrorCode::Unavailable);
+}
+
+#[tokio::test]
+async fn a_request_goes_where_its_model_is_served() {
+    let router = Router::start(&config(), Arc::new(MemoryBus::new())).unwrap();
+    let [old, new, gone] = [b"old".as_slice(), b"new", b"gone"].map(Digest::of);
+    router.register_serving(id("old"), Fake::new(0), old);
+    router.register_serving(id("new"), Fake::new(50), new);
+    let of = |model| PlaceRequest { model: Some(model), ..request(&[]) };
+    for (model, replica) in [(new, "new"), (old, "old"), (new, "new"), (new, "new")] {
+        assert_eq!(router.place(of(model)).await.unwrap().replica, id(replica));
+    }
+    let refused = router.place(of(gone)).await.unwrap_err();
+    assert!(refused.message.contains("2 known, 0 tried, 2 with another model"), "{refused}");
+    router.register(id("any"), Fake::new(90));
+    assert_eq!(router.place(of(gone)).await.unwrap().replica, id("any"));
 }
 
 #[tokio::test]

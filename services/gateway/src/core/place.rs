@@ -97,6 +97,7 @@ async fn send(
         prompt_tokens: prompt.len(),
         max_tokens: left,
         exclude: failed.to_vec(),
+        model: Some(job.model.hasher.digest()),
     };
     let placed = backend.placer.place(place).await.map_err(|error| (None, error))?.replica;
     attempt.record("moesaic.replica", tracing::field::display(&placed));

@@ -68,10 +68,10 @@ pub enum Error {
 }
 
 impl From<Error> for moesaic_types::Error {
-    /// Inside a service, all of these but lost experts need a person.
+    /// Inside a service, all of these but lost experts and stages need a person.
     fn from(error: Error) -> Self {
         match error {
-            Error::Experts { .. } => Self::unavailable(error.to_string()),
+            Error::Experts { .. } | Error::Stage { .. } => Self::unavailable(error.to_string()),
             _ => Self::internal(error.to_string()),
         }
     }

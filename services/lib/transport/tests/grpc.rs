@@ -319,8 +319,14 @@ async fn any_router_that_answers_will_do() {
     let mut views = directory.watch();
     let routers = Routers::new(directory);
     let place = || async {
-        let request =
-            PlaceRequest { id: RequestId::new("r"), blocks: vec![], prompt_tokens: 1, max_tokens: 1, exclude: vec![] };
+        let request = PlaceRequest {
+            id: RequestId::new("r"),
+            blocks: vec![],
+            prompt_tokens: 1,
+            max_tokens: 1,
+            exclude: vec![],
+            model: None,
+        };
         soon("an answer", routers.place(request)).await.map(|placed| placed.replica.to_string())
     };
     assert!(place().await.unwrap_err().message.contains("no router is ready (0 known)"));

@@ -1,6 +1,6 @@
 //! The boundaries between services, as traits: an in-process implementation in embedded mode, a remote one in a
 //! cluster. `Backend` and `ExpertPool`, which speak of tensors, are in `moesaic-model`.
-use crate::{BlockHash, Delta, GenerateRequest, ReplicaId, RequestId, Result};
+use crate::{BlockHash, Delta, Digest, GenerateRequest, ReplicaId, RequestId, Result};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
@@ -50,6 +50,8 @@ pub struct PlaceRequest {
     pub max_tokens: usize,
     /// Replicas that failed this request already.
     pub exclude: Vec<ReplicaId>,
+    /// The model as it is served ([`BlockHasher::digest`](crate::BlockHasher::digest)); `None`: any.
+    pub model: Option<Digest>,
 }
 
 /// Where a request goes.

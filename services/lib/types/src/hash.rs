@@ -64,6 +64,11 @@ impl BlockHasher {
         Self { root: *hasher.finalize().as_bytes() }
     }
 
+    /// Stands for all that decides what is in a block but the tokens and the salt.
+    pub fn digest(&self) -> Digest {
+        Digest(self.root)
+    }
+
     /// The names of the full blocks of `tokens`, in order; a partial last block has no name.
     pub fn chain(&self, salt: &TenantSalt, tokens: &[TokenId]) -> Vec<BlockHash> {
         let mut parent = None;

@@ -7,19 +7,28 @@ use crate::metrics;
 use crate::policy::{self, Candidate};
 use actix::{Actor, ActorFutureExt, AsyncContext, Context, Handler, Message, MessageResult};
 use moesaic_types::boundary::{Placed, Replica, ReplicaLoad};
-use moesaic_types::{BLOCK_TOKENS, Error, ReplicaId, Result};
+use moesaic_types::{BLOCK_TOKENS, Digest, Error, ReplicaId, Result};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+/// A replica as it was registered.
+#[derive(Clone)]
+pub struct Registered {
+    /// The replica.
+    pub replica: Arc<dyn Replica>,
+    /// The model that it serves, as it serves it; `None`: whatever is asked for.
+    pub model: Option<Digest>,
+}
+
 /// The replicas that there are, whatever becomes of the actor.
 #[derive(Clone, Default)]
-pub struct Registrations(Arc<Mutex<BTreeMap<ReplicaId, Arc<dyn Replica>>>>);
+pub struct Registrations(Arc<Mutex<BTreeMap<ReplicaId, Registered>>>);
 
 impl Registrations {
     /// Adds a replica, or replaces it.
-    pub fn insert(&self, id: ReplicaId, replica: Arc<dyn Replica>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id, replica);
+    pub fn insert(&self, id: ReplicaId, registered: Registered) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id, registered);
     }
 
     /// Takes a replica out; whether it was there.
@@ -29,10 +38,10 @@ impl Registrations {
 
     /// A replica.
     pub fn get(&self, id: &ReplicaId) -> Option<Arc<dyn Replica>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(id).map(|found| found.replica.clone())
     }
 
-    fn all(&self) -> BTreeMap<ReplicaId, Arc<dyn Replica>> {
+    fn all(&self) -> BTreeMap<ReplicaId, Registered> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -47,6 +56,7 @@ pub struct ReplicaTable {
 
 struct Entry {
     replica: Arc<dyn Replica>,
+    model: Option<Digest>,
     state: State,
     breaker: Breaker,
     polling: bool,
@@ -82,10 +92,12 @@ impl ReplicaTable {
 
     fn read_registrations(&mut self) {
         let registered = self.registrations.all();
-        self.replicas.retain(|id, entry| registered.get(id).is_some_and(|now| Arc::ptr_eq(now, &entry.replica)));
-        for (id, replica) in registered {
+        self.replicas
+            .retain(|id, entry| registered.get(id).is_some_and(|now| Arc::ptr_eq(&now.replica, &entry.replica)));
+        for (id, Registered { replica, model }) in registered {
             self.replicas.entry(id).or_insert_with(|| Entry {
                 replica,
+                model,
                 state: State::Unknown,
                 breaker: Breaker::new(self.config.breaker_failures, self.config.breaker_pause.get()),
                 polling: false,
@@ -152,6 +164,10 @@ impl Entry {
         !matches!(self.state, State::Failed(_)) && self.breaker.allows(now)
     }
 
+    fn serves(&self, model: Option<Digest>) -> bool {
+        self.model.zip(model).is_none_or(|(own, asked)| own == asked)
+    }
+
     fn load(&self) -> ReplicaLoad {
         match &self.state {
             State::Ready(load) => load.clone(),
@@ -192,6 +208,8 @@ pub struct Choose {
     pub max_tokens: usize,
     /// Replicas that failed this request, the latest last.
     pub exclude: Vec<ReplicaId>,
+    /// The model as it is served; `None`: any.
+    pub model: Option<Digest>,
     /// Blocks of the prompt that replicas are believed to have.
     pub overlap: HashMap<ReplicaId, usize>,
 }
@@ -206,8 +224,10 @@ impl Handler<Choose> for ReplicaTable {
         if let Some(entry) = choose.exclude.last().and_then(|id| self.replicas.get_mut(id)) {
             entry.breaker.failed(now);
         }
-        let ready: Vec<(&ReplicaId, &Entry)> =
-            self.replicas.iter().filter(|(id, entry)| entry.is_ready(now) && !choose.exclude.contains(id)).collect();
+        let may_take = |(id, entry): &(&ReplicaId, &Entry)| {
+            entry.is_ready(now) && entry.serves(choose.model) && !choose.exclude.contains(id)
+        };
+        let ready: Vec<(&ReplicaId, &Entry)> = self.replicas.iter().filter(may_take).collect();
         // A prompt that fits nowhere goes anywhere: the replica's refusal names the limit.
         let fits = |entry: &Entry| {
             let limit = entry.load().max_context;
@@ -232,7 +252,7 @@ impl Handler<Choose> for ReplicaTable {
         self.turn = self.turn.wrapping_add(1);
         let Some(chosen) = chosen else {
             metrics::refused();
-            return Err(self.nobody(&choose.exclude));
+            return Err(self.nobody(&choose.exclude, choose.model));
         };
         let placed = Placed { replica: ids[chosen].clone(), overlap_blocks: candidates[chosen].overlap_blocks };
         if let Some(entry) = self.replicas.get_mut(&placed.replica) {
@@ -247,14 +267,18 @@ impl Handler<Choose> for ReplicaTable {
 }
 
 impl ReplicaTable {
-    fn nobody(&self, exclude: &[ReplicaId]) -> Error {
+    fn nobody(&self, exclude: &[ReplicaId], model: Option<Digest>) -> Error {
         let failure = self.replicas.iter().find_map(|(id, entry)| match &entry.state {
             State::Failed(error) => Some(format!("; {id}: {error}")),
             State::Unknown | State::Ready(_) => None,
         });
         let tried = exclude.iter().filter(|id| self.replicas.contains_key(id)).count();
+        let others = match self.replicas.values().filter(|entry| !entry.serves(model)).count() {
+            0 => String::new(),
+            others => format!(", {others} with another model"),
+        };
         let (count, failure) = (self.replicas.len(), failure.unwrap_or_default());
-        Error::unavailable(format!("no replica is ready ({count} known, {tried} tried){failure}"))
+        Error::unavailable(format!("no replica is ready ({count} known, {tried} tried{others}){failure}"))
     }
 }
 
@@ -270,7 +294,7 @@ impl Handler<Ready> for ReplicaTable {
         self.read_registrations();
         let now = Instant::now();
         let ready = self.replicas.iter().filter(|(_, entry)| entry.is_ready(now)).map(|(id, _)| id.clone());
-        Some(ready.collect::<Vec<_>>()).filter(|ready| !ready.is_empty()).ok_or_else(|| self.nobody(&[]))
+        Some(ready.collect::<Vec<_>>()).filter(|ready| !ready.is_empty()).ok_or_else(|| self.nobody(&[], None))
     }
 }
 

@@ -2,7 +2,7 @@
 use crate::soon;
 use futures::future::{BoxFuture, FutureExt};
 use moesaic_types::boundary::{PlaceRequest, Placed, Placer};
-use moesaic_types::{BlockHash, Error, ErrorCode, ReplicaId, RequestId, Result};
+use moesaic_types::{BlockHash, Digest, Error, ErrorCode, ReplicaId, RequestId, Result};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ pub async fn placer<F: Future<Output = Arc<dyn Placer>>>(reach: impl Fn(Arc<dyn 
             prompt_tokens: 1_280_000,
             max_tokens: 77,
             exclude: vec![ReplicaId::new("b"), ReplicaId::new("caf\u{e9} 9")],
+            model: (blocks > 0).then(|| Digest::of(b"model")),
         };
         let placed = Placed { replica: ReplicaId::new("host.example:9020"), overlap_blocks: 12 };
         own.answer(Ok(placed.clone()), Ok(vec![placed.replica.clone(), ReplicaId::new("c")]));
@@ -28,8 +29,14 @@ pub async fn placer<F: Future<Output = Arc<dyn Placer>>>(reach: impl Fn(Arc<dyn 
     let full = Error { field: Some("blocks".into()), ..Error::exhausted("the queue is full", Duration::from_secs(7)) };
     for error in [Error::unavailable("no replica is ready"), full, Error::new(ErrorCode::Internal, "a bug")] {
         own.answer(Err(error.clone()), Err(error.clone()));
-        let asked =
-            PlaceRequest { id: RequestId::new(""), blocks: vec![], prompt_tokens: 0, max_tokens: 0, exclude: vec![] };
+        let asked = PlaceRequest {
+            id: RequestId::new(""),
+            blocks: vec![],
+            prompt_tokens: 0,
+            max_tokens: 0,
+            exclude: vec![],
+            model: None,
+        };
         assert_eq!(soon("the refusal", placer.place(asked)).await, Err(error.clone()));
         assert_eq!(soon("the refusal", placer.ready()).await, Err(error));
     }

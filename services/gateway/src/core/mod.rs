@@ -1,5 +1,6 @@
 //! What both doors do.
 mod answer;
+mod budget;
 mod check;
 mod choice;
 pub mod conversation;
@@ -16,6 +17,7 @@ pub mod tools;
 mod workers;
 
 pub use answer::{Core, Life, Piece, PieceStream, ReplicaLookup};
+pub(crate) use budget::Held;
 pub(crate) use check::tokens;
 pub use input::SamplingInput;
 pub use job::{Job, Limits};

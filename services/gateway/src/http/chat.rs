@@ -1,4 +1,5 @@
 //! `/v1/chat/completions`: from a body to a job.
+use super::body::Body;
 use super::chat_answer::{self, Head};
 use super::error::HttpError;
 use super::fields::Fields;
@@ -6,24 +7,18 @@ use super::params::{self, Streaming};
 use super::{known, now, read, user_key};
 use crate::core::tools::Tools;
 use crate::core::{Core, Job, conversation, encode};
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::http::HeaderMap;
 use axum::response::Response;
 use moesaic_types::{Error, RequestId, Result};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
-pub(super) async fn chat(
-    State(core): State<Arc<Core>>,
-    headers: HeaderMap,
-    bytes: Result<Bytes, BytesRejection>,
-) -> Result<Response, HttpError> {
+pub(super) async fn chat(State(core): State<Arc<Core>>, headers: HeaderMap, body: Body) -> Result<Response, HttpError> {
     let permit = Arc::new(core.admission.enter().await?);
     let key = user_key(&headers);
     let Request { job, head, streaming } =
-        read(&core, bytes, move |core, fields| request(core, fields, key.as_deref())).await?;
+        read(&core, body, move |core, fields| request(core, fields, key.as_deref())).await?;
     let pieces = core.start(job, permit).await?;
     match streaming.on {
         true => Ok(chat_answer::stream(head, pieces, streaming, &core)),

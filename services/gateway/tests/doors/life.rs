@@ -115,6 +115,16 @@ async fn a_full_house_is_told_and_its_places_come_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_burst_of_requests_waits_to_be_read_and_is_not_refused() {
+    let doors = Doors::with(Config { text_threads: 1, ..config() }, model(), [vec![Act::Answer]]).await;
+    let body = ask(json!({"prompt": "word ".repeat(60), "user": "u".repeat(2700), "max_tokens": 1})).to_string();
+    let asked = (0..320).map(|_| client::send(doors.http, "POST", "/v1/completions", &[], body.as_bytes()));
+    let answers = futures::future::join_all(asked).await;
+    let refused: Vec<_> = answers.iter().filter(|answer| answer.status != 200).collect();
+    assert!(refused.is_empty(), "{} refused, first: {:?}", refused.len(), refused.first());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_doors_keeper_comes_back_after_a_panic_and_keeps_count() {
     let doors = Doors::with(Config { max_in_flight: 2, ..config() }, model(), [vec![Act::Hang(1)]]).await;
     let body = ask(json!({"stream": true})).to_string();

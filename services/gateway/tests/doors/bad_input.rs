@@ -165,6 +165,9 @@ async fn bodies_that_are_no_requests_are_refused() {
     assert_eq!(unknown.json()["error"]["code"], "model_not_found");
     let long = doors.post("/v1/completions", &json!({"prompt": "word ".repeat(300)})).await;
     assert_eq!(long.json()["error"]["code"], "context_length_exceeded");
+    let broken = doors.get("/v1/models/%ff").await;
+    check(&broken, "a path that is no UTF-8", 400, "model", &["UTF-8"]);
+    assert!(broken.header("x-request-id").is_some());
     assert_eq!(doors.get("/v1/completions").await.status, 405);
     assert_eq!(doors.get("/v1/nothing").await.status, 404);
     assert_eq!(doors.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 1})).await.status, 200);
@@ -218,6 +221,23 @@ async fn every_mistake_over_grpc_names_its_field_in_the_details() {
     assert_eq!(status.get_details_bad_request().unwrap().field_violations[0].field, "messages[0].role");
     let mut stream = client.generate(good()).await.unwrap().into_inner();
     assert!(stream.message().await.unwrap().is_some(), "it serves on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_that_grpc_itself_refuses_are_told_as_all_others() {
+    let small = Config { body_limit: ByteSize::kib(4), ..config() };
+    let doors = Doors::with(small, model(), [vec![Act::Answer]]).await;
+    let mut client = doors.client().await;
+    let mut long = tonic::Request::new(wire::GenerateRequest { text: "x".repeat(5000), ..Default::default() });
+    long.metadata_mut().insert("x-request-id", "grpc-7".parse().unwrap());
+    let status = client.generate(long).await.map(|_| ()).expect_err("too long");
+    assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+    assert!(status.message().contains("4096") && status.message().contains("gateway.body_limit"), "{status:?}");
+    assert_eq!(status.get_details_bad_request().unwrap().field_violations[0].field, "body");
+    assert_eq!(status.metadata().get("x-request-id").unwrap(), "grpc-7");
+    let long = wire::TokenizeRequest { text: "x".repeat(5000), ..Default::default() };
+    let status = client.tokenize(long).await.map(|_| ()).expect_err("too long");
+    assert_eq!(status.get_details_error_info().unwrap().reason, "payload_too_large");
 }
 
 #[test]

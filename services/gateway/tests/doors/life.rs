@@ -118,7 +118,7 @@ async fn a_full_house_is_told_and_its_places_come_back() {
 async fn a_burst_of_requests_waits_to_be_read_and_is_not_refused() {
     let doors = Doors::with(Config { text_threads: 1, ..config() }, model(), [vec![Act::Answer]]).await;
     let body = ask(json!({"prompt": "word ".repeat(60), "user": "u".repeat(2700), "max_tokens": 1})).to_string();
-    let asked = (0..320).map(|_| client::send(doors.http, "POST", "/v1/completions", &[], body.as_bytes()));
+    let asked = (0..600).map(|_| client::send(doors.http, "POST", "/v1/completions", &[], body.as_bytes()));
     let answers = futures::future::join_all(asked).await;
     let refused: Vec<_> = answers.iter().filter(|answer| answer.status != 200).collect();
     assert!(refused.is_empty(), "{} refused, first: {:?}", refused.len(), refused.first());
@@ -180,6 +180,39 @@ async fn cached_tokens_are_told_however_an_answer_ends() {
     }
     let used = stopped["usage"]["completion_tokens"].as_u64().unwrap();
     assert!((1..8).contains(&used), "{stopped}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_text_does_not_end_an_answer_before_its_least_length() {
+    let doors = Doors::open([vec![Act::Answer]]).await;
+    let whole = doors.post("/v1/completions", &ask(json!({"max_tokens": 40}))).await.json();
+    let text = whole["choices"][0]["text"].as_str().unwrap();
+    // said again and again, as the script is
+    let stop = text.split_whitespace().nth(1).unwrap();
+    let all: Vec<_> = text.match_indices(stop).map(|(at, _)| at).collect();
+    assert!(all.len() > 1, "{text}");
+    let at_once = doors.post("/v1/completions", &ask(json!({"max_tokens": 40, "stop": stop}))).await.json();
+    assert_eq!(at_once["choices"][0]["text"], text[..all[0]], "{at_once}");
+    let first = at_once["usage"]["completion_tokens"].as_u64().unwrap();
+    let later = ask(json!({"max_tokens": 40, "stop": stop, "min_tokens": first}));
+    let later = doors.post("/v1/completions", &later).await.json();
+    assert_eq!(later["choices"][0]["text"], text[..all[1]], "{later}");
+    assert_eq!(later["choices"][0]["finish_reason"], "stop");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_text_that_only_the_end_completes_is_the_reason_of_the_end() {
+    // the first byte of a character, at the answer's end: a replacement character
+    let model = model();
+    let start = (0..model.vocab as u32).find(|id| model.tokenizer.token_bytes(*id) == [0xc3]).unwrap();
+    let said = [model.tokenizer.encode(" one", false).unwrap(), vec![start, 2]].concat();
+    let doors = Doors::open([vec![Act::Say(said)]]).await;
+    let mut client = doors.client().await;
+    let sampling = wire::SamplingParams { stop: vec!["\u{fffd}".into()], ..Default::default() };
+    let request = wire::GenerateRequest { text: "x".into(), sampling: Some(sampling), ..Default::default() };
+    let mut stream = client.generate(request).await.unwrap().into_inner();
+    let piece = stream.message().await.unwrap().unwrap();
+    assert_eq!((piece.text.as_str(), piece.finish.unwrap().reason()), (" one", wire::FinishReason::Stop));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -41,6 +41,7 @@ async fn a_body_that_stops_coming_is_told_and_gives_its_place_back() {
     let answer = answer_to(&doors, begun).await;
     assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
     assert!(answer.contains("gateway.read_timeout") && answer.contains("request_timeout"), "{answer}");
+    assert!(answer.contains("invalid_request_error"), "{answer}");
     assert_eq!(doors.core.admission.in_flight(), 0);
     doors.close().await;
 }

@@ -94,7 +94,8 @@ fn request(core: &Core, fields: Fields<'_>, key: Option<&str>) -> Result<Request
     let span = tracing::Span::current();
     let prompt_tokens: usize = jobs.iter().map(|job| job.prompt.len()).sum();
     span.record("gen_ai.request.model", model.id.as_str()).record("gen_ai.usage.input_tokens", prompt_tokens);
-    let answer = Answer { id, model, created: now(), shown, n: n as usize };
+    let ids_as_tokens = fields.flag("return_tokens_as_token_ids")?;
+    let answer = Answer { id, model, created: now(), shown, n: n as usize, ids_as_tokens };
     Ok(Request { jobs, answer, streaming })
 }
 

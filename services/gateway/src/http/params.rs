@@ -1,5 +1,6 @@
 //! Sampling and output format as the two OpenAI routes have them, with vLLM's further fields.
 use super::fields::Fields;
+use crate::core::tools::compact;
 use crate::core::{Names, SamplingInput};
 use moesaic_types::{Error, Grammar, Result};
 use serde_json::{Map, Value};
@@ -88,6 +89,12 @@ fn response_format(format: &Map<String, Value>) -> Result<Option<Grammar>> {
         Some("json_schema") => {
             let schema = format.get("json_schema").and_then(|s| s.get("schema")).filter(|s| s.is_object());
             let schema = schema.ok_or_else(|| invalid("json_schema.schema", "an object"))?;
+            let strict = match format["json_schema"].get("strict") {
+                None | Some(Value::Null) => false,
+                Some(Value::Bool(strict)) => *strict,
+                Some(_) => return Err(invalid("json_schema.strict", "true or false")),
+            };
+            let schema = if strict { compact(schema.clone()) } else { schema.clone() };
             Ok(Some(Grammar::JsonSchema(schema.to_string().into())))
         }
         _ => Err(invalid("type", "text, json_object or json_schema")),

@@ -66,6 +66,11 @@ fn both_routes() -> Vec<Mistake> {
     ]
 }
 
+/// A conversation with such calls in it.
+fn call(calls: Value) -> Value {
+    json!({"messages": [{"role": "assistant", "content": null, "tool_calls": calls}]})
+}
+
 fn chat_only() -> Vec<Mistake> {
     let tool = json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}});
     vec![
@@ -88,6 +93,30 @@ fn chat_only() -> Vec<Mistake> {
         ),
         (json!({"tools": [{"type": "hammer"}]}), "tools[0]", &["function"]),
         (json!({"modalities": ["audio"]}), "modalities", &["audio"]),
+        (call(json!(["x", 5])), "messages[0].tool_calls[0]", &["function", "name"]),
+        (call(json!([{"function": {"name": "f"}}, 5])), "messages[0].tool_calls[1]", &["function"]),
+        (call(json!([{"function": {"name": "f", "arguments": 5}}])), "messages[0].tool_calls[0].function", &["text"]),
+        (call(json!("f()")), "messages[0].tool_calls", &["list"]),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "No."}]}]}),
+            "messages[0].content[0]",
+            &["text"],
+        ),
+        (
+            json!({"continue_final_message": true, "add_generation_prompt": true}),
+            "continue_final_message",
+            &["add_generation_prompt"],
+        ),
+        (
+            json!({"continue_final_message": true, "messages": [{"role": "assistant", "content": ""}]}),
+            "messages[0].content",
+            &["continued", "empty"],
+        ),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}}),
+            "response_format.json_schema.strict",
+            &["true or false"],
+        ),
         (json!({"functions": []}), "functions", &["tools"]),
     ]
 }
@@ -238,6 +267,21 @@ async fn messages_that_grpc_itself_refuses_are_told_as_all_others() {
     let long = wire::TokenizeRequest { text: "x".repeat(5000), ..Default::default() };
     let status = client.tokenize(long).await.map(|_| ()).expect_err("too long");
     assert_eq!(status.get_details_error_info().unwrap().reason, "payload_too_large");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changes_nothing_is_no_mistake() {
+    let doors = Doors::open([vec![Act::Answer]]).await;
+    let refused = json!({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]});
+    let called = json!({"role": "assistant", "content": null, "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}]});
+    let none = json!({"role": "assistant", "content": "Well.", "tool_calls": null});
+    let asked = json!({"role": "user", "content": "Hi"});
+    let body = json!({"messages": [asked, refused, called, none, asked], "max_tokens": 2, "top_logprobs": 0, "logprobs": false});
+    let answer = doors.post("/v1/chat/completions", &body).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let prompt = doors.core.models()[0].tokenizer.decode(&doors.replicas[0].requests()[0].prompt, false).unwrap();
+    assert!(prompt.contains("No."), "{prompt}");
 }
 
 #[test]

@@ -216,6 +216,45 @@ async fn a_stop_text_that_only_the_end_completes_is_the_reason_of_the_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_prompt_alone_costs_no_token_of_an_answer() {
+    let doors = Doors::open([vec![Act::Answer]]).await;
+    let body = ask(json!({"echo": true, "max_tokens": 0, "logprobs": 1}));
+    let whole = doors.post("/v1/completions", &body).await.json();
+    assert_eq!((&whole["choices"][0]["text"], &whole["usage"]["completion_tokens"]), (&json!("Count:"), &json!(0)));
+    let body = ask(json!({"echo": true, "max_tokens": 0, "stream": true, "stream_options": {"include_usage": true}}));
+    let events = doors.post("/v1/completions", &body).await.events();
+    assert_eq!(events.last().unwrap()["usage"]["completion_tokens"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn log_probabilities_show_tokens_by_their_numbers_where_asked_for() {
+    let doors = Doors::open([vec![Act::Answer]]).await;
+    let body = ask(json!({"logprobs": 2, "return_tokens_as_token_ids": true}));
+    let completion = doors.post("/v1/completions", &body).await.json();
+    let logprobs = &completion["choices"][0]["logprobs"];
+    let chat = json!({"messages": [{"role": "user", "content": "Count"}], "logprobs": true, "top_logprobs": 2,
+        "max_tokens": 4, "seed": 3, "return_tokens_as_token_ids": true});
+    let chat = doors.post("/v1/chat/completions", &chat).await.json();
+    let content = &chat["choices"][0]["logprobs"]["content"][0];
+    for token in [&logprobs["tokens"][0], &content["token"], &content["top_logprobs"][1]["token"]] {
+        let id = token.as_str().and_then(|text| text.strip_prefix("token_id:")).unwrap_or_else(|| panic!("{token}"));
+        assert!(id.parse::<u32>().is_ok(), "{token}");
+    }
+    assert!(logprobs["top_logprobs"][0].as_object().unwrap().keys().all(|key| key.starts_with("token_id:")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unfinished_answer_is_gone_on_with() {
+    let doors = Doors::open([vec![Act::Answer]]).await;
+    let messages = json!([{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one two "}]);
+    let body = json!({"messages": messages, "max_tokens": 3, "continue_final_message": true});
+    let answer = doors.post("/v1/chat/completions", &body).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let prompt = doors.core.models()[0].tokenizer.decode(&doors.replicas[0].requests()[0].prompt, false).unwrap();
+    assert!(prompt.ends_with("assistant\none two"), "{prompt:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn readiness_follows_the_model_and_its_replicas() {
     let mut doors = Doors::bare(config()).await;
     assert_eq!(doors.get("/live").await.status, 200);

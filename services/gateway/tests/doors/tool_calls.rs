@@ -1,7 +1,60 @@
 //! Calls of tools that a model writes into its answer.
 use crate::scripted::Act;
-use crate::server::{Doors, tokenizer};
+use crate::server::{Doors, config, model, tokenizer};
+use moesaic_gateway::ServedModel;
+use moesaic_model::chat::ChatTemplate;
 use serde_json::{Value, json};
+
+/// Doors of a model with a template that contains `text`, which says `said`.
+async fn doors(text: &str, said: &str) -> Doors {
+    let template = format!("{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}{text}");
+    let template = Some(ChatTemplate::new(template, serde_json::Map::new()).unwrap().into());
+    let said = tokenizer().encode(said, false).unwrap().into_iter().chain([2]).collect();
+    Doors::with(config(), ServedModel { template, ..model() }, [vec![Act::Say(said)]]).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn channels_are_told_apart_with_and_without_a_stream() {
+    let text = "<|channel|>analysis<|message|>Think of Bern.<|end|><|start|>assistant<|channel|>commentary \
+                to=functions.weather <|constrain|>json<|message|>{\"city\": \"Bern\"}<|end|><|start|>assistant\
+                <|channel|>final<|message|>Soon.";
+    let doors = doors("<|channel|>", text).await;
+    let tool = json!({"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}});
+    let mut body = json!({"messages": [{"role": "user", "content": "Weather?"}], "tools": [tool]});
+    let whole = doors.post("/v1/chat/completions", &body).await.json();
+    let message = &whole["choices"][0]["message"];
+    assert_eq!((&message["reasoning_content"], &message["content"]), (&json!("Think of Bern."), &json!("Soon.")));
+    assert_eq!(message["tool_calls"][0]["function"]["name"], "weather", "{whole}");
+    assert_eq!(message["tool_calls"][0]["function"]["arguments"], "{\"city\": \"Bern\"}");
+    assert_eq!(whole["choices"][0]["finish_reason"], "tool_calls");
+    body["stream"] = true.into();
+    let events = doors.post("/v1/chat/completions", &body).await.events();
+    let deltas: Vec<_> = events.iter().filter_map(|event| event["choices"][0].get("delta")).collect();
+    let all = |key: &str| deltas.iter().filter_map(|delta| delta[key].as_str()).collect::<String>();
+    assert_eq!((all("reasoning_content").as_str(), all("content").as_str()), ("Think of Bern.", "Soon."));
+    assert_eq!(deltas.iter().filter(|delta| delta["tool_calls"].is_array()).count(), 1);
+    assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_required_calls_reach_the_client_each_with_its_index() {
+    let doors = doors("", r#"[{"name":"f","arguments":{"a":1}},{"name":"g","arguments":{}}]"#).await;
+    let tools: Vec<_> = ["f", "g"].map(|name| json!({"type": "function", "function": {"name": name}})).into();
+    let mut body = json!({"messages": [{"role": "user", "content": "Go"}], "tools": tools, "tool_choice": "required"});
+    let whole = doors.post("/v1/chat/completions", &body).await.json();
+    let names =
+        |calls: &Value| calls.as_array().unwrap().iter().map(|c| c["function"]["name"].clone()).collect::<Vec<_>>();
+    assert_eq!(names(&whole["choices"][0]["message"]["tool_calls"]), ["f", "g"], "{whole}");
+    assert!(whole["choices"][0]["message"]["content"].is_null());
+    body["stream"] = true.into();
+    let events = doors.post("/v1/chat/completions", &body).await.events();
+    let calls = events.iter().filter_map(|event| event["choices"][0]["delta"]["tool_calls"].get(0));
+    assert_eq!(calls.map(|call| call["index"].clone()).collect::<Vec<_>>(), [0, 1]);
+    body["stream"] = false.into();
+    body["parallel_tool_calls"] = false.into();
+    let one = doors.post("/v1/chat/completions", &body).await.json();
+    assert_eq!(names(&one["choices"][0]["message"]["tool_calls"]), ["f"], "{one}");
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_in_the_answer_reaches_the_client_as_a_call() {

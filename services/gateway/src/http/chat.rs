@@ -48,15 +48,7 @@ fn request(core: &Core, fields: Fields<'_>, key: Option<&str>) -> Result<Request
         }
         (false, _) => {}
     }
-    if let Some(grammar) = tools.grammar() {
-        if input.grammar.is_some() {
-            let field = input.names.grammar;
-            let message = format!("{field} cannot be combined with a tool that must be called; leave one out");
-            return Err(Error::invalid(field, message).into());
-        }
-        input.grammar = Some(grammar);
-        input.names.grammar = "tools";
-    }
+    input.hold_to(&tools)?;
     let skip_special = fields.flag_or_true("skip_special_tokens")?;
     let messages = fields.list("messages")?.ok_or_else(|| Error::invalid("messages", "messages is missing"))?;
     let (unfinished, variables) = (fields.flag("continue_final_message")?, template_variables(&fields)?);

@@ -204,7 +204,7 @@ fn whole_choice(head: &Head, index: usize, choice: &Collected) -> Value {
 
 fn call_object(call: &Call) -> Value {
     json!({
-        "id": format!("call_{}", uuid::Uuid::new_v4().simple()),
+        "id": Call::new_id(),
         "type": "function",
         "function": {"name": call.name, "arguments": call.arguments},
     })

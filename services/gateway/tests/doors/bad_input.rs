@@ -244,10 +244,36 @@ async fn every_mistake_over_grpc_names_its_field_in_the_details() {
     assert_eq!(client.generate(unknown).await.map(|_| ()).expect_err("unknown").code(), Code::NotFound);
     let chat = wire::ChatRequest { messages: Vec::new(), ..Default::default() };
     assert_eq!(client.chat(chat).await.map(|_| ()).expect_err("empty").code(), Code::InvalidArgument);
-    let role = wire::ChatMessage { role: "wizard".into(), content: "x".into() };
+    let role = wire::ChatMessage { role: "wizard".into(), content: "x".into(), ..Default::default() };
     let chat = wire::ChatRequest { messages: vec![role], ..Default::default() };
     let status = client.chat(chat).await.map(|_| ()).expect_err("role");
     assert_eq!(status.get_details_bad_request().unwrap().field_violations[0].field, "messages[0].role");
+    let user = wire::ChatMessage { role: "user".into(), content: "x".into(), ..Default::default() };
+    let chat = || wire::ChatRequest { messages: vec![user.clone()], ..Default::default() };
+    let tool = |parameters: &str| wire::Tool { name: "f".into(), parameters: parameters.into(), ..Default::default() };
+    let format = |format| Some(wire::ResponseFormat { format: Some(format), strict: true });
+    let named = wire::tool_choice::Choice::Name("g".into());
+    let schema = wire::response_format::Format::JsonSchema("{".into());
+    let choice = wire::response_format::Format::Choice(wire::Choice { texts: vec![] });
+    let mistakes = [
+        (wire::ChatRequest { tools: vec![tool("{")], ..chat() }, "tools[0].parameters"),
+        (wire::ChatRequest { tools: vec![wire::Tool::default()], ..chat() }, "tools[0]"),
+        (
+            wire::ChatRequest {
+                tools: vec![tool("")],
+                tool_choice: Some(wire::ToolChoice { choice: Some(named) }),
+                ..chat()
+            },
+            "tool_choice",
+        ),
+        (wire::ChatRequest { template_kwargs: "[]".into(), ..chat() }, "template_kwargs"),
+        (wire::ChatRequest { response_format: format(schema), ..chat() }, "response_format.json_schema"),
+        (wire::ChatRequest { response_format: format(choice), ..chat() }, "response_format.choice.texts"),
+    ];
+    for (request, field) in mistakes {
+        let status = client.chat(request).await.map(|_| ()).expect_err(field);
+        assert_eq!(status.get_details_bad_request().unwrap().field_violations[0].field, field, "{status:?}");
+    }
     let mut stream = client.generate(good()).await.unwrap().into_inner();
     assert!(stream.message().await.unwrap().is_some(), "it serves on");
 }

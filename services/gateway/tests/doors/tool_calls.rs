@@ -3,6 +3,8 @@ use crate::scripted::Act;
 use crate::server::{Doors, config, model, tokenizer};
 use moesaic_gateway::ServedModel;
 use moesaic_model::chat::ChatTemplate;
+use moesaic_proto::inference::v1 as wire;
+use moesaic_types::Grammar;
 use serde_json::{Value, json};
 
 /// Doors of a model with a template that contains `text`, which says `said`.
@@ -34,6 +36,73 @@ async fn channels_are_told_apart_with_and_without_a_stream() {
     assert_eq!((all("reasoning_content").as_str(), all("content").as_str()), ("Think of Bern.", "Soon."));
     assert_eq!(deltas.iter().filter(|delta| delta["tool_calls"].is_array()).count(), 1);
     assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_conversation_with_tools_goes_through_grpc_too() {
+    let said = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.f\
+                <|message|>{\"a\":1}<|call|>";
+    let doors = doors("<|channel|>{{ tools }} {{ messages[1].tool_calls }} {{ color }}", said).await;
+    let user = wire::ChatMessage { role: "user".into(), content: "Go.".into(), ..Default::default() };
+    let call = wire::ToolCall { id: "c1".into(), name: "f".into(), arguments: "{\"a\": 7}".into() };
+    let made = wire::ChatMessage { role: "assistant".into(), tool_calls: vec![call], ..Default::default() };
+    let answered = wire::ChatMessage {
+        role: "tool".into(),
+        content: "warm".into(),
+        tool_call_id: "c1".into(),
+        name: "f".into(),
+        ..Default::default()
+    };
+    let parameters = "{\"type\": \"object\", \"title\": \"T8\"}".into();
+    let request = wire::ChatRequest {
+        messages: vec![user, made, answered],
+        tools: vec![wire::Tool { name: "f".into(), description: "does".into(), parameters }],
+        template_kwargs: "{\"color\": \"blue\"}".into(),
+        ..Default::default()
+    };
+    let mut stream = doors.client().await.chat(request.clone()).await.unwrap().into_inner();
+    let (mut reasoning, mut calls, mut finish) = (String::new(), Vec::new(), None);
+    while let Some(piece) = stream.message().await.unwrap() {
+        assert_eq!(piece.text, "");
+        reasoning += &piece.reasoning;
+        calls.extend(piece.tool_calls);
+        finish = piece.finish.or(finish);
+    }
+    assert_eq!((reasoning.as_str(), calls.len()), ("Hm.", 1));
+    assert_eq!((calls[0].name.as_str(), calls[0].arguments.as_str()), ("f", "{\"a\":1}"));
+    assert!(calls[0].id.starts_with("call_"));
+    assert_eq!(finish.unwrap().reason(), wire::FinishReason::ToolCalls);
+    let prompt = tokenizer().decode(&doors.replicas[0].requests()[0].prompt, false).unwrap();
+    for shown in ["warm", "T8", "'a': 7", "blue"] {
+        assert!(prompt.contains(shown), "{shown}: {prompt}");
+    }
+    let must = wire::tool_choice::Choice::Mode(wire::ToolMode::Required.into());
+    let must = wire::ChatRequest { tool_choice: Some(wire::ToolChoice { choice: Some(must) }), ..request };
+    doors.client().await.chat(must).await.unwrap();
+    assert!(matches!(doors.replicas[0].requests()[1].grammar, Some(Grammar::JsonSchema(_))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn grpc_shows_special_tokens_and_stop_texts_where_asked_for() {
+    let doors = doors("", "one two three<|im_start|>").await;
+    let ask = |sampling: wire::SamplingParams| {
+        let request = wire::GenerateRequest { text: "x".into(), sampling: Some(sampling), ..Default::default() };
+        let doors = &doors;
+        async move {
+            let mut stream = doors.client().await.generate(request).await.unwrap().into_inner();
+            let mut text = String::new();
+            while let Some(piece) = stream.message().await.unwrap() {
+                text += &piece.text;
+            }
+            text
+        }
+    };
+    let stop = || wire::SamplingParams { stop: vec!["two".into()], ..Default::default() };
+    assert_eq!(ask(stop()).await, "one ");
+    assert_eq!(ask(wire::SamplingParams { include_stop_str_in_output: true, ..stop() }).await, "one two");
+    assert_eq!(ask(wire::SamplingParams::default()).await, "one two three");
+    let all = wire::SamplingParams { skip_special_tokens: Some(false), ..Default::default() };
+    assert_eq!(ask(all).await, "one two three<|im_start|>");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,6 +3,9 @@ use super::Call;
 use moesaic_model::chat::ChatTemplate;
 use serde_json::{Map, Value};
 
+/// Calls, and how many bytes of a text they take.
+pub(super) type Found = (Vec<Call>, usize);
+
 /// A form of calls.
 #[derive(Debug)]
 pub struct Format {
@@ -12,8 +15,8 @@ pub struct Format {
     pub(super) mark: &'static str,
     /// Calls may also be an answer from its beginning, without the mark: the text that one begins with then.
     pub(super) bare: Option<&'static str>,
-    /// Reads the calls that a text begins with: the calls, and how many bytes they take. `None`: they are none.
-    pub(super) read: fn(&str, &[Value]) -> Option<(Vec<Call>, usize)>,
+    /// Reads the calls that a text begins with, with the request's tools at hand. `None`: they are none.
+    pub(super) read: fn(&str, &[Value]) -> Option<Found>,
 }
 
 /// All forms. The first whose template is found wins where two have the same mark.
@@ -152,7 +155,7 @@ impl<'a> Reader<'a> {
 }
 
 /// `<tool_call>{...}</tool_call>`, or a list of calls in it. At an answer's end the closing mark may be missing.
-fn hermes(text: &str, _: &[Value]) -> Option<(Vec<Call>, usize)> {
+fn hermes(text: &str, _: &[Value]) -> Option<Found> {
     let mut reader = Reader::new(text);
     reader.take("<tool_call>")?;
     let calls = one_or_more(&reader.json()?)?;
@@ -161,7 +164,7 @@ fn hermes(text: &str, _: &[Value]) -> Option<(Vec<Call>, usize)> {
 }
 
 /// `<|tool_call|>[{...}]`
-fn granite(text: &str, _: &[Value]) -> Option<(Vec<Call>, usize)> {
+fn granite(text: &str, _: &[Value]) -> Option<Found> {
     let mut reader = Reader::new(text);
     reader.take("<|tool_call|>")?;
     let calls = one_or_more(&reader.json()?)?;
@@ -169,7 +172,7 @@ fn granite(text: &str, _: &[Value]) -> Option<(Vec<Call>, usize)> {
 }
 
 /// `[TOOL_CALLS][{...}]`, `[TOOL_CALLS]name{...}`, `[TOOL_CALLS]name[CALL_ID]id[ARGS]{...}`
-fn mistral(text: &str, _: &[Value]) -> Option<(Vec<Call>, usize)> {
+fn mistral(text: &str, _: &[Value]) -> Option<Found> {
     let mut reader = Reader::new(text);
     reader.take("[TOOL_CALLS]")?;
     reader.space();
@@ -186,7 +189,7 @@ fn mistral(text: &str, _: &[Value]) -> Option<(Vec<Call>, usize)> {
 }
 
 /// `{"name": ..., "parameters": {...}}`, several with `;` between them.
-fn llama(text: &str, _: &[Value]) -> Option<(Vec<Call>, usize)> {
+fn llama(text: &str, _: &[Value]) -> Option<Found> {
     let mut reader = Reader::new(text);
     let _often_missing = reader.skip("<|python_tag|>");
     let mut calls = Vec::new();
@@ -204,7 +207,7 @@ fn llama(text: &str, _: &[Value]) -> Option<(Vec<Call>, usize)> {
 
 /// `<｜tool▁call▁begin｜>function<｜tool▁sep｜>name`, a line with JSON in a fence, `<｜tool▁call▁end｜>`; since V3.1
 /// `<｜tool▁call▁begin｜>name<｜tool▁sep｜>{...}<｜tool▁call▁end｜>`.
-fn deepseek(text: &str, _: &[Value]) -> Option<(Vec<Call>, usize)> {
+fn deepseek(text: &str, _: &[Value]) -> Option<Found> {
     let mut reader = Reader::new(text);
     reader.take(DEEPSEEK_BEGIN)?;
     let mut calls = Vec::new();
@@ -225,7 +228,7 @@ fn deepseek(text: &str, _: &[Value]) -> Option<(Vec<Call>, usize)> {
 }
 
 /// `<tool_call>name`, then `<arg_key>key</arg_key><arg_value>value</arg_value>` each, `</tool_call>`.
-fn argument_tags(text: &str, tools: &[Value]) -> Option<(Vec<Call>, usize)> {
+fn argument_tags(text: &str, tools: &[Value]) -> Option<Found> {
     let mut reader = Reader::new(text);
     reader.skip("<tool_call>")?;
     let name = reader.name()?.to_owned();
@@ -242,7 +245,7 @@ fn argument_tags(text: &str, tools: &[Value]) -> Option<(Vec<Call>, usize)> {
 }
 
 /// `<tool_call><function=name>`, then `<parameter=key>value</parameter>` each, `</function></tool_call>`.
-fn function_tags(text: &str, tools: &[Value]) -> Option<(Vec<Call>, usize)> {
+fn function_tags(text: &str, tools: &[Value]) -> Option<Found> {
     let mut reader = Reader::new(text);
     reader.skip("<tool_call>")?;
     reader.take("<function=")?;
@@ -278,6 +281,9 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    /// What a template says, a text, and the calls in it.
+    type Case<'a> = (&'a str, &'a str, &'a [(&'a str, &'a Value)]);
+
     fn read(template: &str, text: &str) -> Option<(Vec<(String, Value)>, usize)> {
         let template = ChatTemplate::new(template.to_owned(), Map::new()).unwrap();
         let tools = [json!({"function": {"name": "f", "parameters": {"properties": {"s": {"type": "string"}}}}})];
@@ -294,7 +300,7 @@ mod tests {
         let one = json!({"a": 1});
         let two = json!({"s": "1</x>", "a": [2]});
         let deepseek = "<｜tool▁calls▁begin｜>";
-        let cases: &[(&str, &str, &[(&str, &Value)])] = &[
+        let cases: &[Case<'_>] = &[
             ("<tool_call>", r#"<tool_call>{"name":"f","arguments":{"a":1}}</tool_call>"#, &[("f", &one)]),
             ("<tool_call>", "<tool_call>\n{\"name\":\"f\",\"parameters\":{\"a\":1}}", &[("f", &one)]),
             (

@@ -8,6 +8,7 @@ mod reply;
 
 pub use reply::{Said, Splitter, Style};
 
+use super::grammar::compact;
 use moesaic_types::{Error, FinishReason, Grammar, Result};
 use serde_json::{Value, json};
 
@@ -36,6 +37,13 @@ pub struct Call {
     pub name: String,
     /// Its arguments as JSON text.
     pub arguments: String,
+}
+
+impl Call {
+    /// An id for a client to answer a call by.
+    pub fn new_id() -> String {
+        format!("call_{}", uuid::Uuid::new_v4().simple())
+    }
 }
 
 /// The tools of a request.
@@ -151,14 +159,6 @@ impl Tools {
         };
         Some(Grammar::JsonSchema(compact(schema).to_string().into()))
     }
-}
-
-/// The same schema, for documents without white space between their values.
-pub fn compact(mut schema: Value) -> Value {
-    if let Value::Object(schema) = &mut schema {
-        schema.insert("x-guidance".into(), json!({"whitespace_flexible": false}));
-    }
-    schema
 }
 
 #[cfg(test)]

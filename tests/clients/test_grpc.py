@@ -30,7 +30,9 @@ def test_health_and_reflection(channel):
     # the status follows readiness: the watch tells when
     watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=10)
     assert any(update.status == health_pb2.HealthCheckResponse.SERVING for update in watch)
-    assert "moesaic.inference.v1.InferenceService" in ProtoReflectionDescriptorDatabase(channel).get_services()
+    services = set(ProtoReflectionDescriptorDatabase(channel).get_services())
+    assert {"moesaic.inference.v1.InferenceService", "grpc.health.v1.Health"} <= services
+    assert not any(name.startswith("moesaic.") and "inference" not in name for name in services), "only what is served here"
 
 
 def test_generate_streams(channel, stubs):

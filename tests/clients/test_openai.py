@@ -1,8 +1,10 @@
 """The official OpenAI client against `moesaic up`."""
 import json
 import pathlib
+import typing
 
 import openai
+import pydantic
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -72,9 +74,42 @@ def test_json_schema(client, model):
         assert set(value) == {"name", "age"} and 0 <= value["age"] <= 99
 
 
+def test_parse_with_a_strict_schema_needs_few_tokens(client, model):
+    class Item(pydantic.BaseModel):
+        kind: typing.Literal["book", "game"]
+        count: int = pydantic.Field(ge=0, le=99)
+        tags: list[typing.Literal["new", "old"]] = pydantic.Field(max_length=2)
+
+    for seed in range(3):
+        got = client.chat.completions.parse(model=model, messages=[{"role": "user", "content": "What?"}], temperature=1.0, seed=seed, max_tokens=300, response_format=Item)
+        assert got.choices[0].finish_reason == "stop" and got.choices[0].message.parsed.count <= 99
+        assert not any(c.isspace() for c in got.choices[0].message.content)
+
+
+def test_json_ends_with_its_value(client, model):
+    # no max_tokens: nothing but the end of the value ends it
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["a"], "additionalProperties": False}
+    for strict in (True, False):
+        got = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "One?"}], temperature=0,
+                                             response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": strict}})
+        assert got.choices[0].finish_reason == "stop" and got.usage.completion_tokens < 60
+        assert set(json.loads(got.choices[0].message.content)) == {"a"}
+
+
+@pytest.mark.parametrize("extra", [
+    {"guided_regex": "[^\\s\\S]"},
+    {"guided_json": {"$ref": "#"}},
+    {"guided_regex": "((a{1,200}){1,200}){1,200}b"},
+])
+def test_grammars_that_cannot_be_followed_are_the_clients_mistake(client, model, extra):
+    with pytest.raises(openai.BadRequestError) as e:
+        client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Hi"}], extra_body=extra)
+    assert e.value.body["param"] == next(iter(extra))
+
+
 def test_tools_required(client, model):
     tool = {"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}}, "required": ["unit"], "additionalProperties": False}}}
-    ask = dict(model=model, messages=[{"role": "user", "content": "Weather?"}], tools=[tool], tool_choice="required", max_tokens=80, temperature=0)
+    ask = dict(model=model, messages=[{"role": "user", "content": "Weather?"}], tools=[tool], tool_choice="required", parallel_tool_calls=False, max_tokens=80, temperature=0)
     got = client.chat.completions.create(**ask)
     call = got.choices[0].message.tool_calls[0]
     assert got.choices[0].finish_reason == "tool_calls"
@@ -82,6 +117,14 @@ def test_tools_required(client, model):
     chunks = list(client.chat.completions.create(**ask, stream=True))
     arguments = "".join(t.function.arguments or "" for c in chunks for t in (c.choices[0].delta.tool_calls or []))
     assert json.loads(arguments) == json.loads(call.function.arguments)
+
+
+def test_several_tools_may_be_required(client, model):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}}}
+    got = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Go"}], tools=[tool], tool_choice="required", temperature=0)
+    calls = got.choices[0].message.tool_calls
+    assert got.choices[0].finish_reason == "tool_calls" and 1 <= len(calls) <= 16
+    assert all(call.function.name == "f" and json.loads(call.function.arguments)["a"] in (1, 2) for call in calls)
 
 
 def test_prefix_is_cached(client, model):

@@ -8,13 +8,16 @@ use moesaic_types::{Error, Result};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic_health::ServingStatus;
 
 /// How often the gRPC health status follows readiness.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(500);
+
+/// The service behind the gRPC door.
+const INFERENCE: &str = <InferenceServiceServer<grpc::Inference> as tonic::server::NamedService>::NAME;
 
 /// A gateway whose ports are bound.
 pub struct Gateway {
@@ -23,10 +26,32 @@ pub struct Gateway {
     grpc: TcpListener,
 }
 
+/// Connections that wait to be taken. With the usual 128 a burst of clients is reset. The system may cut it.
+const BACKLOG: u32 = 4096;
+
 async fn bind(field: &str, address: &str) -> Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|error| {
-        Error::invalid(field, format!("{field} is '{address}', which cannot be bound: {error}; use another ADDR:PORT"))
-    })
+    let mut failure = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
+    match tokio::net::lookup_host(address).await {
+        Ok(resolved) => {
+            for address in resolved {
+                match listen(address) {
+                    Ok(listener) => return Ok(listener),
+                    Err(error) => failure = error,
+                }
+            }
+        }
+        Err(error) => failure = error,
+    }
+    let message = format!("{field} is '{address}', which cannot be bound: {failure}; use another ADDR:PORT");
+    Err(Error::invalid(field, message))
+}
+
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // a port that was left a moment ago may be taken again
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Binds the HTTP port.
@@ -120,10 +145,13 @@ async fn serve_grpc(core: Arc<Core>, listener: TcpListener, stopped: impl Future
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name(INFERENCE)
+            .with_service_name("grpc.health.v1.Health")
     };
     let v1 = reflection().build_v1().map_err(|error| internal("build reflection", &error))?;
     let v1alpha = reflection().build_v1alpha().map_err(|error| internal("build reflection", &error))?;
     let service = InferenceServiceServer::new(grpc::Inference::new(core)).max_decoding_message_size(limit);
+    let service = grpc::Refusals::new(service, limit);
     let result = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .add_service(service)
@@ -149,7 +177,7 @@ async fn follow_readiness(core: Arc<Core>, reporter: tonic_health::server::Healt
             Ok(()) => ServingStatus::Serving,
             Err(_) => ServingStatus::NotServing,
         };
-        for service in ["", "moesaic.inference.v1.InferenceService"] {
+        for service in ["", INFERENCE] {
             reporter.set_service_status(service, status).await;
         }
     }

@@ -13,12 +13,13 @@ pub struct Config {
     pub grpc: String,
     /// Longest body of a request.
     pub body_limit: ByteSize,
+    /// Memory for the bodies of all requests that are being sent or wait to be read; more are refused with 429. At least
+    /// `body_limit`.
+    pub body_memory: ByteSize,
     /// Requests that are answered at a time; more are refused with 429. 1..=1000000.
     pub max_in_flight: usize,
     /// Threads that read long requests and write long answers; 0: as many as cores.
     pub text_threads: usize,
-    /// Long requests that wait for one of these threads; more are refused with 429. 0..=1000000.
-    pub text_queue: usize,
     /// Answers to one request (`n`) at most; 1..=128.
     pub max_n: usize,
     /// Stop texts of one request at most.
@@ -48,9 +49,9 @@ impl Default for Config {
             http: "127.0.0.1:8000".into(),
             grpc: "127.0.0.1:9000".into(),
             body_limit: ByteSize::mib(10),
+            body_memory: ByteSize::mib(256),
             max_in_flight: 1024,
             text_threads: 0,
-            text_queue: 256,
             max_n: 16,
             max_stop: 16,
             read_timeout: HumanDuration::from_secs(60),
@@ -80,7 +81,6 @@ impl Config {
         };
         within("max_in_flight", self.max_in_flight, 1, 1_000_000)?;
         within("text_threads", self.text_threads, 0, 1024)?;
-        within("text_queue", self.text_queue, 0, 1_000_000)?;
         within("max_n", self.max_n, 1, 128)?;
         within("max_stop", self.max_stop, 0, 1024)?;
         within("attempts", self.attempts, 1, 16)?;
@@ -97,6 +97,7 @@ impl Config {
                 return Err(Error::invalid(name.clone(), format!("{name} is {value}; use {low} to {longest}")));
             }
         }
-        within("body_limit", self.body_limit.as_usize(), 1024, 1 << 30)
+        within("body_limit", self.body_limit.as_usize(), 1024, 1 << 30)?;
+        within("body_memory", self.body_memory.as_usize(), self.body_limit.as_usize(), 1 << 40)
     }
 }

@@ -74,6 +74,9 @@ async fn connection(
     timeouts: Timeouts,
     watcher: Watcher,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    // A client that closes its sending side looks just as one that went away: both send FIN, and only a write would tell
+    // them apart. As most servers do, this one takes it for gone: what runs for a client that left is worth more than an
+    // answer to one that half-closes, so hyper's `half_close` stays off.
     // a token must not wait for the next one
     let _best_effort = stream.set_nodelay(true);
     let builder = Builder::new(TokioExecutor::new());

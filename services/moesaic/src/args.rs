@@ -154,9 +154,9 @@ pub struct Chat {
     /// A system message before it.
     #[arg(long)]
     pub system: Option<String>,
-    /// Longest answer, in tokens.
-    #[arg(long, default_value_t = 512)]
-    pub max_tokens: u64,
+    /// Longest answer, in tokens; 512 where not given, or less where the model's context leaves less.
+    #[arg(long)]
+    pub max_tokens: Option<u64>,
     /// 0 is greedy; the model's own default where not given.
     #[arg(long)]
     pub temperature: Option<f64>,

@@ -1,4 +1,5 @@
 //! What is served, and the start of every answer.
+use super::budget::Budget;
 use super::choice::Choice;
 use super::job::{Job, Limits};
 use super::text::TokenPiece;
@@ -25,6 +26,8 @@ pub struct Core {
     /// The door's keeper.
     pub admission: Admission,
     pub(crate) workers: Workers,
+    /// Memory for the bodies of requests, until they are read.
+    pub(crate) bodies: Budget,
     /// What is served, or why nothing is yet.
     backend: RwLock<Result<Arc<Backend>>>,
     served: tokio::sync::Notify,
@@ -86,10 +89,11 @@ impl Core {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
         };
-        let workers = Workers::new(threads, config.text_queue);
+        let workers = Workers::new(threads);
+        let bodies = Budget::new(config.body_memory.as_usize());
         let backend = RwLock::new(Err(Error::unavailable("the model is being loaded; try again soon")));
         let (served, life, secret) = (tokio::sync::Notify::new(), OnceLock::new(), RwLock::new(secret));
-        Self { config, admission, workers, backend, served, life, secret }
+        Self { config, admission, workers, bodies, backend, served, life, secret }
     }
 
     /// Sets what is served; the gateway is ready from then on. A later call replaces it; requests that run go on with

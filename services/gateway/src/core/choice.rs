@@ -102,7 +102,7 @@ impl Choice {
             if last && stopped && self.ends_sequence(token.id) {
                 continue;
             }
-            let (text, stop_text) = self.text.push(token.id);
+            let (text, stop_text) = self.text.push(token.id, self.may_end());
             piece.text += &text;
             piece.tokens.push(self.text.piece(token));
             if stop_text {
@@ -124,15 +124,24 @@ impl Choice {
 
     /// The choice's last piece.
     fn end(&mut self, mut piece: Piece, reason: FinishReason) -> Piece {
-        piece.text += &self.text.finish();
-        piece.finish = Some((reason, self.usage()));
+        let (text, stop_text) = self.text.finish(self.may_end());
+        piece.text += &text;
+        piece.finish = Some((if stop_text { FinishReason::Stop } else { reason }, self.usage()));
         self.close();
         piece
     }
 
     fn give_up(&mut self, error: Error) -> Error {
         self.close();
-        error
+        self.job.names.apply(error)
+    }
+
+    /// Whether a stop text that the last token completed ends the answer: not before `min_tokens` and one more.
+    fn may_end(&self) -> bool {
+        match self.job.stop.min_tokens {
+            0 => true,
+            least => self.emitted.len() > least,
+        }
     }
 
     /// Nothing more comes; dropping the replica's stream cancels what still runs there.

@@ -2,6 +2,7 @@
 use super::check::{Open, at_most, fits, number, token, tokens, whole};
 use super::job::{Job, Limits};
 use super::names::Names;
+use super::tools::Tools;
 use crate::served::ServedModel;
 use moesaic_types::{Error, Grammar, Priority, RequestId, Result, SamplingParams, StopConditions, TenantSalt, TokenId};
 use std::sync::Arc;
@@ -44,6 +45,22 @@ pub struct SamplingInput {
 }
 
 impl SamplingInput {
+    /// Holds the answer to calls, where the tools' choice demands them.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where the answer is held to something else already.
+    pub fn hold_to(&mut self, tools: &Tools) -> Result<()> {
+        let Some(grammar) = tools.grammar() else { return Ok(()) };
+        if self.grammar.is_some() {
+            let field = self.names.grammar;
+            let message = format!("{field} cannot be combined with a tool that must be called; leave one out");
+            return Err(Error::invalid(field, message));
+        }
+        self.grammar = Some(grammar);
+        self.names.grammar = "tools";
+        Ok(())
+    }
+
     /// Validates against the model and the limits. Takes a time that grows with the prompt.
     ///
     /// # Errors

@@ -1,9 +1,11 @@
 //! What both doors do.
 mod answer;
+mod budget;
 mod check;
 mod choice;
 pub mod conversation;
 mod deadline;
+mod grammar;
 mod input;
 mod job;
 mod names;
@@ -16,7 +18,9 @@ pub mod tools;
 mod workers;
 
 pub use answer::{Core, Life, Piece, PieceStream, ReplicaLookup};
+pub(crate) use budget::Held;
 pub(crate) use check::tokens;
+pub(crate) use grammar::{compact, one_of};
 pub use input::SamplingInput;
 pub use job::{Job, Limits};
 pub use names::Names;

@@ -14,13 +14,15 @@ impl StopMatcher {
         Self { stops: stops.into_iter().filter(|s| !s.is_empty()).collect(), include, held: String::new() }
     }
 
-    /// Takes a piece; what can be shown now, and whether a stop text ended the answer.
-    pub fn push(&mut self, piece: &str) -> (String, bool) {
+    /// Takes a piece; what can be shown now, and whether a stop text ended the answer. A stop text that is complete
+    /// before it `may_end` the answer is text as any other.
+    pub fn push(&mut self, piece: &str, may_end: bool) -> (String, bool) {
         if self.stops.is_empty() {
             return (piece.to_owned(), false);
         }
         self.held.push_str(piece);
-        let found = self.stops.iter().filter_map(|stop| Some((self.held.find(stop.as_str())?, stop.len()))).min();
+        let stops = self.stops.iter().filter(|_| may_end);
+        let found = stops.filter_map(|stop| Some((self.held.find(stop.as_str())?, stop.len()))).min();
         if let Some((at, len)) = found {
             self.held.truncate(if self.include { at + len } else { at });
             return (std::mem::take(&mut self.held), true);
@@ -54,7 +56,7 @@ mod tests {
         let mut matcher = StopMatcher::new(stops.iter().map(|s| (*s).to_owned()).collect(), include);
         let mut shown = String::new();
         for piece in pieces {
-            let (text, stopped) = matcher.push(piece);
+            let (text, stopped) = matcher.push(piece, true);
             shown += &text;
             if stopped {
                 return (shown, true);
@@ -75,9 +77,17 @@ mod tests {
     }
 
     #[test]
+    fn a_stop_text_that_comes_too_early_is_text() {
+        let mut matcher = StopMatcher::new(vec!["END".into()], false);
+        assert_eq!(matcher.push("END one EN", false), ("END one ".into(), false));
+        assert_eq!(matcher.push("D two E", false), ("END two ".into(), false));
+        assert_eq!(matcher.push("ND three", true), (String::new(), true), "its end counts");
+    }
+
+    #[test]
     fn nothing_is_held_longer_than_it_must() {
         let mut matcher = StopMatcher::new(vec!["\n\n".into()], false);
-        assert_eq!(matcher.push("line\n"), ("line".into(), false));
-        assert_eq!(matcher.push("next"), ("\nnext".into(), false));
+        assert_eq!(matcher.push("line\n", true), ("line".into(), false));
+        assert_eq!(matcher.push("next", true), ("\nnext".into(), false));
     }
 }

@@ -31,20 +31,20 @@ impl Assembler {
         Self { tokenizer, decode, stop: StopMatcher::new(job.stop_texts.clone(), job.include_stop_text) }
     }
 
-    /// Text that a token makes visible, and whether a stop text ended the answer.
-    pub(super) fn push(&mut self, token: TokenId) -> (String, bool) {
+    /// Text that a token makes visible, and whether a stop text ended the answer, which it may.
+    pub(super) fn push(&mut self, token: TokenId, may_end: bool) -> (String, bool) {
         let text = self.decode.push(token);
-        self.stop.push(&text)
+        self.stop.push(&text, may_end)
     }
 
     /// What is left at the end, and whether a stop text was in it.
-    pub(super) fn finish(&mut self) -> String {
+    pub(super) fn finish(&mut self, may_end: bool) -> (String, bool) {
         let rest = self.decode.flush();
-        let (mut text, stopped) = self.stop.push(&rest);
+        let (mut text, stopped) = self.stop.push(&rest, may_end);
         if !stopped {
             text += &self.stop.flush();
         }
-        text
+        (text, stopped)
     }
 
     pub(super) fn piece(&self, token: SampledToken) -> TokenPiece {

@@ -2,9 +2,11 @@
 use super::status;
 use crate::core::SamplingInput;
 use crate::request_id;
+use futures::FutureExt;
 use moesaic_telemetry::metrics::GRPC_REQUESTS_TOTAL;
 use moesaic_telemetry::propagation;
 use moesaic_types::{Error, Result};
+use std::panic::AssertUnwindSafe;
 use tonic::metadata::{MetadataMap, MetadataValue};
 use tonic::{Response, Status};
 use tracing::Instrument;
@@ -18,7 +20,10 @@ pub(super) async fn around<T>(
     let id = request_id::choose(metadata.get(request_id::NAME).map(MetadataValue::as_encoded_bytes));
     let span = tracing::info_span!("grpc_request", rpc.method = method, request_id = id);
     propagation::set_parent(&span, propagation::extract_metadata(&metadata));
-    let mut result = work.instrument(span).await.map(Response::new).map_err(status);
+    let result = AssertUnwindSafe(work.instrument(span)).catch_unwind().await;
+    // the panic itself is in the log
+    let result = result.unwrap_or_else(|_| Err(Error::internal("the request failed by a fault of the server")));
+    let mut result = result.map(Response::new).map_err(status);
     let code = result.as_ref().err().map_or(tonic::Code::Ok, Status::code);
     ::metrics::counter!(GRPC_REQUESTS_TOTAL, "method" => method, "code" => format!("{code:?}")).increment(1);
     let id = MetadataValue::try_from(id).expect("only characters of a header are chosen");
@@ -78,5 +83,13 @@ mod tests {
         assert_eq!(nearer(Some(0), Some(0)), Some(1));
         assert_eq!(nearer(Some(5), Some(9)), Some(5));
         assert_eq!(nearer(Some(9), Some(5)), Some(5));
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_the_requests_own_fault_and_is_told() {
+        let faulty = async { panic!("a fault that a test asked for") };
+        let told = around::<()>("Generate", MetadataMap::new(), faulty).await.expect_err("it panicked");
+        assert_eq!(told.code(), tonic::Code::Internal);
+        assert!(told.metadata().get(request_id::NAME).is_some());
     }
 }

@@ -1,12 +1,12 @@
 //! `moesaic.inference.v1.InferenceService`.
 use super::{call, convert, status};
+use crate::core::tools::Style;
 use crate::core::{Core, Job, Names, Piece, PieceStream, SamplingInput, conversation, cut_off, encode, listed, tokens};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use moesaic_proto::inference::v1 as wire;
 use moesaic_proto::inference::v1::inference_service_server::InferenceService;
 use moesaic_types::{Error, RequestId, Result, TokenId};
-use serde_json::json;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
@@ -27,30 +27,34 @@ impl Inference {
     }
 
     /// Lets a request in, makes its job (a long one on a worker) and starts it.
-    async fn start<T: Send + 'static>(
+    async fn start<T: Send + 'static, C: FnMut(Piece) -> T + Send + 'static>(
         &self,
         bytes: usize,
-        convert: fn(Piece) -> T,
-        job: impl FnOnce(&Core) -> Result<Job> + Send + 'static,
+        job: impl FnOnce(&Core) -> Result<(Job, C)> + Send + 'static,
     ) -> Result<BoxStream<'static, Result<T, Status>>> {
         let permit = Arc::new(self.core.admission.enter().await?);
         let core = self.core.clone();
-        let job = self.core.workers.run(bytes, move || job(&core)).await?;
+        let (job, convert) = self.core.workers.run(bytes, move || job(&core)).await?;
         Ok(self.stream(self.core.start(job, permit).await?, convert))
     }
 
     fn stream<T: Send + 'static>(
         &self,
         pieces: PieceStream,
-        convert: fn(Piece) -> T,
+        mut convert: impl FnMut(Piece) -> T + Send + 'static,
     ) -> BoxStream<'static, Result<T, Status>> {
         let pieces = cut_off(pieces, self.core.config.write_timeout.get());
-        pieces.map(move |piece| piece.map(convert).map_err(status)).boxed()
+        pieces.map(move |piece| piece.map(&mut convert).map_err(status)).boxed()
     }
 }
 
 fn id(prefix: &str) -> RequestId {
     RequestId::new(format!("{prefix}-{}", uuid::Uuid::new_v4().simple()))
+}
+
+/// Special tokens are no text, unless the client wants them.
+fn skips_special(sampling: Option<&wire::SamplingParams>) -> bool {
+    sampling.and_then(|sampling| sampling.skip_special_tokens).unwrap_or(true)
 }
 
 fn wide(tokens: &[TokenId]) -> Vec<u64> {
@@ -82,34 +86,52 @@ impl InferenceService for Inference {
                 }
                 (false, true) => (names("text"), encode(&model, &names("text"), &request.text, true)?),
             };
+            let skip_special = skips_special(request.sampling.as_ref());
             let input =
-                convert::sampling(request.sampling, request.response_format, request.priority, request.deadline_ms);
+                convert::sampling(request.sampling, request.response_format, request.priority, request.deadline_ms)?;
             let input = SamplingInput { names, ..call::within(input, timeout) };
             let mut job =
                 input.into_job(id("gen"), model, prompt, &core.limits(), salt).map_err(convert::in_sampling)?;
             job.continues = true;
-            Ok(job)
+            job.skip_special = skip_special;
+            Ok((job, convert::piece))
         };
-        call::around("Generate", metadata, self.start(bytes, convert::piece, job)).await
+        call::around("Generate", metadata, self.start(bytes, job)).await
     }
 
     async fn chat(&self, request: Request<wire::ChatRequest>) -> Answer<Self::ChatStream> {
         let (metadata, _, request) = request.into_parts();
         let (salt, timeout) = (self.core.salt(call::key(&metadata)), call::timeout_ms(&metadata));
-        let bytes = request.messages.iter().map(|message| message.role.len() + message.content.len()).sum();
+        let said = request.messages.iter().map(|message| message.content.len() + message.reasoning.len());
+        let tools = request.tools.iter().map(|tool| tool.description.len() + tool.parameters.len());
+        let bytes = said.chain(tools).sum::<usize>() + request.template_kwargs.len();
         let job = move |core: &Core| {
             let model = core.model(&request.model)?;
-            let message = |m: &wire::ChatMessage| json!({"role": m.role, "content": m.content});
-            let messages: Vec<_> = request.messages.iter().map(message).collect();
-            let prompt = conversation::render(&model, &messages, None, true, &Default::default())?;
+            let tools = convert::tools(request.tools, request.tool_choice, request.single_tool_call)?;
+            let (messages, variables): (Vec<_>, _) = (
+                request.messages.into_iter().map(convert::message).collect(),
+                convert::variables(&request.template_kwargs)?,
+            );
+            let prompt = match request.continue_final_message {
+                true => conversation::render_unfinished(&model, &messages, tools.shown(), &variables)?,
+                false => conversation::render(&model, &messages, tools.shown(), true, &variables)?,
+            };
             let names = Names { prompt: "messages", ..Names::default() };
             let prompt = encode(&model, &names, &prompt, false)?;
+            let skip_special = skips_special(request.sampling.as_ref());
             let input =
-                convert::sampling(request.sampling, request.response_format, request.priority, request.deadline_ms);
-            let input = SamplingInput { names, ..call::within(input, timeout) };
-            input.into_job(id("chat"), model, prompt, &core.limits(), salt).map_err(convert::in_sampling)
+                convert::sampling(request.sampling, request.response_format, request.priority, request.deadline_ms)?;
+            let mut input = SamplingInput { names, ..call::within(input, timeout) };
+            input.hold_to(&tools)?;
+            let style = Style::new(&model, tools);
+            let mut job =
+                input.into_job(id("chat"), model, prompt, &core.limits(), salt).map_err(convert::in_sampling)?;
+            job.continues = request.continue_final_message;
+            job.skip_special = skip_special && !style.has_marks();
+            let convert = convert::chat(&style, job.n);
+            Ok((job, convert))
         };
-        call::around("Chat", metadata, self.start(bytes, convert::chat, job)).await
+        call::around("Chat", metadata, self.start(bytes, job)).await
     }
 
     async fn tokenize(&self, request: Request<wire::TokenizeRequest>) -> Answer<wire::TokenizeResponse> {

@@ -1,29 +1,24 @@
 //! `/v1/chat/completions`: from a body to a job.
+use super::body::Body;
 use super::chat_answer::{self, Head};
 use super::error::HttpError;
 use super::fields::Fields;
 use super::params::{self, Streaming};
 use super::{known, now, read, user_key};
-use crate::core::tools::Tools;
+use crate::core::tools::{Style, Tools};
 use crate::core::{Core, Job, conversation, encode};
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::http::HeaderMap;
 use axum::response::Response;
 use moesaic_types::{Error, RequestId, Result};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
-pub(super) async fn chat(
-    State(core): State<Arc<Core>>,
-    headers: HeaderMap,
-    bytes: Result<Bytes, BytesRejection>,
-) -> Result<Response, HttpError> {
+pub(super) async fn chat(State(core): State<Arc<Core>>, headers: HeaderMap, body: Body) -> Result<Response, HttpError> {
     let permit = Arc::new(core.admission.enter().await?);
     let key = user_key(&headers);
     let Request { job, head, streaming } =
-        read(&core, bytes, move |core, fields| request(core, fields, key.as_deref())).await?;
+        read(&core, body, move |core, fields| request(core, fields, key.as_deref())).await?;
     let pieces = core.start(job, permit).await?;
     match streaming.on {
         true => Ok(chat_answer::stream(head, pieces, streaming, &core)),
@@ -48,30 +43,36 @@ fn request(core: &Core, fields: Fields<'_>, key: Option<&str>) -> Result<Request
     input.names.prompt = "messages";
     match (fields.flag("logprobs")?, fields.count("top_logprobs", 0)?) {
         (true, top) => input.top_logprobs = Some(top.unwrap_or(0)),
-        (false, Some(_)) => return Err(Error::invalid("top_logprobs", "top_logprobs needs logprobs to be true").into()),
-        (false, None) => {}
-    }
-    if let Some(grammar) = tools.grammar() {
-        if input.grammar.is_some() {
-            let field = input.names.grammar;
-            let message = format!("{field} cannot be combined with a tool that must be called; leave one out");
-            return Err(Error::invalid(field, message).into());
+        (false, Some(1..)) => {
+            return Err(Error::invalid("top_logprobs", "top_logprobs needs logprobs to be true").into());
         }
-        input.grammar = Some(grammar);
-        input.names.grammar = "tools";
+        (false, _) => {}
     }
+    input.hold_to(&tools)?;
     let skip_special = fields.flag_or_true("skip_special_tokens")?;
     let messages = fields.list("messages")?.ok_or_else(|| Error::invalid("messages", "messages is missing"))?;
-    let generate = fields.flag_or_true("add_generation_prompt")?;
-    let prompt = conversation::render(&model, messages, tools.shown(), generate, &template_variables(&fields)?)?;
+    let (unfinished, variables) = (fields.flag("continue_final_message")?, template_variables(&fields)?);
+    if unfinished && fields.flag("add_generation_prompt")? {
+        let message = "continue_final_message and add_generation_prompt exclude one another; leave one out";
+        return Err(Error::invalid("continue_final_message", message).into());
+    }
+    let prompt = match unfinished {
+        true => conversation::render_unfinished(&model, messages, tools.shown(), &variables)?,
+        false => {
+            let generate = fields.flag_or_true("add_generation_prompt")?;
+            conversation::render(&model, messages, tools.shown(), generate, &variables)?
+        }
+    };
     let tokens = encode(&model, &input.names, &prompt, false)?;
     let id = RequestId::new(format!("chatcmpl-{}", uuid::Uuid::new_v4().simple()));
     let span = tracing::Span::current();
     span.record("gen_ai.request.model", model.id.as_str()).record("gen_ai.usage.input_tokens", tokens.len());
     let mut job = input.into_job(id, model, tokens, &core.limits(), core.salt(key))?;
-    // a template's marks around a call may be special tokens
-    job.skip_special = skip_special && !tools.may_call();
-    let head = Head::new(&job, now(), tools);
+    let style = Style::new(&job.model, tools);
+    job.continues = unfinished;
+    job.skip_special = skip_special && !style.has_marks();
+    let mut head = Head::new(&job, now(), style);
+    head.ids_as_tokens = fields.flag("return_tokens_as_token_ids")?;
     Ok(Request { job, head, streaming })
 }
 

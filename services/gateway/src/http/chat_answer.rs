@@ -4,7 +4,7 @@ use super::params::Streaming;
 use super::sse::{self, Chunks};
 use super::usage::Totals;
 use super::{logprobs, write};
-use crate::core::tools::{Call, Splitter, Tools};
+use crate::core::tools::{Call, Said, Splitter, Style};
 use crate::core::{Core, Job, Piece, PieceStream, TokenPiece};
 use crate::served::ServedModel;
 use axum::response::Response;
@@ -19,21 +19,24 @@ pub(super) struct Head {
     model: Arc<ServedModel>,
     fingerprint: String,
     created: u64,
-    tools: Tools,
+    style: Style,
     n: usize,
     logprobs: bool,
+    /// Log-probabilities show tokens by their numbers.
+    pub(super) ids_as_tokens: bool,
 }
 
 impl Head {
-    pub(super) fn new(job: &Job, created: u64, tools: Tools) -> Self {
+    pub(super) fn new(job: &Job, created: u64, style: Style) -> Self {
         Self {
             id: job.id.to_string(),
             model: job.model.clone(),
             fingerprint: job.model.fingerprint(),
             created,
-            tools,
+            style,
             n: job.n,
             logprobs: job.top_logprobs.is_some(),
+            ids_as_tokens: false,
         }
     }
 
@@ -50,7 +53,7 @@ impl Head {
 
     fn logprobs(&self, tokens: &[TokenPiece]) -> Value {
         match self.logprobs {
-            true => json!({"content": logprobs::content(&self.model, tokens), "refusal": null}),
+            true => json!({"content": logprobs::content(&self.model, tokens, self.ids_as_tokens), "refusal": null}),
             false => Value::Null,
         }
     }
@@ -58,7 +61,8 @@ impl Head {
 
 pub(super) fn stream(head: Head, pieces: PieceStream, streaming: Streaming, core: &Arc<Core>) -> Response {
     let chunks = Stream {
-        splitters: (0..head.n).map(|_| Splitter::new(head.tools.clone())).collect(),
+        splitters: (0..head.n).map(|_| head.style.splitter()).collect(),
+        called: vec![0; head.n],
         usage: Totals::default(),
         left: head.n,
         include_usage: streaming.include_usage,
@@ -72,6 +76,8 @@ pub(super) fn stream(head: Head, pieces: PieceStream, streaming: Streaming, core
 struct Stream {
     head: Head,
     splitters: Vec<Splitter>,
+    /// Calls of each choice so far.
+    called: Vec<usize>,
     usage: Totals,
     left: usize,
     include_usage: bool,
@@ -101,24 +107,30 @@ impl Chunks for Stream {
 
     fn of(&mut self, piece: Piece) -> Vec<Value> {
         let Piece { choice: index, text, tokens, finish, .. } = piece;
-        let mut text = self.splitters[index].push(&text);
-        let mut calls = Vec::new();
+        let mut said = self.splitters[index].push(&text);
         if finish.is_some() {
-            let (rest, found) = self.splitters[index].finish();
-            text += &rest;
-            calls = found;
+            said.add(self.splitters[index].finish());
         }
+        let Said { text, reasoning, calls } = said;
         let mut chunks = Vec::new();
-        if !text.is_empty() || (self.head.logprobs && !tokens.is_empty()) {
-            chunks.push(self.chunk(index, json!({"content": text}), self.head.logprobs(&tokens), None));
+        if !text.is_empty() || !reasoning.is_empty() || (self.head.logprobs && !tokens.is_empty()) {
+            let mut delta = json!({});
+            if !reasoning.is_empty() {
+                delta["reasoning_content"] = reasoning.into();
+            }
+            if !text.is_empty() || delta.get("reasoning_content").is_none() {
+                delta["content"] = text.into();
+            }
+            chunks.push(self.chunk(index, delta, self.head.logprobs(&tokens), None));
         }
-        for (i, call) in calls.iter().enumerate() {
+        for call in &calls {
             let mut call = call_object(call);
-            call["index"] = i.into();
+            call["index"] = self.called[index].into();
+            self.called[index] += 1;
             chunks.push(self.chunk(index, json!({"tool_calls": [call]}), Value::Null, None));
         }
         if let Some((reason, usage)) = finish {
-            let reason = self.head.tools.reason(reason, !calls.is_empty());
+            let reason = self.head.style.tools.reason(reason, self.called[index] > 0);
             chunks.push(self.chunk(index, json!({}), Value::Null, Some(reason_name(reason))));
             self.usage.add(usage);
             self.left -= 1;
@@ -143,32 +155,28 @@ pub(super) async fn whole(head: Head, mut pieces: PieceStream, core: &Core) -> R
 
 /// One choice, collected.
 struct Collected {
-    text: String,
+    said: Said,
     tokens: Vec<TokenPiece>,
-    calls: Vec<Call>,
     reason: FinishReason,
     splitter: Splitter,
 }
 
 fn collect(head: &Head, pieces: Vec<Piece>) -> Value {
     let empty = || Collected {
-        text: String::new(),
+        said: Said::default(),
         tokens: Vec::new(),
-        calls: Vec::new(),
         reason: FinishReason::Stop,
-        splitter: Splitter::new(head.tools.clone()),
+        splitter: head.style.splitter(),
     };
     let mut choices: Vec<Collected> = (0..head.n).map(|_| empty()).collect();
     let mut usage = Totals::default();
     for Piece { choice, text, tokens, finish, .. } in pieces {
         let choice = &mut choices[choice];
-        choice.text += &choice.splitter.push(&text);
+        choice.said.add(choice.splitter.push(&text));
         choice.tokens.extend(tokens);
         if let Some((reason, used)) = finish {
-            let (rest, calls) = choice.splitter.finish();
-            choice.text += &rest;
-            choice.reason = head.tools.reason(reason, !calls.is_empty());
-            choice.calls = calls;
+            choice.said.add(choice.splitter.finish());
+            choice.reason = head.style.tools.reason(reason, !choice.said.calls.is_empty());
             usage.add(used);
         }
     }
@@ -179,10 +187,14 @@ fn collect(head: &Head, pieces: Vec<Piece>) -> Value {
 }
 
 fn whole_choice(head: &Head, index: usize, choice: &Collected) -> Value {
-    let mut message = json!({"role": "assistant", "content": choice.text, "refusal": null});
-    if !choice.calls.is_empty() {
-        message["tool_calls"] = choice.calls.iter().map(call_object).collect();
-        if choice.text.is_empty() {
+    let Said { text, reasoning, calls } = &choice.said;
+    let mut message = json!({"role": "assistant", "content": text, "refusal": null});
+    if !reasoning.is_empty() {
+        message["reasoning_content"] = reasoning.as_str().into();
+    }
+    if !calls.is_empty() {
+        message["tool_calls"] = calls.iter().map(call_object).collect();
+        if text.is_empty() {
             message["content"] = Value::Null;
         }
     }
@@ -192,7 +204,7 @@ fn whole_choice(head: &Head, index: usize, choice: &Collected) -> Value {
 
 fn call_object(call: &Call) -> Value {
     json!({
-        "id": format!("call_{}", uuid::Uuid::new_v4().simple()),
+        "id": Call::new_id(),
         "type": "function",
         "function": {"name": call.name, "arguments": call.arguments},
     })

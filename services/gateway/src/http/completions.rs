@@ -1,4 +1,5 @@
 //! `/v1/completions`: from a body to a job for each prompt.
+use super::body::Body;
 use super::completions_answer::{self, Answer, Pieces, Shown};
 use super::error::HttpError;
 use super::fields::{self, Fields};
@@ -6,9 +7,7 @@ use super::params::{self, Streaming};
 use super::{known, now, read, user_key};
 use crate::core::{Core, Job, Names, Refusal, encode, listed};
 use crate::served::ServedModel;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::http::HeaderMap;
 use axum::response::Response;
 use futures::{StreamExt, stream};
@@ -26,12 +25,12 @@ const DEFAULT_MAX_TOKENS: u64 = 16;
 pub(super) async fn completions(
     State(core): State<Arc<Core>>,
     headers: HeaderMap,
-    bytes: Result<Bytes, BytesRejection>,
+    body: Body,
 ) -> Result<Response, HttpError> {
     let permit = Arc::new(core.admission.enter().await?);
     let key = user_key(&headers);
     let Request { jobs, answer, streaming } =
-        read(&core, bytes, move |core, fields| request(core, fields, key.as_deref())).await?;
+        read(&core, body, move |core, fields| request(core, fields, key.as_deref())).await?;
     let mut all = Vec::with_capacity(jobs.len());
     for (index, job) in jobs.into_iter().enumerate() {
         let pieces = core.start(job, permit.clone()).await?;
@@ -95,7 +94,8 @@ fn request(core: &Core, fields: Fields<'_>, key: Option<&str>) -> Result<Request
     let span = tracing::Span::current();
     let prompt_tokens: usize = jobs.iter().map(|job| job.prompt.len()).sum();
     span.record("gen_ai.request.model", model.id.as_str()).record("gen_ai.usage.input_tokens", prompt_tokens);
-    let answer = Answer { id, model, created: now(), shown, n: n as usize };
+    let ids_as_tokens = fields.flag("return_tokens_as_token_ids")?;
+    let answer = Answer { id, model, created: now(), shown, n: n as usize, ids_as_tokens };
     Ok(Request { jobs, answer, streaming })
 }
 

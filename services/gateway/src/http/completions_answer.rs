@@ -10,7 +10,7 @@ use crate::core::{Core, Job, Piece};
 use crate::served::ServedModel;
 use axum::response::Response;
 use futures::{StreamExt, stream};
-use moesaic_types::{FinishReason, Result, TokenId};
+use moesaic_types::{FinishReason, Result, TokenId, Usage};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -26,6 +26,8 @@ pub(super) struct Answer {
     pub(super) shown: Vec<Shown>,
     /// Choices for each prompt.
     pub(super) n: usize,
+    /// Log-probabilities show tokens by their numbers.
+    pub(super) ids_as_tokens: bool,
 }
 
 /// What is shown of one prompt and its choices.
@@ -58,8 +60,19 @@ impl Answer {
         })
     }
 
+    /// What is told of a choice's usage: a token that is generated for the prompt's sake and not shown is none.
+    fn used(&self, prompt: usize, usage: Usage) -> Usage {
+        match self.shown[prompt].only_prompt {
+            true => Usage { completion_tokens: 0, ..usage },
+            false => usage,
+        }
+    }
+
     fn progress(&self) -> Vec<Progress> {
-        let one = |shown: &Shown| Progress { logprobs: Logprobs::new(shown.skip_special), started: false };
+        let one = |shown: &Shown| Progress {
+            logprobs: Logprobs::new(shown.skip_special, self.ids_as_tokens),
+            started: false,
+        };
         self.shown.iter().flat_map(|shown| (0..self.n).map(move |_| one(shown))).collect()
     }
 
@@ -150,7 +163,7 @@ impl Chunks for Stream {
             chunks.push(chunk);
         }
         if let Some((_, usage)) = piece.finish {
-            self.totals[prompt].add(usage);
+            self.totals[prompt].add(self.answer.used(prompt, usage));
             self.left -= 1;
             if self.left == 0 && self.include_usage {
                 let mut last = self.answer.object(Vec::new());
@@ -182,7 +195,7 @@ fn collect(answer: &Answer, pieces: &[(usize, Piece)]) -> Value {
         texts[index] += &answer.add(*prompt, piece, &mut progress[index]);
         if let Some((reason, usage)) = piece.finish {
             reasons[index] = Some(reason);
-            totals[*prompt].add(usage);
+            totals[*prompt].add(answer.used(*prompt, usage));
         }
     }
     let choices = (0..count).map(|index| {

@@ -48,7 +48,7 @@ impl HttpError {
     pub fn too_slow(patience: Duration) -> Self {
         let seconds = patience.as_secs_f32();
         let message = format!("nothing of the body came for {seconds} s (gateway.read_timeout); send it again");
-        let error = Error { field: Some("body".into()), ..Error::new(ErrorCode::DeadlineExceeded, message) };
+        let error = Error::invalid("body", message);
         Self { code: "request_timeout", status: StatusCode::REQUEST_TIMEOUT, ..error.into() }
     }
 

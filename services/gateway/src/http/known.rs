@@ -22,6 +22,7 @@ pub(super) const GENERATE: &[&str] = &[
     "stop_token_ids",
     "ignore_eos",
     "skip_special_tokens",
+    "return_tokens_as_token_ids",
     "n",
     "stream",
     "stream_options",
@@ -44,6 +45,7 @@ pub(super) const CHAT: &[&str] = &[
     "logprobs",
     "top_logprobs",
     "add_generation_prompt",
+    "continue_final_message",
     "chat_template_kwargs",
     "reasoning_effort",
     "modalities",
@@ -88,6 +90,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("suffix", "filling in the middle is not offered"),
     ("audio", "only text is offered"),
     ("web_search_options", "searching is not offered; use tools"),
+    ("bad_words", "use logit_bias with the words' tokens, or a grammar"),
     ("use_beam_search", "beam search is not offered; use n"),
     ("cache_salt", "each API key has prefix blocks of its own already"),
 ];

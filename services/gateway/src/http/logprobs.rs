@@ -8,12 +8,15 @@ use serde_json::{Map, Value, json};
 const LOWEST: f32 = -9999.0;
 
 /// `logprobs.content` of a chat.
-pub(super) fn content(model: &ServedModel, tokens: &[TokenPiece]) -> Vec<Value> {
-    let entry = |bytes: &[u8], logprob: f32| json!({"token": String::from_utf8_lossy(bytes), "logprob": logprob.max(LOWEST), "bytes": bytes});
+pub(super) fn content(model: &ServedModel, tokens: &[TokenPiece], ids: bool) -> Vec<Value> {
+    let entry = |id: TokenId, bytes: &[u8], logprob: f32| {
+        let token = if ids { numbered(id) } else { String::from_utf8_lossy(bytes).into_owned() };
+        json!({"token": token, "logprob": logprob.max(LOWEST), "bytes": bytes})
+    };
     let one = |piece: &TokenPiece| {
-        let SampledToken { logprob, top_logprobs, .. } = &piece.token;
-        let mut object = entry(&piece.bytes, logprob.unwrap_or(0.0));
-        let top = top_logprobs.iter().map(|(id, logprob)| entry(model.tokenizer.token_bytes(*id), *logprob));
+        let SampledToken { id, logprob, top_logprobs } = &piece.token;
+        let mut object = entry(*id, &piece.bytes, logprob.unwrap_or(0.0));
+        let top = top_logprobs.iter().map(|(id, logprob)| entry(*id, model.tokenizer.token_bytes(*id), *logprob));
         object["top_logprobs"] = top.collect();
         object
     };
@@ -28,10 +31,12 @@ pub(super) struct Logprobs {
     text_offset: Vec<Value>,
     offset: usize,
     skip_special: bool,
+    /// Tokens are shown by their numbers.
+    ids: bool,
 }
 
 impl Logprobs {
-    pub(super) fn new(skip_special: bool) -> Self {
+    pub(super) fn new(skip_special: bool, ids: bool) -> Self {
         Self {
             tokens: Vec::new(),
             token_logprobs: Vec::new(),
@@ -39,6 +44,7 @@ impl Logprobs {
             text_offset: Vec::new(),
             offset: 0,
             skip_special,
+            ids,
         }
     }
 
@@ -50,7 +56,8 @@ impl Logprobs {
             // a character counts where it begins, whatever number of tokens it takes
             self.offset += bytes.iter().filter(|byte| **byte & 0xc0 != 0x80).count();
         }
-        self.tokens.push(shown(bytes).into());
+        let text = |id: TokenId| if self.ids { numbered(id) } else { shown(model.tokenizer.token_bytes(id)) };
+        self.tokens.push(text(token).into());
         let logprob = sampled.and_then(|sampled| sampled.logprob).map(|logprob| logprob.max(LOWEST));
         self.token_logprobs.push(logprob.into());
         self.top_logprobs.push(sampled.map_or(Value::Null, |sampled| {
@@ -59,8 +66,7 @@ impl Logprobs {
             let chosen = sampled.logprob.map(|logprob| (token, logprob));
             for (id, logprob) in sampled.top_logprobs.iter().copied().chain(chosen) {
                 // of tokens that look the same, the likeliest counts
-                let text = shown(model.tokenizer.token_bytes(id));
-                top.entry(text).or_insert_with(|| logprob.max(LOWEST).into());
+                top.entry(text(id)).or_insert_with(|| logprob.max(LOWEST).into());
             }
             Value::Object(top)
         }));
@@ -75,6 +81,11 @@ impl Logprobs {
             "text_offset": std::mem::take(&mut self.text_offset),
         })
     }
+}
+
+/// A token by its number, as vLLM writes it.
+fn numbered(id: TokenId) -> String {
+    format!("token_id:{id}")
 }
 
 /// A token as text; one that is no text by itself as `bytes:\xe2\x82`.

@@ -1,4 +1,5 @@
 //! The HTTP door.
+mod body;
 mod chat;
 mod chat_answer;
 mod completions;
@@ -15,17 +16,15 @@ mod status;
 mod tokens;
 mod usage;
 
-use crate::config::Config;
 use crate::core::Core;
 use crate::request_id;
 use axum::Router;
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, MatchedPath, Request};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
+use axum::extract::{MatchedPath, Request};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use body::Body;
 use error::HttpError;
 use fields::Fields;
 use futures::FutureExt;
@@ -36,14 +35,13 @@ use serde_json::Value;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Instant;
-use tower_http::timeout::{RequestBodyTimeoutLayer, TimeoutError};
+use tower_http::timeout::RequestBodyTimeoutLayer;
 use tracing::Instrument;
 
 static X_REQUEST_ID: HeaderName = HeaderName::from_static(request_id::NAME);
 
 /// All routes.
 pub fn router(core: Arc<Core>) -> Router {
-    let limit = core.config.body_limit.as_usize();
     Router::new()
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions", post(completions::completions))
@@ -58,7 +56,6 @@ pub fn router(core: Arc<Core>) -> Router {
         .route("/openapi.json", get(openapi::document))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(DefaultBodyLimit::max(limit))
         .layer(RequestBodyTimeoutLayer::new(core.config.read_timeout.get()))
         .layer(middleware::from_fn(around))
         .layer(middleware::from_fn_with_state(core.clone(), cors::cors))
@@ -113,14 +110,14 @@ fn user_key(headers: &HeaderMap) -> Option<String> {
 /// Reads a body; a long one on a worker.
 async fn read<T: Send + 'static>(
     core: &Arc<Core>,
-    bytes: Result<Bytes, BytesRejection>,
+    Body(body): Body,
     read: impl FnOnce(&Core, Fields<'_>) -> Result<T, HttpError> + Send + 'static,
 ) -> Result<T, HttpError> {
-    let bytes = body(bytes, &core.config)?;
+    let body = body?;
     let for_work = core.clone();
     core.workers
-        .run(bytes.len(), move || {
-            let object = fields::parse(&bytes)?;
+        .run(body.bytes.len(), move || {
+            let object = fields::parse(&body.bytes)?;
             read(&for_work, Fields::new(&object))
         })
         .await
@@ -132,29 +129,8 @@ async fn write(
     bytes: usize,
     value: impl FnOnce() -> Value + Send + 'static,
 ) -> Result<Response, HttpError> {
-    let text = core.workers.finish(bytes, move || Ok::<_, HttpError>(value().to_string())).await?;
+    let text = core.workers.run(bytes, move || Ok::<_, HttpError>(value().to_string())).await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
-}
-
-/// A body within the limit, in time.
-fn body(body: Result<Bytes, BytesRejection>, config: &Config) -> Result<Bytes, HttpError> {
-    body.map_err(|rejection| {
-        if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
-            let message =
-                format!("body is over the limit of {} bytes (gateway.body_limit)", config.body_limit.as_usize());
-            let error = Error::new(ErrorCode::PayloadTooLarge, message);
-            return Error { field: Some("body".into()), ..error }.into();
-        }
-        if causes(&rejection).any(|cause| cause.is::<TimeoutError>()) {
-            return HttpError::too_slow(config.read_timeout.get());
-        }
-        Error::invalid("body", format!("body cannot be read: {}", rejection.body_text())).into()
-    })
-}
-
-/// What an error comes from, step by step.
-fn causes(error: &dyn std::error::Error) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
-    std::iter::successors(error.source(), |cause| cause.source())
 }
 
 /// Seconds since 1970.

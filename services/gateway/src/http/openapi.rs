@@ -71,6 +71,9 @@ fn sampling() -> Map<String, Value> {
         "max_completion_tokens": {"type": "integer", "minimum": 1},
         "min_tokens": {"type": "integer", "minimum": 0},
         "stop": texts,
+        "include_stop_str_in_output": {"type": "boolean"},
+        "skip_special_tokens": {"type": "boolean"},
+        "return_tokens_as_token_ids": {"type": "boolean"},
         "stop_token_ids": {"type": "array", "items": {"type": "integer"}, "maxItems": 64},
         "ignore_eos": {"type": "boolean"},
         "n": {"type": "integer", "minimum": 1},
@@ -78,7 +81,7 @@ fn sampling() -> Map<String, Value> {
         "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
         "response_format": {"type": "object", "properties": {
             "type": {"enum": ["text", "json_object", "json_schema"]},
-            "json_schema": {"type": "object", "properties": {"schema": {"type": "object"}}},
+            "json_schema": {"type": "object", "properties": {"schema": {"type": "object"}, "strict": {"type": "boolean"}}},
         }, "required": ["type"]},
         "guided_json": {"oneOf": [{"type": "object"}, {"type": "string"}]},
         "guided_regex": {"type": "string"},
@@ -103,6 +106,9 @@ fn schemas() -> Value {
     );
     chat.insert("logprobs".into(), json!({"type": "boolean"}));
     chat.insert("top_logprobs".into(), json!({"type": "integer", "minimum": 0, "maximum": 20}));
+    chat.insert("parallel_tool_calls".into(), json!({"type": "boolean"}));
+    chat.insert("add_generation_prompt".into(), json!({"type": "boolean"}));
+    chat.insert("continue_final_message".into(), json!({"type": "boolean"}));
     chat.insert("chat_template_kwargs".into(), json!({"type": "object"}));
     let tokens = json!({"type": "array", "items": {"type": "integer", "minimum": 0}});
     let mut completion = sampling();

@@ -1,11 +1,8 @@
 //! Sampling and output format as the two OpenAI routes have them, with vLLM's further fields.
 use super::fields::Fields;
-use crate::core::{Names, SamplingInput};
+use crate::core::{Names, SamplingInput, compact, one_of};
 use moesaic_types::{Error, Grammar, Result};
 use serde_json::{Map, Value};
-
-/// Texts that `guided_choice` may offer at most.
-const MAX_CHOICES: usize = 256;
 
 /// The fields that chat and completions share.
 ///
@@ -88,6 +85,12 @@ fn response_format(format: &Map<String, Value>) -> Result<Option<Grammar>> {
         Some("json_schema") => {
             let schema = format.get("json_schema").and_then(|s| s.get("schema")).filter(|s| s.is_object());
             let schema = schema.ok_or_else(|| invalid("json_schema.schema", "an object"))?;
+            let strict = match format["json_schema"].get("strict") {
+                None | Some(Value::Null) => false,
+                Some(Value::Bool(strict)) => *strict,
+                Some(_) => return Err(invalid("json_schema.strict", "true or false")),
+            };
+            let schema = if strict { compact(schema.clone()) } else { schema.clone() };
             Ok(Some(Grammar::JsonSchema(schema.to_string().into())))
         }
         _ => Err(invalid("type", "text, json_object or json_schema")),
@@ -103,22 +106,11 @@ fn constraints(fields: &Fields<'_>, [json, regex, choice, grammar]: [&'static st
         Some(schema) => found.push((json, Grammar::JsonSchema(schema.to_string().into()))),
     }
     found.extend(fields.text(regex)?.map(|text| (regex, Grammar::Regex(text.into()))));
-    if let Some(list) = fields.list(choice)? {
-        let texts = fields.texts(choice)?;
-        if texts.is_empty() || texts.len() > MAX_CHOICES {
-            let message = format!("{choice} has {} texts; it must have 1 to {MAX_CHOICES}", list.len());
-            return Err(Error::invalid(choice, message));
-        }
-        found.push((choice, Grammar::Lark(one_of(&texts).into())));
+    if fields.list(choice)?.is_some() {
+        found.push((choice, one_of(choice, &fields.texts(choice)?)?));
     }
     found.extend(fields.text(grammar)?.map(|text| (grammar, Grammar::Lark(text.into()))));
     Ok(found)
-}
-
-/// A grammar of some texts. Lark's strings are quoted as JSON's are.
-fn one_of(texts: &[String]) -> String {
-    let quoted: Vec<_> = texts.iter().map(|text| Value::from(text.as_str()).to_string()).collect();
-    format!("start: {}", quoted.join(" | "))
 }
 
 /// How an answer is streamed.

@@ -75,7 +75,7 @@ fn converted<C: Chunks>(
                     let frames: Vec<u8> = chunks.of(piece).iter().flat_map(frame).collect();
                     Ok((Bytes::from(frames), chunks))
                 };
-                core.workers.finish(bytes, work).await
+                core.workers.run(bytes, work).await
             }
         };
         match made {

@@ -3,9 +3,11 @@ use super::error::HttpError;
 use crate::core::Core;
 use crate::served::ServedModel;
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use moesaic_types::Error;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -24,7 +26,13 @@ pub(super) async fn models(State(core): State<Arc<Core>>) -> Json<Value> {
     Json(json!({"object": "list", "data": data}))
 }
 
-pub(super) async fn model(State(core): State<Arc<Core>>, Path(id): Path<String>) -> Result<Json<Value>, HttpError> {
+pub(super) async fn model(
+    State(core): State<Arc<Core>>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Json<Value>, HttpError> {
+    let Path(id) = id.map_err(|error| {
+        Error::invalid("model", format!("model cannot be read from the path: {}", error.body_text()))
+    })?;
     Ok(Json(describe(&*core.model(&id)?)))
 }
 

@@ -1,12 +1,11 @@
 //! `/tokenize` and `/detokenize`, in vLLM's shapes.
+use super::body::Body;
 use super::error::HttpError;
 use super::fields::Fields;
 use super::{known, read, write};
 use crate::core::tools::Tools;
 use crate::core::{Core, conversation, tokens};
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::response::Response;
 use moesaic_types::{Error, Result};
 use serde_json::{Value, json};
@@ -15,11 +14,8 @@ use std::sync::Arc;
 /// Bytes of a token's number as it is shown.
 const NUMBER_BYTES: usize = 6;
 
-pub(super) async fn tokenize(
-    State(core): State<Arc<Core>>,
-    bytes: Result<Bytes, BytesRejection>,
-) -> Result<Response, HttpError> {
-    let (ids, texts, context) = read(&core, bytes, |core, fields| {
+pub(super) async fn tokenize(State(core): State<Arc<Core>>, body: Body) -> Result<Response, HttpError> {
+    let (ids, texts, context) = read(&core, body, |core, fields| {
         fields.only(&[known::TOKENIZE])?;
         let model = core.model(fields.text("model")?.unwrap_or_default())?;
         let (text, field, special) = match (fields.text("prompt")?, fields.list("messages")?) {
@@ -48,11 +44,8 @@ pub(super) async fn tokenize(
     .await
 }
 
-pub(super) async fn detokenize(
-    State(core): State<Arc<Core>>,
-    bytes: Result<Bytes, BytesRejection>,
-) -> Result<Response, HttpError> {
-    let text = read(&core, bytes, |core, fields: Fields<'_>| {
+pub(super) async fn detokenize(State(core): State<Arc<Core>>, body: Body) -> Result<Response, HttpError> {
+    let text = read(&core, body, |core, fields: Fields<'_>| {
         fields.only(&[known::DETOKENIZE])?;
         let model = core.model(fields.text("model")?.unwrap_or_default())?;
         let list = fields.get("tokens").ok_or_else(|| Error::invalid("tokens", "tokens is missing"))?;

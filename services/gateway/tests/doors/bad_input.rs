@@ -66,6 +66,11 @@ fn both_routes() -> Vec<Mistake> {
     ]
 }
 
+/// A conversation with such calls in it.
+fn call(calls: Value) -> Value {
+    json!({"messages": [{"role": "assistant", "content": null, "tool_calls": calls}]})
+}
+
 fn chat_only() -> Vec<Mistake> {
     let tool = json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}});
     vec![
@@ -88,6 +93,30 @@ fn chat_only() -> Vec<Mistake> {
         ),
         (json!({"tools": [{"type": "hammer"}]}), "tools[0]", &["function"]),
         (json!({"modalities": ["audio"]}), "modalities", &["audio"]),
+        (call(json!(["x", 5])), "messages[0].tool_calls[0]", &["function", "name"]),
+        (call(json!([{"function": {"name": "f"}}, 5])), "messages[0].tool_calls[1]", &["function"]),
+        (call(json!([{"function": {"name": "f", "arguments": 5}}])), "messages[0].tool_calls[0].function", &["text"]),
+        (call(json!("f()")), "messages[0].tool_calls", &["list"]),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "No."}]}]}),
+            "messages[0].content[0]",
+            &["text"],
+        ),
+        (
+            json!({"continue_final_message": true, "add_generation_prompt": true}),
+            "continue_final_message",
+            &["add_generation_prompt"],
+        ),
+        (
+            json!({"continue_final_message": true, "messages": [{"role": "assistant", "content": ""}]}),
+            "messages[0].content",
+            &["continued", "empty"],
+        ),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}}),
+            "response_format.json_schema.strict",
+            &["true or false"],
+        ),
         (json!({"functions": []}), "functions", &["tools"]),
     ]
 }
@@ -165,6 +194,9 @@ async fn bodies_that_are_no_requests_are_refused() {
     assert_eq!(unknown.json()["error"]["code"], "model_not_found");
     let long = doors.post("/v1/completions", &json!({"prompt": "word ".repeat(300)})).await;
     assert_eq!(long.json()["error"]["code"], "context_length_exceeded");
+    let broken = doors.get("/v1/models/%ff").await;
+    check(&broken, "a path that is no UTF-8", 400, "model", &["UTF-8"]);
+    assert!(broken.header("x-request-id").is_some());
     assert_eq!(doors.get("/v1/completions").await.status, 405);
     assert_eq!(doors.get("/v1/nothing").await.status, 404);
     assert_eq!(doors.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 1})).await.status, 200);
@@ -212,12 +244,70 @@ async fn every_mistake_over_grpc_names_its_field_in_the_details() {
     assert_eq!(client.generate(unknown).await.map(|_| ()).expect_err("unknown").code(), Code::NotFound);
     let chat = wire::ChatRequest { messages: Vec::new(), ..Default::default() };
     assert_eq!(client.chat(chat).await.map(|_| ()).expect_err("empty").code(), Code::InvalidArgument);
-    let role = wire::ChatMessage { role: "wizard".into(), content: "x".into() };
+    let role = wire::ChatMessage { role: "wizard".into(), content: "x".into(), ..Default::default() };
     let chat = wire::ChatRequest { messages: vec![role], ..Default::default() };
     let status = client.chat(chat).await.map(|_| ()).expect_err("role");
     assert_eq!(status.get_details_bad_request().unwrap().field_violations[0].field, "messages[0].role");
+    let user = wire::ChatMessage { role: "user".into(), content: "x".into(), ..Default::default() };
+    let chat = || wire::ChatRequest { messages: vec![user.clone()], ..Default::default() };
+    let tool = |parameters: &str| wire::Tool { name: "f".into(), parameters: parameters.into(), ..Default::default() };
+    let format = |format| Some(wire::ResponseFormat { format: Some(format), strict: true });
+    let named = wire::tool_choice::Choice::Name("g".into());
+    let schema = wire::response_format::Format::JsonSchema("{".into());
+    let choice = wire::response_format::Format::Choice(wire::Choice { texts: vec![] });
+    let mistakes = [
+        (wire::ChatRequest { tools: vec![tool("{")], ..chat() }, "tools[0].parameters"),
+        (wire::ChatRequest { tools: vec![wire::Tool::default()], ..chat() }, "tools[0]"),
+        (
+            wire::ChatRequest {
+                tools: vec![tool("")],
+                tool_choice: Some(wire::ToolChoice { choice: Some(named) }),
+                ..chat()
+            },
+            "tool_choice",
+        ),
+        (wire::ChatRequest { template_kwargs: "[]".into(), ..chat() }, "template_kwargs"),
+        (wire::ChatRequest { response_format: format(schema), ..chat() }, "response_format.json_schema"),
+        (wire::ChatRequest { response_format: format(choice), ..chat() }, "response_format.choice.texts"),
+    ];
+    for (request, field) in mistakes {
+        let status = client.chat(request).await.map(|_| ()).expect_err(field);
+        assert_eq!(status.get_details_bad_request().unwrap().field_violations[0].field, field, "{status:?}");
+    }
     let mut stream = client.generate(good()).await.unwrap().into_inner();
     assert!(stream.message().await.unwrap().is_some(), "it serves on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_that_grpc_itself_refuses_are_told_as_all_others() {
+    let small = Config { body_limit: ByteSize::kib(4), ..config() };
+    let doors = Doors::with(small, model(), [vec![Act::Answer]]).await;
+    let mut client = doors.client().await;
+    let mut long = tonic::Request::new(wire::GenerateRequest { text: "x".repeat(5000), ..Default::default() });
+    long.metadata_mut().insert("x-request-id", "grpc-7".parse().unwrap());
+    let status = client.generate(long).await.map(|_| ()).expect_err("too long");
+    assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+    assert!(status.message().contains("4096") && status.message().contains("gateway.body_limit"), "{status:?}");
+    assert_eq!(status.get_details_bad_request().unwrap().field_violations[0].field, "body");
+    assert_eq!(status.metadata().get("x-request-id").unwrap(), "grpc-7");
+    let long = wire::TokenizeRequest { text: "x".repeat(5000), ..Default::default() };
+    let status = client.tokenize(long).await.map(|_| ()).expect_err("too long");
+    assert_eq!(status.get_details_error_info().unwrap().reason, "payload_too_large");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changes_nothing_is_no_mistake() {
+    let doors = Doors::open([vec![Act::Answer]]).await;
+    let refused = json!({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]});
+    let called = json!({"role": "assistant", "content": null, "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}]});
+    let none = json!({"role": "assistant", "content": "Well.", "tool_calls": null});
+    let asked = json!({"role": "user", "content": "Hi"});
+    let body = json!({"messages": [asked, refused, called, none, asked], "max_tokens": 2, "top_logprobs": 0, "logprobs": false});
+    let answer = doors.post("/v1/chat/completions", &body).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let prompt = doors.core.models()[0].tokenizer.decode(&doors.replicas[0].requests()[0].prompt, false).unwrap();
+    assert!(prompt.contains("No."), "{prompt}");
 }
 
 #[test]

@@ -115,6 +115,16 @@ async fn a_full_house_is_told_and_its_places_come_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_burst_of_requests_waits_to_be_read_and_is_not_refused() {
+    let doors = Doors::with(Config { text_threads: 1, ..config() }, model(), [vec![Act::Answer]]).await;
+    let body = ask(json!({"prompt": "word ".repeat(60), "user": "u".repeat(2700), "max_tokens": 1})).to_string();
+    let asked = (0..600).map(|_| client::send(doors.http, "POST", "/v1/completions", &[], body.as_bytes()));
+    let answers = futures::future::join_all(asked).await;
+    let refused: Vec<_> = answers.iter().filter(|answer| answer.status != 200).collect();
+    assert!(refused.is_empty(), "{} refused, first: {:?}", refused.len(), refused.first());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_doors_keeper_comes_back_after_a_panic_and_keeps_count() {
     let doors = Doors::with(Config { max_in_flight: 2, ..config() }, model(), [vec![Act::Hang(1)]]).await;
     let body = ask(json!({"stream": true})).to_string();
@@ -170,6 +180,78 @@ async fn cached_tokens_are_told_however_an_answer_ends() {
     }
     let used = stopped["usage"]["completion_tokens"].as_u64().unwrap();
     assert!((1..8).contains(&used), "{stopped}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_text_does_not_end_an_answer_before_its_least_length() {
+    let doors = Doors::open([vec![Act::Answer]]).await;
+    let whole = doors.post("/v1/completions", &ask(json!({"max_tokens": 40}))).await.json();
+    let text = whole["choices"][0]["text"].as_str().unwrap();
+    // said again and again, as the script is
+    let stop = text.split_whitespace().nth(1).unwrap();
+    let all: Vec<_> = text.match_indices(stop).map(|(at, _)| at).collect();
+    assert!(all.len() > 1, "{text}");
+    let at_once = doors.post("/v1/completions", &ask(json!({"max_tokens": 40, "stop": stop}))).await.json();
+    assert_eq!(at_once["choices"][0]["text"], text[..all[0]], "{at_once}");
+    let first = at_once["usage"]["completion_tokens"].as_u64().unwrap();
+    let later = ask(json!({"max_tokens": 40, "stop": stop, "min_tokens": first}));
+    let later = doors.post("/v1/completions", &later).await.json();
+    assert_eq!(later["choices"][0]["text"], text[..all[1]], "{later}");
+    assert_eq!(later["choices"][0]["finish_reason"], "stop");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_text_that_only_the_end_completes_is_the_reason_of_the_end() {
+    // the first byte of a character, at the answer's end: a replacement character
+    let model = model();
+    let start = (0..model.vocab as u32).find(|id| model.tokenizer.token_bytes(*id) == [0xc3]).unwrap();
+    let said = [model.tokenizer.encode(" one", false).unwrap(), vec![start, 2]].concat();
+    let doors = Doors::open([vec![Act::Say(said)]]).await;
+    let mut client = doors.client().await;
+    let sampling = wire::SamplingParams { stop: vec!["\u{fffd}".into()], ..Default::default() };
+    let request = wire::GenerateRequest { text: "x".into(), sampling: Some(sampling), ..Default::default() };
+    let mut stream = client.generate(request).await.unwrap().into_inner();
+    let piece = stream.message().await.unwrap().unwrap();
+    assert_eq!((piece.text.as_str(), piece.finish.unwrap().reason()), (" one", wire::FinishReason::Stop));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_prompt_alone_costs_no_token_of_an_answer() {
+    let doors = Doors::open([vec![Act::Answer]]).await;
+    let body = ask(json!({"echo": true, "max_tokens": 0, "logprobs": 1}));
+    let whole = doors.post("/v1/completions", &body).await.json();
+    assert_eq!((&whole["choices"][0]["text"], &whole["usage"]["completion_tokens"]), (&json!("Count:"), &json!(0)));
+    let body = ask(json!({"echo": true, "max_tokens": 0, "stream": true, "stream_options": {"include_usage": true}}));
+    let events = doors.post("/v1/completions", &body).await.events();
+    assert_eq!(events.last().unwrap()["usage"]["completion_tokens"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn log_probabilities_show_tokens_by_their_numbers_where_asked_for() {
+    let doors = Doors::open([vec![Act::Answer]]).await;
+    let body = ask(json!({"logprobs": 2, "return_tokens_as_token_ids": true}));
+    let completion = doors.post("/v1/completions", &body).await.json();
+    let logprobs = &completion["choices"][0]["logprobs"];
+    let chat = json!({"messages": [{"role": "user", "content": "Count"}], "logprobs": true, "top_logprobs": 2,
+        "max_tokens": 4, "seed": 3, "return_tokens_as_token_ids": true});
+    let chat = doors.post("/v1/chat/completions", &chat).await.json();
+    let content = &chat["choices"][0]["logprobs"]["content"][0];
+    for token in [&logprobs["tokens"][0], &content["token"], &content["top_logprobs"][1]["token"]] {
+        let id = token.as_str().and_then(|text| text.strip_prefix("token_id:")).unwrap_or_else(|| panic!("{token}"));
+        assert!(id.parse::<u32>().is_ok(), "{token}");
+    }
+    assert!(logprobs["top_logprobs"][0].as_object().unwrap().keys().all(|key| key.starts_with("token_id:")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unfinished_answer_is_gone_on_with() {
+    let doors = Doors::open([vec![Act::Answer]]).await;
+    let messages = json!([{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one two "}]);
+    let body = json!({"messages": messages, "max_tokens": 3, "continue_final_message": true});
+    let answer = doors.post("/v1/chat/completions", &body).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let prompt = doors.core.models()[0].tokenizer.decode(&doors.replicas[0].requests()[0].prompt, false).unwrap();
+    assert!(prompt.ends_with("assistant\none two"), "{prompt:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

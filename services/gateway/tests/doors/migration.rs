@@ -138,6 +138,19 @@ async fn with_all_replicas_gone_the_failure_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_grammar_that_fails_in_the_middle_is_the_clients_field_in_a_stream_too() {
+    let complex = || Error::invalid("regex", "regex is too complex to follow");
+    let doors = Doors::open([vec![Act::Fail(2, complex())]]).await;
+    let mut body = ask(json!({"guided_regex": "a+", "stream": true}));
+    let events = doors.post("/v1/completions", &body).await.events();
+    let error = &events.last().unwrap()["error"];
+    assert_eq!((&error["param"], &error["code"]), (&json!("guided_regex"), &json!("invalid_argument")));
+    body["stream"] = false.into();
+    let whole = doors.post("/v1/completions", &body).await;
+    assert_eq!((whole.status, &whole.json()["error"]["param"]), (400, &json!("guided_regex")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_replica_sends_the_request_on_and_all_full_is_told() {
     let full = || Error::exhausted("the queue is full: 2 requests wait already", std::time::Duration::from_secs(3));
     let doors = Doors::open([vec![Act::Refuse(full())], vec![Act::Answer]]).await;

@@ -1,8 +1,10 @@
 //! Clients that open a connection, or begin a request, and then send nothing more.
+use crate::client;
 use crate::scripted::Act;
 use crate::server::{Doors, config, model};
-use moesaic_config::HumanDuration;
+use moesaic_config::{ByteSize, HumanDuration};
 use moesaic_gateway::Config;
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -39,8 +41,31 @@ async fn a_body_that_stops_coming_is_told_and_gives_its_place_back() {
     let answer = answer_to(&doors, begun).await;
     assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
     assert!(answer.contains("gateway.read_timeout") && answer.contains("request_timeout"), "{answer}");
+    assert!(answer.contains("invalid_request_error"), "{answer}");
     assert_eq!(doors.core.admission.in_flight(), 0);
     doors.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bodies_take_no_more_memory_than_they_may_and_give_it_back() {
+    let memory = Config { body_limit: ByteSize::kib(4), body_memory: ByteSize::kib(4), ..config() };
+    let doors = Doors::with(memory, model(), [vec![Act::Answer]]).await;
+    let body = json!({"prompt": "Count:", "max_tokens": 1, "user": "u".repeat(3000)}).to_string();
+    let (begin, end) = body.split_at(2500);
+    let mut slow = TcpStream::connect(doors.http).await.unwrap();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n";
+    let begin = format!("{head}content-length: {}\r\n\r\n{begin}", body.len());
+    slow.write_all(begin.as_bytes()).await.unwrap();
+    let post = || client::send(doors.http, "POST", "/v1/completions", &[], body.as_bytes());
+    moesaic_testkit::until("the slow client's body is held", || async { post().await.status == 429 }).await;
+    let refused = post().await;
+    assert!(refused.text().contains("gateway.body_memory") && refused.text().contains("4096"), "{refused:?}");
+    assert_eq!(refused.header("retry-after"), Some("1"));
+    slow.write_all(end.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    moesaic_testkit::soon("the slow client's answer", slow.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert_eq!(post().await.status, 200, "its memory is free again");
 }
 
 #[tokio::test(flavor = "multi_thread")]

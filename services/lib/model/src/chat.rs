@@ -110,6 +110,12 @@ impl ChatTemplate {
         added.map_err(|e| Error::Text(format!("chat template: {e:#}")))
     }
 
+    /// Whether the template's own text, or that of the one for tools, has `text` in it. Shows which forms a model knows.
+    pub fn mentions(&self, text: &str) -> bool {
+        let templates = [NAME, TOOLS_NAME].into_iter().filter_map(|name| self.environment.get_template(name).ok());
+        templates.into_iter().any(|template| template.source().contains(text))
+    }
+
     /// The prompt of a conversation.
     ///
     /// # Errors

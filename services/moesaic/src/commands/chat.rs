@@ -16,6 +16,14 @@ pub fn run(args: args::Chat) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Longest answer where none is given.
+const MAX_TOKENS: usize = 512;
+
+/// The default is no mistake of the user's where less room is left; a prompt that leaves none is.
+fn default_max_tokens(context: usize, prompt: usize) -> u64 {
+    MAX_TOKENS.min(context.saturating_sub(prompt).max(1)) as u64
+}
+
 async fn answer(args: args::Chat, config: config::Config) -> Result<()> {
     let core = Arc::new(Core::new(config.gateway.clone()));
     let services = embedded::start(&config, &core).await?;
@@ -27,7 +35,7 @@ async fn answer(args: args::Chat, config: config::Config) -> Result<()> {
     let input = SamplingInput {
         temperature: args.temperature,
         seed: args.seed,
-        max_tokens: Some(args.max_tokens),
+        max_tokens: Some(args.max_tokens.unwrap_or_else(|| default_max_tokens(model.max_context, tokens.len()))),
         ..SamplingInput::default()
     };
     let job = input.into_job(RequestId::new("chat"), model, tokens, &core.limits(), core.salt(None))?;
@@ -40,4 +48,16 @@ async fn answer(args: args::Chat, config: config::Config) -> Result<()> {
     writeln!(out)?;
     services.scheduler.stop();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_length_of_an_answer_fits_a_small_context() {
+        assert_eq!(default_max_tokens(4096, 20), 512);
+        assert_eq!(default_max_tokens(256, 20), 236);
+        assert_eq!(default_max_tokens(256, 300), 1, "what is too long is the prompt");
+    }
 }

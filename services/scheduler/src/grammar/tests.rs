@@ -8,6 +8,13 @@ fn bytes() -> Vocabulary {
     Vocabulary { token_bytes, special: vec![], eos: vec![256, 257] }
 }
 
+/// With tokens that are long, as real vocabularies have them: a mask looks far ahead.
+fn with_long_tokens() -> Arc<Compiler> {
+    let mut vocabulary = bytes();
+    vocabulary.token_bytes.extend((2..=64).map(|len| vec![b'a'; len]));
+    Arc::new(Compiler::new(&vocabulary, &Config::default()).unwrap())
+}
+
 fn compiler(config: Config) -> Arc<Compiler> {
     Arc::new(Compiler::new(&bytes(), &config).unwrap())
 }
@@ -70,6 +77,71 @@ fn a_schema_admits_its_documents_only() {
     follow(r#"{"a": 12}"#).unwrap();
     assert!(follow(r#"{"a": "x"}"#).is_err());
     assert!(follow("[1]").is_err());
+}
+
+#[test]
+fn a_grammar_that_no_text_can_follow_is_refused_before_it_runs() {
+    let compiler = with_long_tokens();
+    for (grammar, field) in [
+        (Grammar::Regex(r"[^\s\S]".into()), "regex"),
+        (Grammar::JsonSchema(r##"{"$ref": "#"}"##.into()), "response_format"),
+        (Grammar::Regex("((a{1,200}){1,200}){1,200}b".into()), "regex"),
+    ] {
+        for _fresh_then_again in 0..2 {
+            let error = compiler.compile(&grammar, &[]).err().unwrap_or_else(|| panic!("{grammar:?} compiled"));
+            assert_eq!((error.code, error.field.as_deref()), (ErrorCode::InvalidArgument, Some(field)), "{error}");
+            assert!(error.message.starts_with(field) && !error.message.contains("verbose"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_grammar_that_becomes_too_complex_later_names_its_field() {
+    let compiler = with_long_tokens();
+    let grammar = Grammar::Lark(r#"start: "x" /((a{1,200}){1,200}){1,200}b/"#.into());
+    let mut state = compiler.compile(&grammar, &[]).unwrap();
+    let mut follow = || {
+        state.mask()?;
+        state.advance(TokenId::from(b'x'))?;
+        state.mask()
+    };
+    let error = follow().expect_err("the second part is beyond the lexer's limits");
+    assert_eq!((error.code, error.field.as_deref()), (ErrorCode::InvalidArgument, Some("grammar")), "{error}");
+}
+
+#[test]
+fn white_space_in_json_is_bounded_and_a_complete_value_ends_it() {
+    let compiler = compiler(Config::default());
+    let schema = |x: &str| {
+        let text =
+            r#"{"type":"object","properties":{"a":{"type":"integer"}},"required":["a"],"additionalProperties":false"#;
+        Grammar::JsonSchema(format!("{text}{x}}}").into())
+    };
+    let free = schema("");
+    let none = schema(r#","x-guidance":{"whitespace_flexible":false}"#);
+    for text in ["{\"a\":1}", "{ \"a\": 1 }", "{\n    \"a\": 1\n}", "{\r\n\t\"a\" : 1\r\n}"] {
+        assert!(follows(&compiler, &free, text), "{text:?}");
+        assert_eq!(follows(&compiler, &none, text), !text.contains([' ', '\n', '\t']), "{text:?}");
+    }
+    for text in ["{  \"a\":1}", "{\n\n\"a\":1}", "{\"a\":1 \n}", "{\"a\":1}\n", "{\"a\":1} "] {
+        assert!(!follows(&compiler, &free, text), "{text:?}");
+    }
+    let mut state = compiler.compile(&free, &[]).unwrap();
+    let text = "{\"a\": 12}";
+    for (at, byte) in text.bytes().enumerate() {
+        assert!(!state.is_complete(), "before byte {at}");
+        state.mask().unwrap();
+        state.advance(TokenId::from(byte)).unwrap();
+    }
+    assert!(state.is_complete(), "with its last bracket");
+    let ids: Vec<_> = text.bytes().map(TokenId::from).collect();
+    assert!(compiler.compile(&free, &ids).unwrap().is_complete(), "elsewhere, too");
+    // of a number nobody knows whether it goes on
+    let mut number = compiler.compile(&Grammar::JsonSchema(r#"{"type":"integer"}"#.into()), &[]).unwrap();
+    number.mask().unwrap();
+    number.advance(TokenId::from(b'1')).unwrap();
+    assert!(!number.is_complete() && allowed(&mut number).contains(&256));
+    assert!(follows(&compiler, &Grammar::JsonSchema("true".into()), "[1, {}]"));
 }
 
 /// Whether a text follows a grammar to its end.

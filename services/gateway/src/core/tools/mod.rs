@@ -1,15 +1,20 @@
 //! Tools: what a request says of them, the grammar that makes a call certain, and calls found in an answer.
 //!
-//! Calls are read in the two forms that open models are trained on: `<tool_call>{"name": ..., "arguments": ...}
-//! </tool_call>` (Hermes, Qwen) and `[TOOL_CALLS][{"name": ..., "arguments": ...}]` (Mistral). A required call is held
-//! by a grammar to one JSON object of that form, a named one to the arguments alone.
-use moesaic_types::{Error, FinishReason, Grammar, Result};
-use serde_json::{Map, Value, json};
+//! Calls are read in the forms that models are trained on: [`format`] has the table. A required call is held by a grammar
+//! to a JSON list of `{"name": ..., "arguments": ...}`, a named one to the arguments alone.
+mod channels;
+mod format;
+mod reply;
 
-const HERMES: &str = "<tool_call>";
-const HERMES_END: &str = "</tool_call>";
-const MISTRAL: &str = "[TOOL_CALLS]";
+pub use reply::{Said, Splitter, Style};
+
+use super::grammar::compact;
+use moesaic_types::{Error, FinishReason, Grammar, Result};
+use serde_json::{Value, json};
+
 const MAX_TOOLS: usize = 128;
+/// Calls in one answer at most, where a grammar holds it to calls: a model that has no end would go on for ever.
+const MAX_FORCED: usize = 16;
 
 /// Which tools may, or must, be called.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -32,6 +37,13 @@ pub struct Call {
     pub name: String,
     /// Its arguments as JSON text.
     pub arguments: String,
+}
+
+impl Call {
+    /// An id for a client to answer a call by.
+    pub fn new_id() -> String {
+        format!("call_{}", uuid::Uuid::new_v4().simple())
+    }
 }
 
 /// The tools of a request.
@@ -112,7 +124,8 @@ impl Tools {
         match self.choice {
             // OpenAI tells of a call only where the model had a choice
             Choice::Named(_) => reason,
-            _ if called => FinishReason::ToolCalls,
+            // an answer that was cut off may have ended in the middle of another call
+            _ if called && reason == FinishReason::Stop => FinishReason::ToolCalls,
             _ => reason,
         }
     }
@@ -137,122 +150,38 @@ impl Tools {
                         "additionalProperties": false,
                     })
                 };
-                json!({"anyOf": self.list.iter().map(call).collect::<Vec<_>>()})
+                let any = json!({"anyOf": self.list.iter().map(call).collect::<Vec<_>>()});
+                match self.single {
+                    true => any,
+                    false => json!({"type": "array", "items": any, "minItems": 1, "maxItems": MAX_FORCED}),
+                }
             }
         };
-        Some(Grammar::JsonSchema(schema.to_string().into()))
+        Some(Grammar::JsonSchema(compact(schema).to_string().into()))
     }
-}
-
-/// Splits an answer, as it comes, into text to show and calls.
-#[derive(Debug)]
-pub struct Splitter {
-    tools: Tools,
-    held: String,
-    collecting: bool,
-}
-
-impl Splitter {
-    /// A splitter for a request's tools.
-    pub fn new(tools: Tools) -> Self {
-        let collecting = matches!(tools.choice, Choice::Required | Choice::Named(_));
-        Self { tools, held: String::new(), collecting }
-    }
-
-    /// Takes text; what can be shown.
-    pub fn push(&mut self, text: &str) -> String {
-        if !self.tools.may_call() {
-            return text.to_owned();
-        }
-        self.held.push_str(text);
-        if self.collecting {
-            return String::new();
-        }
-        if let Some(at) = [HERMES, MISTRAL].iter().filter_map(|mark| self.held.find(mark)).min() {
-            self.collecting = true;
-            let calls = self.held.split_off(at);
-            return std::mem::replace(&mut self.held, calls);
-        }
-        let keep = [HERMES, MISTRAL].iter().map(|mark| begun(&self.held, mark)).max().unwrap_or(0);
-        let rest = self.held.split_off(self.held.len() - keep);
-        std::mem::replace(&mut self.held, rest)
-    }
-
-    /// The end: the calls, or what was held back and is none.
-    pub fn finish(&mut self) -> (String, Vec<Call>) {
-        let held = std::mem::take(&mut self.held);
-        let calls = match &self.tools.choice {
-            _ if !self.collecting => None,
-            Choice::Named(name) => Some(vec![Call { name: name.clone(), arguments: held.trim().to_owned() }])
-                .filter(|calls| serde_json::from_str::<Value>(&calls[0].arguments).is_ok()),
-            Choice::Required => serde_json::from_str(&held).ok().and_then(|value| call(&value)).map(|call| vec![call]),
-            Choice::Auto | Choice::None => calls(&held),
-        };
-        match calls {
-            Some(mut calls) => {
-                calls.truncate(if self.tools.single { 1 } else { calls.len() });
-                (String::new(), calls)
-            }
-            None => (held, Vec::new()),
-        }
-    }
-}
-
-/// Bytes of the longest end of `text` with which `mark` (ASCII) begins.
-fn begun(text: &str, mark: &str) -> usize {
-    (1..mark.len()).rev().find(|len| text.ends_with(&mark[..*len])).unwrap_or(0)
-}
-
-fn calls(text: &str) -> Option<Vec<Call>> {
-    if let Some(list) = text.strip_prefix(MISTRAL) {
-        let list: Vec<Value> = serde_json::from_str(list.trim()).ok()?;
-        return list.iter().map(call).collect();
-    }
-    let mut found = Vec::new();
-    for part in text.split(HERMES).skip(1) {
-        let body = part.split(HERMES_END).next().unwrap_or(part);
-        found.push(call(&serde_json::from_str(body.trim()).ok()?)?);
-    }
-    Some(found).filter(|found| !found.is_empty())
-}
-
-fn call(value: &Value) -> Option<Call> {
-    let name = value["name"].as_str()?.to_owned();
-    let arguments = match value.get("arguments").or_else(|| value.get("parameters")) {
-        None => Value::Object(Map::new()),
-        Some(arguments) => arguments.clone(),
-    };
-    let arguments = arguments.as_str().map_or_else(|| arguments.to_string(), str::to_owned);
-    Some(Call { name, arguments })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn tools(choice: Choice) -> Tools {
-        Tools { list: vec![json!({"type": "function", "function": {"name": "f"}})], choice, single: false }
-    }
-
-    fn split(choice: Choice, pieces: &[&str]) -> (String, Vec<Call>) {
-        let mut splitter = Splitter::new(tools(choice));
-        let mut shown: String = pieces.iter().map(|piece| splitter.push(piece)).collect();
-        let (rest, calls) = splitter.finish();
-        shown += &rest;
-        (shown, calls)
-    }
-
     #[test]
-    fn calls_are_found_over_pieces_and_text_stays_text() {
-        let f = |arguments: &str| Call { name: "f".into(), arguments: arguments.into() };
-        let hermes = ["I call. <tool", "_call>{\"name\": \"f\", \"arguments\": {\"a\":1}}</tool", "_call>"];
-        assert_eq!(split(Choice::Auto, &hermes), ("I call. ".into(), vec![f("{\"a\":1}")]));
-        let mistral = ["[TOOL_CALLS][{\"name\":\"f\",\"arguments\":{}},{\"name\":\"f\",\"arguments\":{}}]"];
-        assert_eq!(split(Choice::Auto, &mistral), (String::new(), vec![f("{}"), f("{}")]));
-        assert_eq!(split(Choice::Auto, &["a <tool", " b"]), ("a <tool b".into(), vec![]));
-        assert_eq!(split(Choice::Auto, &["<tool_call>{broken"]), ("<tool_call>{broken".into(), vec![]));
-        assert_eq!(split(Choice::Named("f".into()), &["{\"a\"", ":1}"]), (String::new(), vec![f("{\"a\":1}")]));
-        assert_eq!(split(Choice::Required, &["{\"name\":\"f\",\"arguments\":{}}"]), (String::new(), vec![f("{}")]));
+    fn a_required_call_is_held_to_the_tools_without_free_white_space() {
+        let list = vec![json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}})];
+        let schema = |choice: Choice, single: bool| {
+            let tools = Tools { list: list.clone(), choice, single };
+            match tools.grammar() {
+                Some(Grammar::JsonSchema(text)) => serde_json::from_str::<Value>(&text).unwrap(),
+                other => panic!("{other:?}"),
+            }
+        };
+        let several = schema(Choice::Required, false);
+        assert_eq!((&several["type"], &several["minItems"]), (&json!("array"), &json!(1)));
+        let one = schema(Choice::Required, true);
+        assert_eq!(one["anyOf"], several["items"]["anyOf"]);
+        for schema in [several, one, schema(Choice::Named("f".into()), false)] {
+            assert_eq!(schema["x-guidance"]["whitespace_flexible"], false, "{schema}");
+        }
     }
 
     #[test]

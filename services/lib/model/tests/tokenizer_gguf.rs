@@ -151,6 +151,26 @@ fn sentencepiece_metadata_merges_by_score_and_falls_back_to_bytes() {
 }
 
 #[test]
+fn a_text_begins_as_the_family_says_unless_the_file_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = |pre: &str, add_bos: Option<bool>| {
+        let mut metadata = byte_level_metadata();
+        metadata[1].1 = Value::String(pre.into());
+        metadata.push(("tokenizer.ggml.bos_token_id", Value::U32(0)));
+        metadata.extend(add_bos.map(|add| ("tokenizer.ggml.add_bos_token", Value::Bool(add))));
+        Tokenizer::open(&write(folder.path(), &metadata)).unwrap().encode("hi", true).unwrap()[0]
+    };
+    for pre in ["llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"] {
+        assert_eq!(first(pre, None), 0, "{pre}");
+        assert_ne!(first(pre, Some(false)), 0, "{pre}");
+    }
+    for pre in ["default", "gpt-2", "qwen2", "gpt-4o", "deepseek-llm", "refact", "bloom", "olmo", "dbrx"] {
+        assert_ne!(first(pre, None), 0, "{pre}");
+        assert_eq!(first(pre, Some(true)), 0, "{pre}");
+    }
+}
+
+#[test]
 fn wrong_tokenizer_metadata_names_the_file_and_the_key() {
     let cases: [(&str, Option<Value>, &str); 7] = [
         ("tokenizer.ggml.model", None, "tokenizer.ggml.model"),

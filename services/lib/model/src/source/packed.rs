@@ -79,6 +79,7 @@ impl PackedSource {
         for entry in entries {
             source.add(&path, entry)?;
         }
+        source.check_overlaps(&path)?;
         Ok(source)
     }
 
@@ -115,6 +116,18 @@ impl PackedSource {
         }
         self.places.push((entry.offset, entry.len));
         self.tensors.push(TensorInfo { name: entry.name, shape: entry.shape, dtype });
+        Ok(())
+    }
+
+    fn check_overlaps(&self, path: &Path) -> Result<()> {
+        let mut order: Vec<_> = self.places.iter().zip(&self.tensors).filter(|((_, len), _)| *len > 0).collect();
+        order.sort_by_key(|((offset, _), _)| *offset);
+        for pair in order.windows(2) {
+            let (((offset, len), before), ((next, _), info)) = (pair[0], pair[1]);
+            if offset + len > *next {
+                return Err(tensor_error(path, &info.name, format!("overlaps '{}'", before.name)));
+            }
+        }
         Ok(())
     }
 

@@ -52,7 +52,7 @@ impl ServedModel {
             Err(error) => return Err(error),
         };
         // the door's errors say it too
-        if let Some(reason) = template.as_ref().and_then(ChatTemplate::problem) {
+        if let Some(reason) = template.as_ref().and_then(|template| template.problem()) {
             tracing::warn!(reason, "chat is off");
         }
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());

@@ -233,6 +233,12 @@ impl WeightSource for SafetensorsSource {
         &self.tensors
     }
 
+    fn stored(&self, name: &str) -> Result<Vec<&[u8]>> {
+        let found = self.tensors.binary_search_by(|t| t.name.as_str().cmp(name));
+        let place = &self.places[found.map_err(|_| tensor_error(&self.path, name, "is missing"))?];
+        Ok(vec![self.raw(name, 0, place.end - place.start)?.bytes])
+    }
+
     fn read_f32(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
         let info = self.info(name).ok_or_else(|| tensor_error(&self.path, name, "is missing"))?;
         check_range(&self.path, info, start, out.len())?;

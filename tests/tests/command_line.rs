@@ -1,9 +1,10 @@
 //! The tools over broken files and wrong flags: an error that names what is wrong, never a panic.
 #![allow(clippy::unwrap_used, reason = "a test fails there")]
 use moesaic_tests::process::binary;
-use moesaic_tests::root;
+use moesaic_tests::{http, root};
+use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 fn run(arguments: &[&str]) -> Output {
     Command::new(binary().unwrap()).args(arguments).current_dir(std::env::temp_dir()).output().unwrap()
@@ -85,6 +86,12 @@ fn up_refuses_wrong_settings_and_broken_tokenizers() {
     refuses(&["up", "--set", "scheduler.token_bugdet=3"], "token_budget");
     refuses(&["up", "--set", "gateway.max_n=0"], "gateway.max_n");
     refuses(&["up", "--http", "nowhere"], "gateway.http");
+    refuses(&["up", "--set", "scheduler.kv_blocks=4000000000"], "kv_blocks is 4000000000; it must be from 1 to");
+    refuses(&["up", "--set", "scheduler.max_waiting=18446744073709551615"], "max_waiting");
+    refuses(&["up", "--set", "model.threads=100000"], "at most 1024");
+    refuses(&["up", "--threads", "100000"], "at most 1024");
+    let up = ["up", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--set"];
+    refuses(&[&up[..], &["scheduler.kv_memory_bytes=900TiB"]].concat(), "kv_memory_bytes asks for");
     refuses(&["config", "--service", "nonsense"], "--service nonsense");
     refuses(&["up", "--model", "no-such-folder", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"], "no-such-folder");
     let folder = copy();
@@ -105,6 +112,32 @@ fn quantize_writes_a_folder_that_checks_and_refuses_to_overwrite() {
     let golden = model.join("golden.json");
     let check = run(&["check", "--model", text(&packed), "--golden", text(&golden), "--weights", "q4-g64"]);
     assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+    let check = run(&["check", "--model", text(&packed), "--golden", text(&golden)]);
+    assert!(check.status.success(), "judged as what it is: {}", String::from_utf8_lossy(&check.stdout));
     refuses(&["quantize", "--model", text(&model), "--out", "x", "--weights", "bf16"], "q4 or q8");
     refuses(&["quantize", "--model", text(&model), "--out", "x", "--weights", "q4", "--group", "7"], "--group 7");
+}
+
+#[test]
+fn a_model_whose_files_are_slow_holds_up_neither_the_doors_nor_the_end() {
+    let folder = copy();
+    let slow = folder.path().join("tokenizer.json");
+    std::fs::remove_file(&slow).unwrap();
+    assert!(Command::new("mkfifo").arg(&slow).status().unwrap().success());
+    let doors = [TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap()];
+    let [http, grpc] = doors.map(|door| door.local_addr().unwrap());
+    let mut up = Command::new(binary().unwrap())
+        .args(["up", "--model", text(folder.path()), "--http", &http.to_string(), "--grpc", &grpc.to_string()])
+        .current_dir(folder.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // waits until the server reads
+    let writer = std::fs::File::options().write(true).open(&slow).unwrap();
+    assert!(http::get(http, "/live").is_ok());
+    assert!(http::get(http, "/ready").unwrap_err().to_string().contains("503"));
+    assert!(Command::new("kill").args(["-TERM", &up.id().to_string()]).status().unwrap().success());
+    assert_eq!(up.wait().unwrap().code(), Some(0));
+    drop(writer);
 }

@@ -51,6 +51,10 @@ impl ServedModel {
             }
             Err(error) => return Err(error),
         };
+        // the door's errors say it too
+        if let Some(reason) = template.as_ref().and_then(|template| template.problem()) {
+            tracing::warn!(reason, "chat is off");
+        }
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let (max_context, vocab) = (spec.max_context, spec.vocab);
         Ok(Self { id, created, max_context, vocab, eos, tokenizer, template, defaults, hasher })

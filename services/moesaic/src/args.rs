@@ -49,8 +49,15 @@ pub struct ModelArgs {
     #[arg(long)]
     pub kv: Option<KvFormat>,
     /// Threads of the maths; all cores where not given.
-    #[arg(long)]
+    #[arg(long, value_parser = threads)]
     pub threads: Option<usize>,
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(threads) => moesaic_model::backend::check_threads(threads),
+        Err(_) => Err(format!("'{text}' is no number")),
+    }
 }
 
 /// `moesaic check`.

@@ -38,6 +38,7 @@ pub fn load(settings: &SettingsArgs, flags: Vec<(String, String)>) -> Result<Con
 impl Config {
     /// Checks every section, before a port is bound or a weight is read.
     fn validate(&self) -> moesaic_types::Result<()> {
+        self.model.validate()?;
         self.gateway.validate()?;
         self.router.validate()?;
         self.scheduler.validate()?;

@@ -11,11 +11,12 @@ use moesaic_model::decoder::load_experts;
 use moesaic_model::expert_pool::ExpertPool;
 use moesaic_model::source::WeightSource;
 use moesaic_model::spec::ModelSpec;
-use moesaic_model::{LoadOptions, config::Found};
+use moesaic_model::{LoadOptions, ModelConfig, config::Found};
 use moesaic_router::Router;
 use moesaic_scheduler::model::{Experts, runner_factory};
 use moesaic_scheduler::{Scheduler, Vocabulary};
 use moesaic_transport::MemoryBus;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// The services behind the gateway.
@@ -26,14 +27,15 @@ pub struct Services {
 
 /// Loads the model and starts every service; the gateway answers from then on.
 pub async fn start(config: &Config, gateway: &Core) -> Result<Services> {
-    let Found { path, spec, served_as, .. } = config.model.look().context("open the model")?;
-    let hasher = served_as.hasher();
-    let mut served = ServedModel::open(&path, config.model.name_of(&path), &spec, hasher.clone())?;
+    let model = config.model.clone();
+    // files may be slow: the doors answer and signals are seen meanwhile
+    let prepared = tokio::task::spawn_blocking(move || prepare(&model)).await;
+    let (path, mut served, vocabulary) = prepared.context("read the model")??;
+    let hasher = served.hasher.clone();
 
     let events = Arc::new(MemoryBus::new());
     let store = KvStore::start(&config.kv_store)?;
     let router = Router::start(&config.router, events.clone())?;
-    let vocabulary = Vocabulary::new(&served.tokenizer, spec.vocab, served.eos.clone());
     let mut scheduler_config = config.scheduler.clone();
     scheduler_config.model_name = served.id.clone();
     let replica = scheduler_config.replica_id();
@@ -50,6 +52,14 @@ pub async fn start(config: &Config, gateway: &Core) -> Result<Services> {
     let lookup = router.clone();
     gateway.serve(vec![Arc::new(served)], router, Arc::new(move |id| lookup.replica(id)));
     Ok(Services { scheduler })
+}
+
+/// What the model's files say, weights aside.
+fn prepare(model: &ModelConfig) -> Result<(PathBuf, ServedModel, Vocabulary)> {
+    let Found { path, spec, served_as, .. } = model.look().context("open the model")?;
+    let served = ServedModel::open(&path, model.name_of(&path), &spec, served_as.hasher())?;
+    let vocabulary = Vocabulary::new(&served.tokenizer, spec.vocab, served.eos.clone());
+    Ok((path, served, vocabulary))
 }
 
 /// The experts are those of a shard in this process.

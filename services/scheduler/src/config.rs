@@ -1,9 +1,19 @@
 //! What an operator can set.
-use moesaic_config::HumanDuration;
+use moesaic_config::{ByteSize, HumanDuration};
+use moesaic_model::memory::Memory;
 use moesaic_proto::WireDType;
 use moesaic_transport::subjects::Subject;
 use moesaic_types::{BLOCK_TOKENS, Error, ReplicaId, Result};
 use serde::{Deserialize, Serialize};
+
+/// The KV pool's least default, in bytes.
+const DEFAULT_KV_BYTES: u64 = 512 << 20;
+/// Requests of the model's context that the default pool holds, where memory allows.
+const DEFAULT_CONTEXTS: usize = 2;
+/// Blocks at most: a billion tokens.
+const MAX_KV_BLOCKS: usize = 1 << 24;
+/// The longest time that can be set, in milliseconds: a year.
+const MAX_MS: u64 = 365 * 24 * 3600 * 1000;
 
 /// Who executes a replica's experts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,8 +49,10 @@ pub struct Config {
     /// KV blocks of 64 tokens. `None`: as many as `kv_memory_bytes` holds. Where the pool cannot hold one request of
     /// the model's context, the context is cut to the pool, with a warning at start.
     pub kv_blocks: Option<usize>,
-    /// Bytes for the KV pool where `kv_blocks` is not set.
-    pub kv_memory_bytes: u64,
+    /// Memory for the KV pool where `kv_blocks` is not set, as `"8GiB"` or a number of bytes. `None`: what two requests
+    /// of the model's context need, but no more than half of what the machine has available when the weights are
+    /// loaded; never less than 512 MiB.
+    pub kv_memory_bytes: Option<ByteSize>,
     /// Reuse blocks of earlier requests that start with the same tokens.
     pub prefix_cache: bool,
     /// How long a request waits for blocks of the prefix store, in milliseconds.
@@ -93,7 +105,7 @@ impl Default for Config {
             max_running: 64,
             max_waiting: 1024,
             kv_blocks: None,
-            kv_memory_bytes: 512 << 20,
+            kv_memory_bytes: None,
             prefix_cache: true,
             prefix_store_timeout_ms: 2_000,
             prefix_store_offers: 16,
@@ -118,16 +130,21 @@ impl Default for Config {
 impl Config {
     /// Checks bounds; the error names the key and the limit.
     pub fn validate(&self) -> Result<()> {
-        let positive = [
-            ("max_chunk", self.max_chunk),
-            ("max_running", self.max_running),
-            ("max_waiting", self.max_waiting),
-            ("delivery_capacity", self.delivery_capacity),
-            ("grammar_workers", self.grammar_workers),
+        let counts = [
+            ("token_budget", self.token_budget, 1, 1 << 20),
+            ("max_chunk", self.max_chunk, 1, 1 << 20),
+            ("max_running", self.max_running, 1, 1 << 16),
+            ("max_waiting", self.max_waiting, 1, 1 << 20),
+            ("prefix_store_offers", self.prefix_store_offers, 0, 1 << 16),
+            ("delivery_capacity", self.delivery_capacity, 1, 1 << 16),
+            ("max_grammar_bytes", self.max_grammar_bytes, 0, 1 << 30),
+            ("grammar_workers", self.grammar_workers, 1, 1024),
+            ("grammar_cache", self.grammar_cache, 0, 1 << 20),
+            ("kv_blocks", self.kv_blocks.unwrap_or(1), 1, MAX_KV_BLOCKS),
         ];
-        for (key, value) in positive {
-            if value == 0 {
-                return Err(Error::invalid(key, format!("{key} must be at least 1")));
+        for (key, value, least, most) in counts {
+            if !(least..=most).contains(&value) {
+                return Err(Error::invalid(key, format!("{key} is {value}; it must be from {least} to {most}")));
             }
         }
         if self.token_budget < self.max_running {
@@ -135,11 +152,18 @@ impl Config {
                 format!("token_budget {} must be at least max_running {}", self.token_budget, self.max_running);
             return Err(Error::invalid("token_budget", message));
         }
-        let milliseconds =
-            [("grammar_timeout_ms", self.grammar_timeout_ms), ("step_stalled_after_ms", self.step_stalled_after_ms)];
-        for (key, value) in milliseconds {
-            if value == 0 {
-                return Err(Error::invalid(key, format!("{key} must be at least 1")));
+        let milliseconds = [
+            ("prefix_store_timeout_ms", self.prefix_store_timeout_ms, 0),
+            ("promote_after_ms", self.promote_after_ms, 0),
+            ("grammar_timeout_ms", self.grammar_timeout_ms, 1),
+            ("step_stalled_after_ms", self.step_stalled_after_ms, 1),
+            ("step_dead_after_ms", self.step_dead_after_ms, 1),
+            ("experts_patience_ms", self.experts_patience_ms, 0),
+            ("restart_backoff_ms", self.restart_backoff_ms, 0),
+        ];
+        for (key, value, least) in milliseconds {
+            if !(least..=MAX_MS).contains(&value) {
+                return Err(Error::invalid(key, format!("{key} is {value}; it must be from {least} to {MAX_MS}")));
             }
         }
         if self.step_dead_after_ms < self.step_stalled_after_ms {
@@ -153,26 +177,37 @@ impl Config {
             let message = format!("expert_timeout_ms is {}; use 100 to 600000", self.expert_timeout_ms);
             return Err(Error::invalid("expert_timeout_ms", message));
         }
-        if self.kv_blocks == Some(0) {
-            return Err(Error::invalid("kv_blocks", "kv_blocks must be at least 1"));
-        }
         if !(1..=128).contains(&self.replica.len()) || self.replica.contains(char::is_control) {
             return Err(Error::invalid("replica", "replica must be 1 to 128 bytes without control characters"));
         }
         moesaic_service::check_drain("scheduler", self.drain_timeout)
     }
 
-    /// How many blocks the pool has, when a block takes this many bytes.
-    pub fn blocks(&self, block_bytes: usize) -> Result<usize> {
-        let blocks = self.kv_blocks.unwrap_or((self.kv_memory_bytes / block_bytes.max(1) as u64) as usize);
+    /// How many blocks the pool has, when a block takes this many bytes, for a model of this context.
+    pub fn blocks(&self, block_bytes: usize, model_context: usize, memory: Memory) -> Result<usize> {
+        let block = (block_bytes as u64).max(1);
+        let (key, blocks) = match (self.kv_blocks, self.kv_memory_bytes) {
+            (Some(blocks), _) => ("kv_blocks", blocks as u64),
+            (None, Some(bytes)) => ("kv_memory_bytes", bytes.bytes() / block),
+            (None, None) => {
+                let wanted = (model_context.div_ceil(BLOCK_TOKENS) * DEFAULT_CONTEXTS) as u64;
+                let bytes = wanted.saturating_mul(block).min(memory.available / 2).max(DEFAULT_KV_BYTES);
+                ("kv_memory_bytes", bytes / block)
+            }
+        };
         if blocks == 0 {
-            let message = format!(
-                "kv_memory_bytes {} holds no block of {BLOCK_TOKENS} tokens, which takes {block_bytes} bytes",
-                self.kv_memory_bytes
-            );
-            return Err(Error::invalid("kv_memory_bytes", message));
+            let message = format!("{key} holds no block of {BLOCK_TOKENS} tokens, which takes {block_bytes} bytes");
+            return Err(Error::invalid(key, message));
         }
-        Ok(blocks.min(u32::MAX as usize))
+        let bytes = blocks.saturating_mul(block);
+        if bytes > memory.total {
+            let message = format!(
+                "{key} asks for {blocks} blocks of {block_bytes} bytes, which is {bytes} bytes; the machine has {}",
+                memory.total
+            );
+            return Err(Error::invalid(key, message));
+        }
+        Ok(usize::try_from(blocks).unwrap_or(usize::MAX).min(MAX_KV_BLOCKS))
     }
 
     /// The replica's id.
@@ -183,5 +218,71 @@ impl Config {
     /// The subject of this replica's KV events.
     pub fn kv_subject(&self) -> String {
         Subject::kv(&self.replica).to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn machine(total: u64, available: u64) -> Memory {
+        Memory { total, available }
+    }
+
+    #[test]
+    fn values_that_nothing_can_hold_are_refused_by_name_and_limit() {
+        assert_eq!(Config::default().validate(), Ok(()));
+        let most = usize::MAX;
+        let cases = [
+            (Config { kv_blocks: Some(4_000_000_000), ..Config::default() }, "kv_blocks", "16777216"),
+            (Config { kv_blocks: Some(0), ..Config::default() }, "kv_blocks", "from 1"),
+            (Config { max_waiting: most, ..Config::default() }, "max_waiting", "1048576"),
+            (Config { delivery_capacity: most, ..Config::default() }, "delivery_capacity", "65536"),
+            (Config { prefix_store_offers: most, ..Config::default() }, "prefix_store_offers", "65536"),
+            (Config { grammar_workers: most, ..Config::default() }, "grammar_workers", "1024"),
+            (Config { token_budget: most, ..Config::default() }, "token_budget", "1048576"),
+            (Config { max_running: most, ..Config::default() }, "max_running", "65536"),
+            (Config { promote_after_ms: u64::MAX, ..Config::default() }, "promote_after_ms", "31536000000"),
+            (Config { grammar_timeout_ms: 0, ..Config::default() }, "grammar_timeout_ms", "from 1"),
+        ];
+        for (config, key, limit) in cases {
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains(limit), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_pool_that_the_machine_does_not_hold_is_refused() {
+        let config = Config { kv_memory_bytes: Some(ByteSize::gib(1)), ..Config::default() };
+        assert_eq!(config.blocks(1 << 20, 1000, machine(2 * GIB, GIB)), Ok(1024));
+        let error = config.blocks(1 << 20, 1000, machine(GIB / 2, GIB)).unwrap_err().to_string();
+        assert!(error.contains("kv_memory_bytes") && error.contains(&(GIB / 2).to_string()), "{error}");
+        let error = config.blocks(2 << 30, 1000, machine(2 * GIB, GIB)).unwrap_err().to_string();
+        assert!(error.contains("holds no block"), "{error}");
+        let config = Config { kv_blocks: Some(1 << 24), ..Config::default() };
+        for block in [1 << 20, usize::MAX] {
+            let error = config.blocks(block, 1000, machine(2 * GIB, GIB)).unwrap_err().to_string();
+            assert!(error.contains("kv_blocks") && error.contains(&block.to_string()), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_default_pool_holds_two_contexts_where_memory_allows() {
+        let blocks = |block: usize, context, available| {
+            Config::default().blocks(block, context, machine(64 * GIB, available)).unwrap()
+        };
+        // a model of 98 KiB a token and a context of 40,960
+        let block = 64 * 98 << 10;
+        assert_eq!(blocks(block, 40_960, 60 * GIB), 2 * 40_960 / 64);
+        assert_eq!(blocks(block, 40_960, 4 * GIB), (2 * GIB) as usize / block);
+        assert_eq!(
+            blocks(block, 40_960, 0),
+            (512 << 20) / block,
+            "what the machine has bounds it from above only so far"
+        );
+        assert_eq!(blocks(1 << 20, 4096, 60 * GIB), 512, "a small model has 512 MiB");
     }
 }

@@ -29,11 +29,37 @@ pub(crate) fn find<'a>(defaults: &'a Value, path: &[&str]) -> Key<'a> {
     Key::Known(at)
 }
 
-/// The known key whose dotted name needs the fewest edits to become `key`; sections are compared with sections too.
-pub(crate) fn nearest(defaults: &Value, key: &str) -> Option<String> {
-    let mut known = Vec::new();
-    collect(defaults, &mut String::new(), &mut known);
-    known.into_iter().min_by_key(|candidate| strsim::damerau_levenshtein(candidate, key))
+/// What an error says instead of an unknown key: the known key that was probably meant, and the keys beside it.
+pub(crate) struct Hint {
+    pub(crate) nearest: Option<String>,
+    pub(crate) known: Vec<String>,
+}
+
+/// The known keys of `key`'s section (of the whole, where the section is unknown too), and the one of them that needs
+/// the fewest edits to become `key`; none that would have to change in more than every second letter.
+pub(crate) fn hint(defaults: &Value, key: &str) -> Hint {
+    let section = key.rsplit_once('.').map(|(section, _)| section);
+    let path: Vec<&str> = section.unwrap_or_default().split('.').collect();
+    let inside = section.and_then(|section| match find(defaults, &path) {
+        Key::Known(Value::Object(table)) => Some(table.keys().map(|name| format!("{section}.{name}")).collect()),
+        _ => None,
+    });
+    let known: Vec<String> = match inside {
+        Some(known) => known,
+        None if section.is_none() => defaults.as_object().into_iter().flatten().map(|(name, _)| name.clone()).collect(),
+        None => {
+            let mut known = Vec::new();
+            collect(defaults, &mut String::new(), &mut known);
+            let nearest = known.into_iter().min_by_key(|candidate| strsim::damerau_levenshtein(candidate, key));
+            return Hint { nearest, known: Vec::new() };
+        }
+    };
+    let name = |key: &str| key.rsplit_once('.').map_or(key, |(_, name)| name).to_owned();
+    let wanted = name(key);
+    let edits = |candidate: &String| strsim::damerau_levenshtein(&name(candidate), &wanted);
+    let nearest =
+        known.iter().filter(|candidate| edits(candidate) * 2 <= wanted.len()).min_by_key(|c| edits(c)).cloned();
+    Hint { nearest, known }
 }
 
 fn collect(value: &Value, prefix: &mut String, known: &mut Vec<String>) {
@@ -66,10 +92,13 @@ mod tests {
     }
 
     #[test]
-    fn names_the_nearest_key() {
+    fn hints_at_the_keys_of_the_same_section() {
         let defaults = json!({"gateway": {"http_port": 1, "grpc_port": 2}, "router": {"policy": ""}});
-        assert_eq!(nearest(&defaults, "gateway.htp_port").as_deref(), Some("gateway.http_port"));
-        assert_eq!(nearest(&defaults, "ruoter.policy").as_deref(), Some("router.policy"));
-        assert_eq!(nearest(&json!({}), "x"), None);
+        assert_eq!(hint(&defaults, "gateway.htp_port").nearest.as_deref(), Some("gateway.http_port"));
+        assert_eq!(hint(&defaults, "ruoter.policy").nearest.as_deref(), Some("router.policy"));
+        assert_eq!(hint(&defaults, "ruoter").nearest.as_deref(), Some("router"));
+        let far = hint(&defaults, "gateway.foo");
+        assert_eq!((far.nearest, far.known), (None, vec!["gateway.http_port".into(), "gateway.grpc_port".into()]));
+        assert_eq!(hint(&json!({}), "x").nearest, None);
     }
 }

@@ -5,6 +5,7 @@
 //! key and source. [`dump`] prints the effective configuration as a file that [`load`] reads.
 #![forbid(unsafe_code)]
 
+mod dump;
 mod error;
 mod keys;
 mod load;
@@ -12,8 +13,9 @@ mod secret;
 mod text;
 mod units;
 
+pub use dump::dump;
 pub use error::Error;
-pub use load::{Sources, dump, load};
+pub use load::{Sources, load};
 pub use secret::Secret;
 pub use units::{ByteSize, HumanDuration};
 

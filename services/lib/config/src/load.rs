@@ -52,11 +52,6 @@ pub fn load<T: Serialize + DeserializeOwned + Default>(sources: &Sources) -> Res
     layers.read()
 }
 
-/// The configuration as TOML; [`load`] reads it back.
-pub fn dump<T: Serialize>(config: &T) -> String {
-    toml::to_string_pretty(config).unwrap_or_else(|error| format!("# the configuration cannot be written: {error}\n"))
-}
-
 struct Layers<'a> {
     defaults: &'a Json,
     others: &'a [&'a str],
@@ -73,11 +68,10 @@ impl Layers<'_> {
         match keys::find(self.defaults, &path) {
             Key::Known(default) => Ok(Some(default)),
             Key::Open => Ok(None),
-            Key::Unknown => Err(Error::Unknown {
-                key: key.to_owned(),
-                source_name: origin.to_owned(),
-                nearest: keys::nearest(self.defaults, key),
-            }),
+            Key::Unknown => {
+                let keys::Hint { nearest, known } = keys::hint(self.defaults, key);
+                Err(Error::Unknown { key: key.to_owned(), source_name: origin.to_owned(), nearest, known })
+            }
         }
     }
 

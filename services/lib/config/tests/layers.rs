@@ -204,6 +204,25 @@ fn what_is_dumped_loads_again() {
     config.gateway.limits.insert("bob".into(), 3);
     config.gateway.tls = Some(Tls { cert: "c.pem".into() });
     config.gateway.timeout = HumanDuration::from_millis(90_250);
-    let (_file, sources) = file(&dump(&config));
+    let (_file, sources) = file(&dump(&config, &[]).unwrap());
     assert_eq!(load::<Config>(&sources), Ok(config));
+}
+
+#[test]
+fn what_is_not_set_is_dumped_as_a_comment_in_its_section() {
+    let unset = [("gateway.tls", "plain HTTP"), ("telemetry.otlp_endpoint", "no traces")];
+    let text = dump(&Config::default(), &unset).unwrap();
+    let under = |header: &str| text.split_once(&format!("[{header}]\n")).unwrap().1.lines().next().unwrap().to_owned();
+    assert_eq!(under("gateway"), "# tls = # unset: plain HTTP");
+    assert_eq!(under("telemetry"), "# otlp_endpoint = # unset: no traces");
+    let (_file, sources) = file(&text);
+    assert_eq!(load::<Config>(&sources), Ok(Config::default()));
+    let text = dump(&BTreeMap::from([("telemetry", Telemetry::default())]), &[]).unwrap();
+    assert!(text.contains("[telemetry]\n# otlp_endpoint = # unset: not set\n"), "{text}");
+}
+
+#[test]
+fn what_toml_cannot_express_is_an_error() {
+    let error = dump(&BTreeMap::from([("a", ())]), &[]).unwrap_err();
+    assert!(matches!(&error, Error::Write(_)), "{error}");
 }

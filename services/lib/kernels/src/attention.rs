@@ -72,8 +72,15 @@ pub struct KvLayer {
 
 impl KvLayer {
     /// Zeroed blocks.
-    pub fn new(shape: KvShape, blocks: usize) -> Self {
-        Self { shape, blocks, bytes: vec![0; shape.block_len() * blocks] }
+    ///
+    /// # Errors
+    /// `Memory` when so many bytes cannot be had.
+    pub fn new(shape: KvShape, blocks: usize) -> Result<Self, Error> {
+        let memory = || Error::Memory { blocks, block_len: shape.block_len() };
+        let len = shape.block_len().checked_mul(blocks).ok_or_else(memory)?;
+        // `vec!` takes pages that are zero already, but aborts where there are none: ask first
+        Vec::<u8>::new().try_reserve_exact(len).map_err(|_| memory())?;
+        Ok(Self { shape, blocks, bytes: vec![0; len] })
     }
 
     /// The shape.

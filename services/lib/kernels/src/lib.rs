@@ -52,6 +52,14 @@ pub enum Error {
         /// The expert.
         expert: u32,
     },
+    /// The blocks of a layer do not fit in memory.
+    #[error("{blocks} kv blocks of {block_len} bytes in a layer cannot be allocated")]
+    Memory {
+        /// Blocks.
+        blocks: usize,
+        /// Bytes of a block in one layer.
+        block_len: usize,
+    },
     /// A KV block's bytes have the wrong length.
     #[error("a kv block needs {expected} bytes, has {actual}")]
     Block {

@@ -179,7 +179,7 @@ fn attention_equals_the_definition_in_every_variant_and_chunking() {
     for (k_dim, v_dim, v_in_k) in [(24, 24, false), (40, 20, false), (48, 32, true)] {
         for format in [KvFormat::F32, KvFormat::Bf16, KvFormat::Int8] {
             let kv_heads = if v_in_k { 1 } else { kv_heads };
-            let mut kv = KvLayer::new(KvShape { kv_heads, k_dim, v_dim, v_in_k, format }, 5);
+            let mut kv = KvLayer::new(KvShape { kv_heads, k_dim, v_dim, v_in_k, format }, 5).unwrap();
             let blocks = [4, 1, 2];
             let (k, v) = (noise(21, len * kv_heads * k_dim), noise(22, len * kv_heads * v_dim));
             for t in 0..len {
@@ -238,7 +238,7 @@ fn attention_equals_the_definition_in_every_variant_and_chunking() {
 #[test]
 fn a_block_moves_between_layers_unchanged() {
     let shape = KvShape { kv_heads: 2, k_dim: 8, v_dim: 8, v_in_k: false, format: KvFormat::Int8 };
-    let (mut a, mut b) = (KvLayer::new(shape, 2), KvLayer::new(shape, 2));
+    let (mut a, mut b) = (KvLayer::new(shape, 2).unwrap(), KvLayer::new(shape, 2).unwrap());
     for slot in 0..64 {
         a.write(1, slot, &noise(slot as u64, 16), &noise(99 + slot as u64, 16));
     }
@@ -258,4 +258,13 @@ fn packed_bytes_of_a_wrong_length_are_refused() {
     let storage = |len| Storage::Owned(Arc::new(AlignedBytes::from_zeroed(len)));
     assert!(PackedMatrix::from_storage(format, 33, 100, storage(len)).is_ok());
     assert!(matches!(PackedMatrix::from_storage(format, 33, 100, storage(len - 1)), Err(Error::Length { .. })));
+}
+
+#[test]
+fn blocks_that_no_memory_holds_are_an_error() {
+    let shape = KvShape { kv_heads: 8, k_dim: 128, v_dim: 128, v_in_k: false, format: KvFormat::F32 };
+    for blocks in [usize::MAX, usize::MAX / shape.block_len(), 1 << 40] {
+        let error = KvLayer::new(shape, blocks).err().unwrap().to_string();
+        assert!(error.contains(&format!("{blocks} kv blocks")), "{error}");
+    }
 }

@@ -5,18 +5,32 @@ use crate::source::gguf::{GgufSource, Metadata};
 use crate::{Error, Result};
 use minijinja::{Environment, ErrorKind, syntax::SyntaxConfig, value::Serde};
 use serde_json::{Map, Value};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const NAME: &str = "chat";
 /// The template that is used when there are tools, where a model has one of its own.
 const TOOLS_NAME: &str = "tool_use";
 /// Special tokens that a template may name.
 const SPECIAL: [&str; 4] = ["bos_token", "eos_token", "unk_token", "pad_token"];
+const FILE: &str = "chat_template.jinja";
+/// Holds further templates, each under its name.
+const FOLDER: &str = "additional_chat_templates";
+const CONFIG: &str = "tokenizer_config.json";
 
 /// A model's chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special: Map<String, Value>,
+    /// Why no conversation can be rendered.
+    problem: Option<String>,
+}
+
+/// A model's templates as texts.
+struct Texts {
+    /// Where they stand, for messages.
+    path: PathBuf,
+    default: String,
+    tools: Option<String>,
 }
 
 impl ChatTemplate {
@@ -28,41 +42,40 @@ impl ChatTemplate {
         if model.is_dir() { Self::from_dir(model) } else { Self::from_gguf(model, GgufSource::open(model)?.metadata()) }
     }
 
-    /// Reads `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`.
+    /// Reads `chat_template.jinja` and `additional_chat_templates/`, else `chat_template` of `tokenizer_config.json`
+    /// (a text, or a list of named ones). A template that does not compile is a [`Self::problem`].
     ///
     /// # Errors
     /// `Io`, `Corrupt` for a file that is broken, `Text` where the model has no template.
     pub fn from_dir(folder: &Path) -> Result<Self> {
-        let config_path = folder.join("tokenizer_config.json");
+        let config_path = folder.join(CONFIG);
         let config = match std::fs::read(&config_path) {
             Ok(bytes) => serde_json::from_slice(&bytes)
                 .map_err(|e| Error::Corrupt { path: config_path.clone(), reason: e.to_string() })?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Map::new(),
             Err(source) => return Err(Error::Io { path: config_path, source }),
         };
-        let path = folder.join("chat_template.jinja");
-        let (path, text, tools_text) = match std::fs::read_to_string(&path) {
-            Ok(text) => (path, text, None),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let (text, tools_text) = from_config(&config).ok_or_else(|| none(folder))?;
-                (config_path, text, tools_text)
-            }
-            Err(source) => return Err(Error::Io { path, source }),
+        let (path, additional) = (folder.join(FILE), folder.join(FOLDER));
+        let texts = match read_text(&path)? {
+            Some(default) => Some(Texts { default, tools: read_text(&named(&additional, TOOLS_NAME))?, path }),
+            None => match read_text(&named(&additional, "default"))? {
+                Some(default) => {
+                    Some(Texts { default, tools: read_text(&named(&additional, TOOLS_NAME))?, path: additional })
+                }
+                None => from_config(&config, config_path),
+            },
         };
-        let corrupt = |e: Error| Error::Corrupt { path: path.clone(), reason: e.to_string() };
-        let mut template = Self::new(text, config).map_err(corrupt)?;
-        if let Some(text) = tools_text {
-            template.add(TOOLS_NAME, text).map_err(corrupt)?;
-        }
-        Ok(template)
+        Ok(Self::of(texts.ok_or_else(|| none(folder))?, config))
     }
 
-    /// Reads `tokenizer.chat_template` of GGUF metadata; `path` is for messages.
+    /// Reads `tokenizer.chat_template` of GGUF metadata; `path` is for messages. A template that does not compile is a
+    /// [`Self::problem`].
     ///
     /// # Errors
-    /// `Corrupt` for a template that is broken, `Text` where there is none.
+    /// `Text` where there is none.
     pub fn from_gguf(path: &Path, metadata: &Metadata) -> Result<Self> {
-        let text = metadata.get_str("tokenizer.chat_template").ok_or_else(|| none(path))?;
+        let key = "tokenizer.chat_template";
+        let default = metadata.get_str(key).ok_or_else(|| none(path))?.to_owned();
         let tokens = metadata.get_array_str("tokenizer.ggml.tokens").unwrap_or_default();
         let mut special = Map::new();
         for (name, key) in SPECIAL.iter().zip(["bos", "eos", "unknown", "padding"]) {
@@ -71,12 +84,27 @@ impl ChatTemplate {
                 special.insert((*name).to_owned(), (*token).into());
             }
         }
-        let corrupt = |e: Error| Error::Corrupt { path: path.to_owned(), reason: e.to_string() };
-        let mut template = Self::new(text.to_owned(), special).map_err(corrupt)?;
-        if let Some(text) = metadata.get_str("tokenizer.chat_template.tool_use") {
-            template.add(TOOLS_NAME, text.to_owned()).map_err(corrupt)?;
-        }
-        Ok(template)
+        let tools = metadata.get_str(&format!("{key}.{TOOLS_NAME}")).map(str::to_owned);
+        Ok(Self::of(Texts { path: path.to_owned(), default, tools }, special))
+    }
+
+    /// Compiles what was read.
+    fn of(texts: Texts, special: Map<String, Value>) -> Self {
+        let Texts { path, default, tools } = texts;
+        let compiled = Self::new(default, special).and_then(|mut template| match tools {
+            Some(text) => template.add(TOOLS_NAME, text).map(|()| template),
+            None => Ok(template),
+        });
+        compiled.unwrap_or_else(|error| Self {
+            environment: Environment::new(),
+            special: Map::new(),
+            problem: Some(format!("the model's chat template cannot be used: {}: {error}", path.display())),
+        })
+    }
+
+    /// Why no conversation can be rendered, where the model's template does not compile; names the file.
+    pub fn problem(&self) -> Option<&str> {
+        self.problem.as_deref()
     }
 
     /// Compiles a template; `special` may hold `bos_token` and `eos_token`.
@@ -100,14 +128,14 @@ impl ChatTemplate {
         });
         environment.add_function("strftime_now", python::strftime_now);
         environment.add_filter("tojson", python::tojson);
-        let mut template = Self { environment, special };
+        let mut template = Self { environment, special, problem: None };
         template.add(NAME, text)?;
         Ok(template)
     }
 
     fn add(&mut self, name: &'static str, text: String) -> Result<()> {
-        let added = self.environment.add_template_owned(name, text);
-        added.map_err(|e| Error::Text(format!("chat template: {e:#}")))
+        let added = self.environment.add_template_owned(name, without_generation(&text));
+        added.map_err(|e| Error::Text(one_line(&format!("chat template: {e}"))))
     }
 
     /// Whether the template's own text, or that of the one for tools, has `text` in it. Shows which forms a model knows.
@@ -127,6 +155,9 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         extra: &Map<String, Value>,
     ) -> Result<String> {
+        if let Some(problem) = &self.problem {
+            return Err(Error::Text(problem.clone()));
+        }
         let mut context = self.special.clone();
         context.extend(extra.clone());
         context.insert("messages".into(), messages.into());
@@ -138,7 +169,9 @@ impl ChatTemplate {
             Some(template) => template,
             None => self.environment.get_template(NAME).map_err(|e| Error::Text(e.to_string()))?,
         };
-        template.render(Serde(&context)).map_err(|e| Error::Text(format!("messages cannot be rendered: {e:#}")))
+        template
+            .render(Serde(&context))
+            .map_err(|e| Error::Text(one_line(&format!("messages cannot be rendered: {e}"))))
     }
 }
 
@@ -146,16 +179,59 @@ fn none(model: &Path) -> Error {
     Error::Text(format!("{} has no chat template; use completions instead of chat", model.display()))
 }
 
+fn named(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("{name}.jinja"))
+}
+
+/// A file's text; `None` where there is no such file.
+fn read_text(path: &Path) -> Result<Option<String>> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Io { path: path.to_owned(), source }),
+    }
+}
+
 /// A text, or a list of named templates: the one called `default` (else the first), and the one for tools.
-fn from_config(config: &Map<String, Value>) -> Option<(String, Option<String>)> {
+fn from_config(config: &Map<String, Value>, path: PathBuf) -> Option<Texts> {
     match config.get("chat_template")? {
-        Value::String(text) => Some((text.clone(), None)),
+        Value::String(text) => Some(Texts { path, default: text.clone(), tools: None }),
         Value::Array(list) => {
             let text = |entry: &Value| entry["template"].as_str().map(str::to_owned);
             let named = |name: &str| list.iter().find(|entry| entry["name"] == name).and_then(text);
             let default = named("default").or_else(|| list.first().and_then(text))?;
-            Some((default, named(TOOLS_NAME)))
+            Some(Texts { path, default, tools: named(TOOLS_NAME) })
         }
         _ => None,
     }
+}
+
+/// A message for a client: line breaks are spaces.
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The template with `{% generation %}` and `{% endgeneration %}`, which mark answers for training, as blocks that are
+/// always shown, so that the tags' control of white space stays.
+fn without_generation(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find("{%") {
+        let (before, tag) = rest.split_at(at + 2);
+        out.push_str(before);
+        let inside = tag.find("%}").map_or(tag, |end| &tag[..end]);
+        let name = inside.trim_start_matches(['-', '+']).trim_end_matches(['-', '+']).trim();
+        let instead = match name {
+            "generation" => Some("if true"),
+            "endgeneration" => Some("endif"),
+            _ => None,
+        };
+        match instead {
+            Some(instead) => out.push_str(&inside.replacen(name, instead, 1)),
+            None => out.push_str(inside),
+        }
+        rest = &tag[inside.len()..];
+    }
+    out.push_str(rest);
+    out
 }

@@ -1,5 +1,5 @@
 //! The `[model]` section: which model, and how it runs.
-use crate::backend::BackendKind;
+use crate::backend::{BackendKind, check_threads};
 use crate::source;
 use crate::spec::{self, ModelSpec};
 use crate::{Result, demo};
@@ -53,6 +53,15 @@ pub struct Found {
 }
 
 impl ModelConfig {
+    /// Checks bounds.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the key and the limit.
+    pub fn validate(&self) -> moesaic_types::Result<()> {
+        let wrong = |reason| moesaic_types::Error::invalid("model.threads", format!("model.threads: {reason}"));
+        check_threads(self.threads).map(|_| ()).map_err(wrong)
+    }
+
     /// The folder or file that is in force.
     ///
     /// # Errors

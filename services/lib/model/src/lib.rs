@@ -15,6 +15,7 @@ pub mod expert_pool;
 pub mod gate;
 pub mod generation_config;
 pub mod golden;
+pub mod memory;
 pub mod pipeline;
 pub mod quantize;
 pub mod runner;

@@ -111,6 +111,10 @@ impl WeightSource for Watched<'_> {
         self.source.read_f32(name, start, out)
     }
 
+    fn stored(&self, name: &str) -> Result<Vec<&[u8]>> {
+        self.source.stored(name)
+    }
+
     fn exact(&self, name: &str, start: usize, len: usize) -> Result<Option<WeightFormat>> {
         self.source.exact(name, start, len)
     }

@@ -4,8 +4,13 @@ mod gguf;
 use crate::source::gguf::{GgufSource, Metadata};
 use crate::{Error, Result};
 use moesaic_types::TokenId;
+use serde_json::Value;
+use std::panic::catch_unwind;
 use std::path::Path;
 use std::sync::Arc;
+
+/// Ids are below this; tables by id stay below 100 MiB.
+const MAX_TOKENS: u64 = 1 << 22;
 
 /// A tokenizer of `tokenizer.json` or of GGUF metadata; cheap to clone.
 #[derive(Clone)]
@@ -31,25 +36,37 @@ impl Tokenizer {
     /// # Errors
     /// `Config` or `Corrupt`, naming the file and the key.
     pub fn from_gguf(path: &Path, metadata: &Metadata) -> Result<Self> {
-        let json = gguf::to_json(path, metadata)?.to_string();
-        let corrupt = |e| Error::Corrupt { path: path.to_owned(), reason: format!("its tokenizer is broken: {e}") };
-        Ok(Self::new(tokenizers::Tokenizer::from_bytes(json).map_err(corrupt)?))
+        let json = gguf::to_json(path, metadata)?;
+        Self::build(path, &json, json.to_string().as_bytes())
     }
 
     /// Reads `tokenizer.json` of a folder.
     ///
     /// # Errors
-    /// `Io` or `Corrupt`, naming the file.
+    /// `Io`, `Config` or `Corrupt`, naming the file and, where one is at fault, the key.
     pub fn from_dir(folder: &Path) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
-        let inner = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|e| Error::Corrupt { path, reason: format!("is not a tokenizer: {e}") })?;
+        let corrupt = |reason: String| Error::Corrupt { path: path.clone(), reason };
+        let json = serde_json::from_slice(&bytes).map_err(|e| corrupt(format!("is not valid JSON: {e}")))?;
+        Self::build(&path, &json, &bytes)
+    }
+
+    /// Builds a tokenizer of `text`, which says what `json` says.
+    fn build(path: &Path, json: &Value, text: &[u8]) -> Result<Self> {
+        check(path, json)?;
+        let corrupt = |reason: String| Error::Corrupt { path: path.to_owned(), reason };
+        // what the checks do not see panics in the crate: merges longer than any token, for one
+        let built = catch_unwind(|| tokenizers::Tokenizer::from_bytes(text));
+        let built = built.map_err(|_| corrupt("is a tokenizer that contradicts itself".into()))?;
+        let mut inner = built.map_err(|e| corrupt(format!("is not a tokenizer: {e}")))?;
+        // settings of some training run; neither is for prompts
+        inner.with_truncation(None).map_err(|e| corrupt(e.to_string()))?.with_padding(None);
         Ok(Self::new(inner))
     }
 
-    /// Wraps a tokenizer.
-    pub fn new(inner: tokenizers::Tokenizer) -> Self {
+    /// Wraps a tokenizer, whose ids are below [`MAX_TOKENS`].
+    fn new(inner: tokenizers::Tokenizer) -> Self {
         let added = inner.get_added_tokens_decoder();
         let len = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
         let decoder = serde_json::to_value(inner.get_decoder()).unwrap_or_default();
@@ -118,8 +135,28 @@ impl Tokenizer {
     }
 }
 
+/// Refuses ids that no table could hold, and a tokenizer without tokens.
+fn check(path: &Path, json: &Value) -> Result<()> {
+    let fail = |key: String, reason: String| Error::Config { path: path.to_owned(), key, reason };
+    let vocab = &json["model"]["vocab"];
+    let names = vocab.as_object().into_iter().flatten().map(|(text, id)| (format!("model.vocab[{text:?}]"), id));
+    let added = json["added_tokens"].as_array().into_iter().flatten().enumerate();
+    let added = added.map(|(i, token)| (format!("added_tokens[{i}].id"), &token["id"]));
+    for (key, id) in names.chain(added) {
+        if id.as_u64().is_none_or(|id| id >= MAX_TOKENS) {
+            return Err(fail(key, format!("{id} is no token id; the largest is {}", MAX_TOKENS - 1)));
+        }
+    }
+    let len = vocab.as_object().map(serde_json::Map::len).or_else(|| vocab.as_array().map(Vec::len));
+    match len {
+        Some(1..) => Ok(()),
+        Some(0) => Err(fail("model.vocab".into(), "has no tokens".into())),
+        None => Err(fail("model.vocab".into(), "is missing or is no vocabulary".into())),
+    }
+}
+
 /// Whether a decoder, as JSON, drops a space at the start of a text.
-fn strips_first_space(decoder: &serde_json::Value) -> bool {
+fn strips_first_space(decoder: &Value) -> bool {
     match decoder["type"].as_str() {
         Some("Strip") => decoder["content"] == " " && decoder["start"] == 1,
         Some("Metaspace") => decoder["prepend_scheme"] != "never",

@@ -177,6 +177,21 @@ fn every_mxfp4_scale_is_a_power_of_two_or_refused() {
     assert!(source.read_f32("x", usize::MAX - 31, &mut [0.0; 32]).is_err());
 }
 
+#[test]
+fn a_digest_is_of_bytes_that_may_stand_for_no_values() {
+    let digest = |codes: u8, scale: u8| {
+        let mut tensors = Tensors::default();
+        tensors.bytes("unused_blocks", "U8", &[4, 1, 16], vec![codes; 64]);
+        tensors.bytes("unused_scales", "U8", &[4, 1], vec![scale; 4]);
+        let folder = tempfile::tempdir().unwrap();
+        tensors.write(folder.path(), &serde_json::json!({}));
+        source::digest(&*source::open(folder.path()).unwrap()).unwrap()
+    };
+    assert_eq!(digest(7, 255), digest(7, 255));
+    assert_ne!(digest(7, 255), digest(7, 254), "the scales count");
+    assert_ne!(digest(7, 255), digest(8, 255), "the codes count");
+}
+
 /// Of the OCP specification, in f64.
 fn e4m3(code: u8) -> f64 {
     let (exponent, mantissa) = (i32::from(code >> 3 & 15), f64::from(code & 7) / 8.0);

@@ -82,7 +82,16 @@ fn file(header: &str, data: usize) -> Vec<u8> {
 
 #[test]
 fn broken_safetensors_are_refused_by_name() {
-    let cases: [(Vec<u8>, &str); 8] = [
+    let two = |second: &str| format!(r#"{{"a":{{"dtype":"F32","shape":[2],"data_offsets":[0,8]}},"b":{second}}}"#);
+    let hole = two(r#"{"dtype":"F32","shape":[2],"data_offsets":[12,20]}"#);
+    let empty_outside = two(r#"{"dtype":"F32","shape":[0],"data_offsets":[4,4]}"#);
+    let whole = two(r#"{"dtype":"F32","shape":[0,3],"data_offsets":[8,8]}"#);
+    assert!(source::open(folder_with(&file(&whole, 8)).path()).is_ok(), "an empty tensor at a bound is whole");
+    let cases: [(Vec<u8>, &str); 12] = [
+        (file(&hole, 20), "'b'"),
+        (file(&hole, 20), "4 bytes before it"),
+        (file(&empty_outside, 8), "'b'"),
+        (file(&whole, 11), "3 bytes after its last tensor"),
         (vec![], "is 0 bytes long"),
         (vec![1, 2, 3], "is 3 bytes long"),
         (u64::MAX.to_le_bytes().to_vec(), "says its header has"),

@@ -206,6 +206,7 @@ fn broken_folders_are_refused_by_name() {
         (twice.to_string(), data.len(), "twice"),
         (with("offset", json!(32)), data.len(), "multiple of 64"),
         (with("offset", json!(u64::MAX)), data.len(), "truncated"),
+        (with("offset", json!(0)), data.len(), "overlaps"),
         (with("len", json!(64)), data.len(), "has 64 bytes"),
         (with("shape", json!([max, max])), data.len(), "impossible shape"),
         (with("shape", json!([0, max])), data.len(), "impossible shape"),

@@ -30,6 +30,10 @@ impl WeightSource for Memory {
         out.copy_from_slice(&self.values[name][start..start + out.len()]);
         Ok(())
     }
+
+    fn stored(&self, name: &str) -> Result<Vec<&[u8]>> {
+        Ok(vec![bytemuck::cast_slice(&self.values[name])])
+    }
 }
 
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;

@@ -163,14 +163,63 @@ fn named_templates_and_broken_ones() {
     let tools = [json!({})];
     assert_eq!(template.render(&[user("a")], None, true, &Map::new()).unwrap(), "without");
     assert_eq!(template.render(&[user("a")], Some(&tools), true, &Map::new()).unwrap(), "with 1");
+    let problem = || {
+        let template = ChatTemplate::from_dir(folder.path()).unwrap();
+        let problem = template.problem().unwrap().to_owned();
+        let error = template.render(&[user("a")], None, true, &Map::new()).unwrap_err();
+        assert_eq!(error.to_string(), problem, "who renders learns why");
+        problem
+    };
     std::fs::write(&config, json!({"chat_template": "{% if %}"}).to_string()).unwrap();
-    assert!(ChatTemplate::from_dir(folder.path()).err().unwrap().to_string().contains("tokenizer_config.json"));
+    assert!(problem().contains("tokenizer_config.json") && problem().contains("syntax error"), "{}", problem());
     std::fs::write(folder.path().join("chat_template.jinja"), "{{ messages").unwrap();
-    assert!(ChatTemplate::from_dir(folder.path()).err().unwrap().to_string().contains("chat_template.jinja"));
+    assert!(problem().contains("chat_template.jinja") && !problem().contains('\n'), "{}", problem());
     std::fs::remove_file(folder.path().join("chat_template.jinja")).unwrap();
     std::fs::write(&config, "{").unwrap();
     assert!(ChatTemplate::from_dir(folder.path()).err().unwrap().to_string().contains("tokenizer_config.json"));
     std::fs::write(&config, "{}").unwrap();
     let error = ChatTemplate::from_dir(folder.path()).err().unwrap().to_string();
     assert!(error.contains("no chat template"), "{error}");
+}
+
+#[test]
+fn templates_in_a_folder_of_their_own_are_found_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let additional = folder.path().join("additional_chat_templates");
+    std::fs::create_dir(&additional).unwrap();
+    std::fs::write(additional.join("tool_use.jinja"), "with {{ tools | length }}").unwrap();
+    let render = |tools: Option<&[Value]>| {
+        ChatTemplate::from_dir(folder.path()).and_then(|t| t.render(&[user("a")], tools, true, &Map::new()))
+    };
+    assert!(render(None).unwrap_err().to_string().contains("no chat template"), "there is none for ordinary messages");
+    std::fs::write(folder.path().join("chat_template.jinja"), "without").unwrap();
+    assert_eq!(render(None).unwrap(), "without");
+    assert_eq!(render(Some(&[json!({})])).unwrap(), "with 1");
+    std::fs::remove_file(folder.path().join("chat_template.jinja")).unwrap();
+    std::fs::write(additional.join("default.jinja"), "default").unwrap();
+    assert_eq!(render(None).unwrap(), "default");
+    assert_eq!(render(Some(&[json!({})])).unwrap(), "with 1");
+    std::fs::write(additional.join("tool_use.jinja"), "{% if").unwrap();
+    assert!(render(None).unwrap_err().to_string().contains("additional_chat_templates"));
+}
+
+#[test]
+fn marks_of_what_is_trained_on_are_not_seen() {
+    let text =
+        "{% for m in messages %}\n    {%- generation -%}  \n{{ m.content }}  {%- endgeneration %}\n!{% endfor %}";
+    assert_eq!(render(text, &[user("a"), user("b")], None, json!({})).unwrap(), "a!b!");
+    // trim_blocks takes the line break after a tag, lstrip_blocks what stands before it
+    let text = "  {% generation %}\nx\n  {%generation%}y{% endgeneration %}\n{% endgeneration %}\nz";
+    assert_eq!(render(text, &[user("a")], None, json!({})).unwrap(), "x\nyz");
+}
+
+#[test]
+fn what_cannot_be_rendered_is_one_line_that_names_the_templates_line() {
+    let text = "{% set x = 1 %}\n\n{{ '%s' % messages }}";
+    let error = render(text, &[user("a\nb")], None, json!({})).unwrap_err().to_string();
+    assert!(error.starts_with("messages cannot be rendered: ") && error.contains("chat:3"), "{error}");
+    assert!(!error.contains('\n') && error.len() < 200, "{error}");
+    let error = render("{{ raise_exception('a\nb') }}", &[user("a")], None, json!({})).unwrap_err().to_string();
+    assert!(error.contains("a b") && !error.contains('\n'), "{error}");
+    assert_eq!(render("{{ '%s-%03d' | format('a', 7) }}", &[user("a")], None, json!({})).unwrap(), "a-007");
 }

@@ -151,6 +151,26 @@ fn sentencepiece_metadata_merges_by_score_and_falls_back_to_bytes() {
 }
 
 #[test]
+fn a_text_begins_as_the_family_says_unless_the_file_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = |pre: &str, add_bos: Option<bool>| {
+        let mut metadata = byte_level_metadata();
+        metadata[1].1 = Value::String(pre.into());
+        metadata.push(("tokenizer.ggml.bos_token_id", Value::U32(0)));
+        metadata.extend(add_bos.map(|add| ("tokenizer.ggml.add_bos_token", Value::Bool(add))));
+        Tokenizer::open(&write(folder.path(), &metadata)).unwrap().encode("hi", true).unwrap()[0]
+    };
+    for pre in ["llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"] {
+        assert_eq!(first(pre, None), 0, "{pre}");
+        assert_ne!(first(pre, Some(false)), 0, "{pre}");
+    }
+    for pre in ["default", "gpt-2", "qwen2", "gpt-4o", "deepseek-llm", "refact", "bloom", "olmo", "dbrx"] {
+        assert_ne!(first(pre, None), 0, "{pre}");
+        assert_eq!(first(pre, Some(true)), 0, "{pre}");
+    }
+}
+
+#[test]
 fn wrong_tokenizer_metadata_names_the_file_and_the_key() {
     let cases: [(&str, Option<Value>, &str); 7] = [
         ("tokenizer.ggml.model", None, "tokenizer.ggml.model"),
@@ -180,6 +200,76 @@ fn a_corrupt_tokenizer_file_is_named() {
         let error = Tokenizer::from_dir(folder.path()).err().unwrap().to_string();
         assert!(error.contains("tokenizer.json"), "{error}");
     }
+}
+
+/// The reference checkpoints' tokenizer, changed; what its folder opens as.
+fn changed(change: impl FnOnce(&mut Json)) -> moesaic_model::Result<Tokenizer> {
+    let folder = tempfile::tempdir().unwrap();
+    let mut json: Json =
+        serde_json::from_slice(&std::fs::read(root().join("tests/goldens/qwen3_moe/tokenizer.json")).unwrap()).unwrap();
+    change(&mut json);
+    std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+    Tokenizer::from_dir(folder.path())
+}
+
+#[test]
+fn ids_that_no_table_can_hold_are_refused_by_name() {
+    for id in [3_000_000_000u64, 4_294_967_295, 4_294_967_296, 1 << 22] {
+        let error = changed(|json| json["model"]["vocab"]["zzzz"] = id.into()).err().unwrap().to_string();
+        assert!(error.contains("model.vocab[\"zzzz\"]") && error.contains("4194303"), "{error}");
+        assert!(error.contains("tokenizer.json"), "{error}");
+        let error = changed(|json| json["added_tokens"][1]["id"] = id.into()).err().unwrap().to_string();
+        assert!(error.contains("added_tokens[1].id") && error.contains("4194303"), "{error}");
+    }
+    let error = changed(|json| json["model"]["vocab"]["zzzz"] = (-1).into()).err().unwrap().to_string();
+    assert!(error.contains("-1 is no token id"), "{error}");
+    let error = changed(|json| json["model"]["vocab"] = serde_json::json!({})).err().unwrap().to_string();
+    assert!(error.contains("model.vocab") && error.contains("no tokens"), "{error}");
+    assert_eq!(changed(|json| json["model"]["vocab"]["zzzz"] = 70_000.into()).unwrap().vocab_size(), 70_001);
+}
+
+#[test]
+fn a_part_that_is_broken_is_an_error_and_no_panic() {
+    let whole = std::fs::read_to_string(root().join("tests/goldens/qwen3_moe/tokenizer.json")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let at = whole.find("\"decoder\"").unwrap();
+    let cuts = (at..at + 60).map(|cut| whole.as_bytes()[..cut].to_vec());
+    let mut not_utf8 = whole.clone().into_bytes();
+    not_utf8[at + whole[at..].find("ByteLevel").unwrap()] = 0xff;
+    for bytes in cuts.chain([not_utf8]) {
+        std::fs::write(folder.path().join("tokenizer.json"), bytes).unwrap();
+        let error = Tokenizer::from_dir(folder.path()).err().unwrap().to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+    }
+    for part in ["decoder", "pre_tokenizer", "normalizer", "post_processor"] {
+        for wrong in [serde_json::json!("Nope"), 1.into(), Json::Null, serde_json::json!({"a": []})] {
+            let error = changed(|json| json[part] = serde_json::json!({"type": wrong})).err().unwrap().to_string();
+            assert!(error.contains("tokenizer.json"), "{part}: {error}");
+        }
+    }
+    // the crate copies a merge into a buffer of the longest token
+    let error = changed(|json| {
+        let longest = json["model"]["vocab"].as_object().unwrap().keys().max_by_key(|text| text.len()).unwrap().clone();
+        json["model"]["merges"] = serde_json::json!([[longest, longest]]);
+    });
+    let error = error.err().unwrap().to_string();
+    assert!(error.contains("tokenizer.json") && error.contains("contradicts itself"), "{error}");
+}
+
+#[test]
+fn truncation_and_padding_are_not_for_prompts() {
+    let text = "one two three four five six seven eight";
+    let plain = changed(|_| ()).unwrap().encode(text, true).unwrap();
+    let cut = changed(|json| {
+        json["truncation"] =
+            serde_json::json!({"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0});
+        json["padding"] = serde_json::json!({
+            "strategy": {"Fixed": 200}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+            "pad_type_id": 0, "pad_token": "<|endoftext|>",
+        });
+    });
+    assert_eq!(cut.unwrap().encode(text, true).unwrap(), plain);
+    assert!(plain.len() > 3);
 }
 
 static DEMO: LazyLock<Tokenizer> =

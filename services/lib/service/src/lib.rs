@@ -18,4 +18,4 @@ pub use cluster::Cluster;
 pub use doors::Doors;
 pub use process::{Process, Settings};
 pub use run::main;
-pub use settings::{SECTIONS, check_drain, load};
+pub use settings::{SECTIONS, UNSET, check_drain, load};

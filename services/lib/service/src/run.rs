@@ -61,7 +61,8 @@ fn start<P: Process>(name: &'static str, args: &Args) -> Result<ExitCode, Failur
     settings.validate()?;
     settings.cluster().validate()?;
     if args.dump_config {
-        print!("{}", moesaic_config::dump(&settings));
+        let text = moesaic_config::dump(&settings, settings::UNSET);
+        print!("{}", text.map_err(|error| Error::internal(error.to_string()))?);
         return Ok(ExitCode::SUCCESS);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();

@@ -10,6 +10,21 @@ use std::path::PathBuf;
 pub const SECTIONS: &[&str] =
     &["model", "gateway", "router", "scheduler", "expert_shard", "kv_store", "cluster", "telemetry"];
 
+/// What it means that an option is not set, by its key.
+pub const UNSET: &[(&str, &str)] = &[
+    ("model.path", "the demo model"),
+    ("model.name", "the folder's or file's name"),
+    ("model.weights", "as stored; f32, bf16, q8, q4, q4-g64 or q4-g128"),
+    ("scheduler.kv_blocks", "as many blocks of 64 tokens as kv_memory_bytes holds"),
+    (
+        "scheduler.kv_memory_bytes",
+        "two requests of the model's context, at most half the available memory, at least 512MiB",
+    ),
+    ("cluster.socket_folder", "no Unix socket, TCP alone"),
+    ("telemetry.otlp_endpoint", "no traces are sent"),
+    ("telemetry.service_name", "moesaic"),
+];
+
 /// The file that is read where none is named.
 const FILE: &str = "moesaic.toml";
 

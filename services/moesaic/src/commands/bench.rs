@@ -25,7 +25,7 @@ struct Row {
 pub fn run(args: args::Bench) -> Result<ExitCode> {
     ensure!(args.runs > 0, "--runs must be 1 or more");
     let started = Instant::now();
-    let threads = args.model.threads.unwrap_or_else(crate::commands::default_threads);
+    let threads = args.model.threads.filter(|n| *n > 0).unwrap_or_else(crate::commands::default_threads);
     let mut runner = load_runner(&args.model)?;
     let load_s = started.elapsed().as_secs_f64();
 

@@ -2,8 +2,9 @@
 use crate::args::{self, ModelArgs};
 use crate::commands::load_runner;
 use anyhow::{Context, Result, bail};
-use moesaic_model::BackendKind;
 use moesaic_model::golden::{self, Golden, Variant};
+use moesaic_model::source::packed;
+use moesaic_model::{BackendKind, demo};
 use moesaic_types::{KvFormat, WeightFormat};
 use std::process::ExitCode;
 
@@ -11,8 +12,12 @@ pub fn run(args: args::Check) -> Result<ExitCode> {
     if args.lora.is_some() {
         bail!("--lora: adapters are not built yet; run without it");
     }
-    // exact by default: reference outputs are f32, and so are keys and values, whatever the weights are
+    // exact by default: reference outputs are f32, and so are keys and values, whatever the weights are; but a packed
+    // folder is what it was packed as
     let mut model = args.model;
+    if model.weights.is_none() {
+        model.weights = packed::format_of(&model.model.clone().map_or_else(demo::find, Ok)?)?;
+    }
     let weights = *model.weights.get_or_insert(WeightFormat::F32);
     model.kv.get_or_insert(KvFormat::F32);
     let golden = Golden::read(&args.golden).context("read the golden file")?;

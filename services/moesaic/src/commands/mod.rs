@@ -41,7 +41,7 @@ fn load_runner(args: &ModelArgs) -> Result<Box<dyn Runner>> {
     let options = moesaic_model::LoadOptions {
         weights: args.weights,
         kv: args.kv.unwrap_or_default(),
-        threads: args.threads.unwrap_or_else(default_threads),
+        threads: args.threads.filter(|n| *n > 0).unwrap_or_else(default_threads),
         progress: Some(&|p| bar.layers(p)),
     };
     let kind = args.backend.unwrap_or_default();

@@ -17,13 +17,16 @@ pub fn run(args: args::Up) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
-    runtime.block_on(serve(config))?;
-    Ok(ExitCode::SUCCESS)
+    let ended = runtime.block_on(serve(config));
+    // a file that is still being read holds nothing up
+    runtime.shutdown_background();
+    ended.map(|()| ExitCode::SUCCESS)
 }
 
 async fn serve(config: config::Config) -> Result<()> {
     let _telemetry = moesaic_telemetry::init(&config.telemetry).context("set up telemetry")?;
     moesaic_telemetry::metrics::install().context("set up metrics")?;
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let gateway = Gateway::bind(config.gateway.clone()).await?;
     let (http, grpc) = (gateway.http_address()?, gateway.grpc_address()?);
     let core = gateway.core();
@@ -34,7 +37,6 @@ async fn serve(config: config::Config) -> Result<()> {
     let mut running = tokio::spawn(gateway.run(stopped));
     let loading = embedded::start(&config, &core);
     let doors = async {
-        let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
         tokio::select! {
             _ = terminate.recv() => {}
             result = tokio::signal::ctrl_c() => result.context("listen for ctrl-c")?,

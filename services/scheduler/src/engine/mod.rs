@@ -17,6 +17,7 @@ use crate::metrics::Metrics;
 use crate::pool::{BlockIndex, BlockPool};
 use bytes::Bytes;
 use moesaic_model::Runner;
+use moesaic_model::memory::Memory;
 use moesaic_types::boundary::{KvEvent, PrefixStore};
 use moesaic_types::{BLOCK_TOKENS, BlockHasher, Error, FinishReason, Result, TokenId};
 use serde::Serialize;
@@ -164,9 +165,17 @@ impl Engine {
     ) -> Result<Self> {
         let failed = |what: &str, error: moesaic_model::Error| Error::unavailable(format!("{what}: {error}"));
         let mut runner = (parts.runner_factory)().map_err(|error| failed("load the model", error))?;
-        let kv_blocks = parts.config.blocks(runner.kv_block_bytes())?;
+        let (block_bytes, model_context) = (runner.kv_block_bytes(), runner.spec().max_context);
+        let kv_blocks = parts.config.blocks(block_bytes, model_context, Memory::now())?;
         runner.allocate_kv(kv_blocks).map_err(|error| failed("allocate the KV pool", error))?;
-        let info = Info::new(runner.spec().vocab, runner.spec().max_context, kv_blocks);
+        let info = Info::new(runner.spec().vocab, model_context, kv_blocks);
+        tracing::info!(
+            replica = parts.config.replica,
+            kv_mib = (block_bytes as u64).saturating_mul(kv_blocks as u64) >> 20,
+            kv_tokens = kv_blocks * BLOCK_TOKENS,
+            max_context = info.max_context,
+            "KV pool"
+        );
         if let Some(warning) = info.warning() {
             tracing::warn!(replica = parts.config.replica, "{warning}");
         }

@@ -416,6 +416,12 @@ impl Backend for CandleBackend {
             KvFormat::Bf16 => DType::BF16,
             KvFormat::Int8 => return Err(self.error("a KV cache in int8 is not supported; use f32 or bf16")),
         };
+        // candle aborts where there is no memory: ask first, all layers at once
+        let len = self.kv_block_bytes(layers, format).checked_mul(blocks);
+        let there = len.is_some_and(|len| !self.device.is_cpu() || Vec::<u8>::new().try_reserve_exact(len).is_ok());
+        if !there {
+            return Err(self.error(format!("{blocks} kv blocks cannot be allocated")));
+        }
         let make = |layout: &KvLayout| -> Result<KvTensors> {
             let pool = |width| Tensor::zeros((blocks * BLOCK_TOKENS, layout.heads * width), dtype, &self.device);
             let v = if layout.v_in_k { None } else { Some(pool(layout.v_dim)?) };

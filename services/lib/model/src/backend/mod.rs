@@ -17,6 +17,20 @@ use moesaic_types::{KvFormat, Routing};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
+/// Threads of the maths at most.
+pub const MAX_THREADS: usize = 1024;
+
+/// Refuses a number of threads that no machine has; 0 stands for all cores.
+///
+/// # Errors
+/// A message with the limit.
+pub fn check_threads(threads: usize) -> Result<usize, String> {
+    match threads {
+        0..=MAX_THREADS => Ok(threads),
+        _ => Err(format!("{threads} threads; at most {MAX_THREADS}, or 0 for all cores")),
+    }
+}
+
 /// Which backend runs a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -322,8 +322,10 @@ impl Backend for NativeBackend {
     }
 
     fn allocate_kv(&self, layers: &[KvLayout], format: KvFormat, blocks: usize) -> Result<Kv> {
-        let layer = |layout: &KvLayout| KvLayer::new(kv_shape(layout, format), blocks);
-        Ok(Kv { layers: layers.iter().map(layer).collect(), layouts: layers.to_vec() })
+        let layer = |layout: &KvLayout| {
+            KvLayer::new(kv_shape(layout, format), blocks).map_err(|error| self.error(error.to_string()))
+        };
+        Ok(Kv { layers: layers.iter().map(layer).collect::<Result<_>>()?, layouts: layers.to_vec() })
     }
 
     fn attend(

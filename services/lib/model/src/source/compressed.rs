@@ -210,6 +210,15 @@ impl WeightSource for CompressedSource {
         }
     }
 
+    fn stored(&self, name: &str) -> Result<Vec<&[u8]>> {
+        let (codes, scales) = match self.pairs.get(name) {
+            Some(Pair::Mxfp4 { blocks, scales }) => (blocks.as_str(), scales),
+            Some(Pair::Fp8 { scales, .. }) => (name, scales),
+            None => return self.plain.stored(name),
+        };
+        Ok([self.plain.stored(codes)?, self.plain.stored(scales)?].concat())
+    }
+
     /// q8 if each block's scale can be an f16, else bf16.
     fn exact(&self, name: &str, start: usize, len: usize) -> Result<Option<WeightFormat>> {
         let Some(Pair::Mxfp4 { blocks, scales }) = self.pairs.get(name) else { return Ok(None) };

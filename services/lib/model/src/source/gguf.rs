@@ -73,6 +73,16 @@ impl WeightSource for GgufSource {
         &self.tensors
     }
 
+    fn stored(&self, name: &str) -> Result<Vec<&[u8]>> {
+        match self.info(name) {
+            Some(TensorInfo { dtype: Dtype::Unsupported(_), .. }) => Ok(Vec::new()),
+            info => {
+                let len = info.and_then(|info| elements(&info.shape)).unwrap_or(0);
+                Ok(vec![self.blocks(name, 0, len)?.1])
+            }
+        }
+    }
+
     fn read_f32(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
         let (info, bytes) = self.blocks(name, start, out.len())?;
         let read = match info.dtype {

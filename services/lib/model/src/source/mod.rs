@@ -63,6 +63,9 @@ pub trait WeightSource: Send + Sync {
     /// Writes elements `start..start + out.len()` of the tensor in row-major order, converted to f32.
     /// Block formats need `start` and the length on block bounds (a whole row always is).
     fn read_f32(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()>;
+    /// The bytes that stand for the tensor in its files, in as many pieces as there are; none for a type that is listed
+    /// only.
+    fn stored(&self, name: &str) -> Result<Vec<&[u8]>>;
     /// The format that holds elements `start..start + len` without rounding, where they are stored as codes with a
     /// scale for each 32 of them: q4 or q8 if f16 holds the scales, else bf16; `None` for other tensors.
     fn exact(&self, _name: &str, _start: usize, _len: usize) -> Result<Option<WeightFormat>> {
@@ -104,11 +107,11 @@ pub fn open(path: &Path) -> Result<Box<dyn WeightSource>> {
     }
 }
 
-/// A cheap digest of a model's content: names, shapes, types and samples of every tensor's values, and its
+/// A cheap digest of a model's content: names, shapes, types and samples of every tensor's stored bytes, and its
 /// configuration. It names the model in KV block hashes; it is no proof against tampering.
 pub fn digest(source: &dyn WeightSource) -> Result<Digest> {
-    const WINDOW: usize = 256;
-    let mut digest = Digest::of(b"moesaic model v1");
+    const WINDOW: usize = 1024;
+    let mut digest = Digest::of(b"moesaic model v2");
     let mut add = |bytes: &[u8]| {
         let mut chained = digest.0.to_vec();
         chained.extend_from_slice(&Digest::of(bytes).0);
@@ -122,15 +125,11 @@ pub fn digest(source: &dyn WeightSource) -> Result<Digest> {
     }
     for info in source.tensors() {
         add(format!("{} {:?} {:?}", info.name, info.shape, info.dtype).as_bytes());
-        if matches!(info.dtype, Dtype::Unsupported(_)) {
-            continue;
-        }
-        let elements: usize = info.shape.iter().product();
-        let starts = if elements >= WINDOW { vec![0, elements / 2 / WINDOW * WINDOW] } else { vec![0] };
-        let mut values = vec![0.0; elements.min(WINDOW)];
-        for start in starts {
-            source.read_f32(&info.name, start, &mut values)?;
-            add(bytemuck::cast_slice(&values));
+        // bytes and not values: what a value cannot be read from may be of a tensor that the model does not use
+        for bytes in source.stored(&info.name)? {
+            add(&bytes[..bytes.len().min(WINDOW)]);
+            let middle = bytes.len() / 2 / WINDOW * WINDOW;
+            add(&bytes[middle..bytes.len().min(middle + WINDOW)]);
         }
     }
     Ok(digest)

@@ -51,6 +51,28 @@ pub struct Entry {
     pub len: usize,
 }
 
+/// The coarsest format of a folder's matrices, which is what it was packed for; `None` for any other model.
+///
+/// # Errors
+/// As [`PackedSource::open`].
+pub fn format_of(model: &Path) -> Result<Option<WeightFormat>> {
+    if !model.join(INDEX).is_file() {
+        return Ok(None);
+    }
+    let rank = |format: &WeightFormat| match format {
+        WeightFormat::F32 => (0, 0),
+        WeightFormat::Bf16 => (1, 0),
+        WeightFormat::Q8 => (2, 0),
+        WeightFormat::Q4 { group } => (3, *group),
+    };
+    let source = PackedSource::open(model)?;
+    let formats = source.tensors.iter().filter_map(|info| match info.dtype {
+        Dtype::Packed(format) => Some(format),
+        _ => None,
+    });
+    Ok(formats.max_by_key(rank))
+}
+
 /// An opened folder.
 pub struct PackedSource {
     path: PathBuf,
@@ -79,6 +101,7 @@ impl PackedSource {
         for entry in entries {
             source.add(&path, entry)?;
         }
+        source.check_overlaps(&path)?;
         Ok(source)
     }
 
@@ -115,6 +138,18 @@ impl PackedSource {
         }
         self.places.push((entry.offset, entry.len));
         self.tensors.push(TensorInfo { name: entry.name, shape: entry.shape, dtype });
+        Ok(())
+    }
+
+    fn check_overlaps(&self, path: &Path) -> Result<()> {
+        let mut order: Vec<_> = self.places.iter().zip(&self.tensors).filter(|((_, len), _)| *len > 0).collect();
+        order.sort_by_key(|((offset, _), _)| *offset);
+        for pair in order.windows(2) {
+            let (((offset, len), before), ((next, _), info)) = (pair[0], pair[1]);
+            if offset + len > *next {
+                return Err(tensor_error(path, &info.name, format!("overlaps '{}'", before.name)));
+            }
+        }
         Ok(())
     }
 
@@ -155,6 +190,11 @@ impl WeightSource for PackedSource {
             done += part;
         }
         Ok(())
+    }
+
+    fn stored(&self, name: &str) -> Result<Vec<&[u8]>> {
+        let (_, offset, len) = self.find(name)?;
+        Ok(vec![&self.file.bytes()[offset..offset + len]])
     }
 
     fn packed(&self, name: &str) -> Result<Option<PackedMatrix<Storage>>> {

@@ -7,6 +7,7 @@ use super::{
 use crate::Result;
 use moesaic_kernels::MappedFile;
 use serde_json::Value;
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -172,14 +173,33 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<(TensorInfo, usize, usize)>> {
         }
         tensors.push((TensorInfo { name: name.clone(), shape, dtype }, data_start + start, data_start + end));
     }
-    let mut order: Vec<_> = tensors.iter().filter(|(_, start, end)| start < end).collect();
-    order.sort_by_key(|(_, start, _)| *start);
-    for pair in order.windows(2) {
-        if pair[0].2 > pair[1].1 {
-            return Err(tensor_error(path, &pair[1].0.name, format!("overlaps '{}'", pair[0].0.name)));
-        }
-    }
+    covers(path, &tensors, data_start, bytes.len())?;
     Ok(tensors)
+}
+
+/// Checks that the tensors lie one after another and fill the data, as the format demands: a file with holes or with
+/// more behind could say one thing to one reader and another to the next.
+fn covers(path: &Path, tensors: &[(TensorInfo, usize, usize)], first: usize, last: usize) -> Result<()> {
+    let mut order: Vec<_> = tensors.iter().collect();
+    order.sort_by_key(|(_, start, end)| (*start, *end));
+    let (mut at, mut before) = (first, None);
+    for (info, start, end) in order {
+        match (start.cmp(&at), before) {
+            (Ordering::Equal, _) => {}
+            (Ordering::Less, Some(before)) => {
+                return Err(tensor_error(path, &info.name, format!("overlaps '{before}'")));
+            }
+            _ => {
+                let hole = start - at;
+                return Err(tensor_error(path, &info.name, format!("has {hole} bytes before it that are no tensor's")));
+            }
+        }
+        (at, before) = (*end, Some(&info.name));
+    }
+    match last - at {
+        0 => Ok(()),
+        more => Err(corrupt(path, format!("has {more} bytes after its last tensor"))),
+    }
 }
 
 /// The type of a safetensors name, and its bytes where they are whole.
@@ -211,6 +231,12 @@ impl WeightSource for SafetensorsSource {
 
     fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
+    }
+
+    fn stored(&self, name: &str) -> Result<Vec<&[u8]>> {
+        let found = self.tensors.binary_search_by(|t| t.name.as_str().cmp(name));
+        let place = &self.places[found.map_err(|_| tensor_error(&self.path, name, "is missing"))?];
+        Ok(vec![self.raw(name, 0, place.end - place.start)?.bytes])
     }
 
     fn read_f32(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {

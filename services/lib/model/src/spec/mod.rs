@@ -30,12 +30,35 @@ pub fn read(path: &Path, source: &dyn WeightSource) -> Result<ModelSpec> {
     if !has(spec.names.embedding) && has(bare.embedding) {
         spec.names = bare;
     }
+    spec.tied &= !has_own_output(&spec, source)?;
     Ok(spec)
 }
 
 /// Reads the architecture without opening the weights of a folder, for who has none.
 pub fn read_text_side(path: &Path) -> Result<ModelSpec> {
     if path.is_dir() { read_folder(path) } else { read(path, &*source::open(path)?) }
+}
+
+/// Whether the files have an output matrix that is not the embedding. Such a model is not tied, whatever its
+/// configuration says (the reference decides so too).
+fn has_own_output(spec: &ModelSpec, source: &dyn WeightSource) -> Result<bool> {
+    const CHUNK: usize = 1 << 14;
+    let (embedding, output) = (format!("{}.weight", spec.names.embedding), format!("{}.weight", spec.names.output));
+    let (Some(theirs), Some(own)) = (source.info(&embedding), source.info(&output)) else { return Ok(false) };
+    if !spec.tied || theirs.shape != own.shape || theirs.dtype != own.dtype {
+        return Ok(spec.tied);
+    }
+    let len: usize = own.shape.iter().product();
+    let (mut a, mut b) = (vec![0.0; CHUNK.min(len)], vec![0.0; CHUNK.min(len)]);
+    for start in (0..len).step_by(CHUNK) {
+        let part = CHUNK.min(len - start);
+        source.read_f32(&embedding, start, &mut a[..part])?;
+        source.read_f32(&output, start, &mut b[..part])?;
+        if a[..part].iter().zip(&b[..part]).any(|(a, b)| a.to_bits() != b.to_bits()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// A model's architecture.

@@ -1,19 +1,12 @@
 //! Builds a tokenizer from GGUF metadata, as a `tokenizer.json` that the `tokenizers` crate reads: byte-level BPE
 //! (`gpt2`) and SentencePiece BPE with byte fallback (`llama`).
+mod pre;
+
 use crate::source::gguf::Metadata;
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// A capital begins a new piece; endings (`'s`) belong to their word.
-const GPT_4O: &str = concat!(
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
-    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-);
 /// Values of `tokenizer.ggml.token_type`.
 const NORMAL: u64 = 1;
 const CONTROL: u64 = 3;
@@ -74,36 +67,18 @@ impl Reader<'_> {
             let at = at.ok_or_else(|| self.error(key, format!("has '{merge}', which is no pair")))?;
             pairs.push(json!([merge[..at], merge[at + 1..]]));
         }
-        let split = |pattern: &str| {
-            json!({"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
-                {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
-            ]})
-        };
         let pre = self.metadata.get_str("tokenizer.ggml.pre").unwrap_or("default");
-        let (pre_tokenizer, ignore_merges) = match pre {
-            "default" | "gpt-2" | "gpt2" | "olmo" | "phi-2" => {
-                let whole = json!({
-                    "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
-                });
-                (whole, false)
-            }
-            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" => (split(LLAMA3), true),
-            "qwen2" | "deepseek-r1-qwen" => (split(QWEN2), false),
-            "gpt-4o" => (split(GPT_4O), false),
-            other => {
-                let supported = "gpt-2, olmo, llama-bpe, qwen2 and gpt-4o";
-                let reason = format!("'{other}' is not supported; supported are {supported}");
-                return Err(self.error("tokenizer.ggml.pre", reason));
-            }
+        let Some(pre) = pre::find(pre) else {
+            let reason = format!("'{pre}' is not supported; supported are {}", pre::names());
+            return Err(self.error("tokenizer.ggml.pre", reason));
         };
         let decoder = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
         let model = json!({
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": ignore_merges,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": pre.ignore_merges,
             "vocab": self.vocab(), "merges": pairs,
         });
-        self.assemble(Value::Null, pre_tokenizer, decoder, model, false)
+        self.assemble(Value::Null, pre.pre_tokenizer(), decoder, model, pre.add_bos)
     }
 
     fn sentencepiece(&self) -> Result<Value> {

@@ -37,6 +37,7 @@ pub struct Settings {
 
 impl moesaic_service::Settings for Settings {
     fn validate(&self) -> Result<()> {
+        self.model.validate()?;
         self.expert_shard.validate()
     }
 

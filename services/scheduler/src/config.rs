@@ -275,7 +275,7 @@ mod tests {
             Config::default().blocks(block, context, machine(64 * GIB, available)).unwrap()
         };
         // a model of 98 KiB a token and a context of 40,960
-        let block = 64 * 98 << 10;
+        let block = 64 * (98 << 10);
         assert_eq!(blocks(block, 40_960, 60 * GIB), 2 * 40_960 / 64);
         assert_eq!(blocks(block, 40_960, 4 * GIB), (2 * GIB) as usize / block);
         assert_eq!(

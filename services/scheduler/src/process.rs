@@ -40,6 +40,7 @@ pub struct Settings {
 
 impl moesaic_service::Settings for Settings {
     fn validate(&self) -> Result<()> {
+        self.model.validate()?;
         self.scheduler.validate()
     }
 

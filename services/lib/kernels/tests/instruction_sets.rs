@@ -128,7 +128,7 @@ fn networks_agree_for_every_activation_row_count_and_kind_of_input() {
 
 /// One layer's cache of `len` tokens in scattered blocks.
 fn cache(shape: KvShape, len: usize, blocks: &[u32], keys: Kind, values: Kind) -> KvLayer {
-    let mut kv = KvLayer::new(shape, blocks.len() + 2).unwrap();
+    let mut kv = KvLayer::new(shape, blocks.len() + 2).expect("a few blocks fit in memory");
     for t in 0..len {
         let k = keys.values(100 + t as u64, shape.kv_heads * shape.k_dim);
         let v = values.values(9_000 + t as u64, shape.kv_heads * shape.v_dim);
@@ -198,7 +198,7 @@ fn attention_averages_the_values_whatever_their_size() {
         (1e-38, KvFormat::Bf16, 1e-2),
         (1e-40, KvFormat::Int8, 1e-2),
     ] {
-        let mut kv = KvLayer::new(shape(format), 2).unwrap();
+        let mut kv = KvLayer::new(shape(format), 2).expect("two blocks fit in memory");
         let len = 100;
         let value = |t: usize, d: usize| size * (1.0 + ((t * 7 + d * 3) % 10) as f32 / 10.0);
         for t in 0..len {

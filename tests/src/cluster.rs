@@ -114,6 +114,8 @@ pub struct Cluster {
     pub router: Member,
     /// The schedulers.
     pub schedulers: Vec<Member>,
+    /// The expert-shards, group by group.
+    pub shards: Vec<Member>,
     /// Redis.
     pub redis: servers::Server,
     /// NATS.
@@ -128,6 +130,29 @@ impl Cluster {
     /// With the log of who does not become ready.
     pub fn start(schedulers: usize, model: &str) -> Result<Self> {
         let mut cluster = Self::launch(schedulers, model, servers::redis(), servers::nats())?;
+        cluster.is_ready()?;
+        Ok(cluster)
+    }
+
+    /// Starts all of it with `groups` x `ranks` shards that execute the experts. `placement` are keys of the
+    /// `[router.placement]` section.
+    ///
+    /// # Errors
+    /// With the log of who does not become ready.
+    pub fn start_with_shards(schedulers: usize, groups: usize, ranks: usize, placement: &str) -> Result<Self> {
+        let sections = format!(
+            "weights = \"f32\"\nkv = \"f32\"\n[scheduler]\nexperts = \"shards\"\n[router.placement]\n\
+             min_groups = {groups}\nsettle = \"200ms\"\n{placement}\n"
+        );
+        let mut cluster = Self::launch(schedulers, &sections, servers::redis(), servers::nats())?;
+        for group in 0..groups {
+            for rank in 0..ranks {
+                let own = [("group", group), ("rank", rank), ("ranks", ranks)];
+                let own = own.map(|(key, value)| format!("expert_shard.{key}={value}"));
+                let shard = cluster.add("moesaic-expert-shard", &format!("e{group}-{rank}"), &own)?;
+                cluster.shards.push(shard);
+            }
+        }
         cluster.is_ready()?;
         Ok(cluster)
     }
@@ -153,7 +178,7 @@ impl Cluster {
         let ids = (0..schedulers).map(|number| format!("s{number}"));
         let schedulers = ids.map(|id| start("moesaic-scheduler", &id)).collect::<Result<_>>()?;
         let (router, gateway) = (start("moesaic-router", "r0")?, start("moesaic-gateway", "g0")?);
-        Ok(Self { http, gateway, router, schedulers, redis, nats, folder })
+        Ok(Self { http, gateway, router, schedulers, shards: Vec::new(), redis, nats, folder })
     }
 
     /// Waits until all are ready.
@@ -161,8 +186,8 @@ impl Cluster {
     /// # Errors
     /// With the log of who does not become so.
     pub fn is_ready(&mut self) -> Result<()> {
-        for scheduler in &mut self.schedulers {
-            scheduler.is_ready()?;
+        for member in self.shards.iter_mut().chain(&mut self.schedulers) {
+            member.is_ready()?;
         }
         self.router.is_ready()?;
         self.gateway.is_ready()

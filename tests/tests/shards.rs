@@ -1,0 +1,88 @@
+//! Experts in processes of their own: expert parallel x tensor parallel, placed by the router, lost and back again.
+#![allow(clippy::unwrap_used, reason = "a test fails there")]
+use moesaic_tests::cluster::Cluster;
+use moesaic_tests::process::Server;
+use moesaic_tests::{http, until};
+use serde_json::json;
+
+const PROMPT: &str = "Once upon a time";
+/// So many tokens that an answer is under way for long enough to be disturbed.
+const LONG: usize = 400;
+const EPOCH: &str = "moesaic_placement_epoch";
+
+/// What one process answers.
+fn undisturbed(tokens: usize) -> String {
+    let server = Server::start(&["--weights", "f32", "--kv", "f32", "--threads", "1"]).unwrap();
+    let body = json!({"prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": true});
+    let (status, answer) = http::post(server.http, "/v1/completions", &body).unwrap();
+    assert_eq!(status, 200, "{answer}");
+    answer["choices"][0]["text"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn every_grid_answers_as_one_process_does() {
+    let want = undisturbed(LONG);
+    for (groups, ranks) in [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)] {
+        let mut cluster = Cluster::start_with_shards(2, groups, ranks, "").unwrap();
+        assert_eq!(cluster.complete(PROMPT, LONG).unwrap(), want, "{groups} groups of {ranks}");
+        for shard in &cluster.shards {
+            assert!(
+                shard.metric("moesaic_expert_tokens_total").unwrap() > 0.0,
+                "a shard without work: {}",
+                shard.log()
+            );
+        }
+        let shard = &mut cluster.shards[0];
+        shard.terminate().unwrap();
+        assert!(shard.ended().unwrap().success(), "{}", shard.log());
+    }
+}
+
+#[test]
+fn a_killed_shard_s_copies_answer_and_it_comes_back() {
+    let mut cluster = Cluster::start_with_shards(1, 2, 1, "min_copies = 2").unwrap();
+    let want = undisturbed(LONG);
+    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
+    stream.read(20).unwrap();
+    cluster.shards[0].kill().unwrap();
+    stream.finish().unwrap();
+    assert_eq!(stream.text, want);
+    assert_eq!(stream.completion_tokens, Some(LONG as u64));
+    // everything goes to the other meanwhile
+    assert_eq!(cluster.complete(PROMPT, LONG).unwrap(), want);
+    cluster.shards[0].restart().unwrap();
+    cluster.shards[0].is_ready().unwrap();
+    let works = || {
+        assert_eq!(cluster.complete(PROMPT, LONG)?, want);
+        Ok(cluster.shards[0].metric("moesaic_expert_tokens_total")? > 0.0)
+    };
+    until("the shard that came back works", works).unwrap();
+}
+
+#[test]
+fn a_stream_waits_for_a_shard_that_nobody_replaces() {
+    let mut cluster = Cluster::start_with_shards(1, 2, 1, "").unwrap();
+    let want = undisturbed(LONG);
+    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
+    stream.read(20).unwrap();
+    cluster.shards[1].kill().unwrap();
+    until("steps wait for the lost experts", || Ok(cluster.schedulers[0].metric("moesaic_step_retries_total")? > 0.0))
+        .unwrap();
+    cluster.shards[1].restart().unwrap();
+    stream.finish().unwrap();
+    assert_eq!(stream.text, want);
+    assert_eq!(stream.completion_tokens, Some(LONG as u64));
+}
+
+#[test]
+fn a_lost_group_s_experts_go_to_the_others() {
+    let mut cluster = Cluster::start_with_shards(1, 2, 1, "lost_after = \"500ms\"").unwrap();
+    let want = undisturbed(LONG);
+    let before = cluster.router.metric(EPOCH).unwrap();
+    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
+    stream.read(20).unwrap();
+    cluster.shards[1].kill().unwrap();
+    stream.finish().unwrap();
+    assert_eq!(stream.text, want, "{}", cluster.router.log());
+    assert!(cluster.router.metric(EPOCH).unwrap() > before, "experts were placed anew");
+}

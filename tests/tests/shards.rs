@@ -1,5 +1,6 @@
 //! Experts in processes of their own: expert parallel x tensor parallel, placed by the router, lost and back again.
 #![allow(clippy::unwrap_used, reason = "a test fails there")]
+use moesaic_testkit::servers;
 use moesaic_tests::cluster::Cluster;
 use moesaic_tests::process::Server;
 use moesaic_tests::{http, until};
@@ -85,4 +86,28 @@ fn a_lost_group_s_experts_go_to_the_others() {
     stream.finish().unwrap();
     assert_eq!(stream.text, want, "{}", cluster.router.log());
     assert!(cluster.router.metric(EPOCH).unwrap() > before, "experts were placed anew");
+}
+
+#[test]
+fn a_replica_in_two_stages_answers_as_one_process_does_and_outlives_a_lost_stage() {
+    let model = "weights = \"f32\"\nkv = \"f32\"\n[scheduler]\nstages = 2";
+    let mut cluster = Cluster::launch(1, model, servers::redis(), servers::nats()).unwrap();
+    let own = ["scheduler.stage=1", "scheduler.stage_of=s0"].map(str::to_owned);
+    let mut stage = cluster.add("moesaic-scheduler", "s0-1", &own).unwrap();
+    cluster.is_ready().unwrap();
+    stage.is_ready().unwrap();
+    let want = undisturbed(LONG);
+    assert_eq!(cluster.complete(PROMPT, LONG).unwrap(), want);
+    // its keys and values go with it: what runs ends, and what comes later is served when it is back
+    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
+    stream.read(20).unwrap();
+    stage.kill().unwrap();
+    let ended = stream.finish();
+    assert!(ended.is_err() || stream.text == want, "a part of an answer looks whole");
+    stage.restart().unwrap();
+    stage.is_ready().unwrap();
+    let answers = || Ok(cluster.complete(PROMPT, LONG).is_ok_and(|text| text == want));
+    until("the replica serves again", answers).unwrap();
+    stage.terminate().unwrap();
+    assert!(stage.ended().unwrap().success(), "{}", stage.log());
 }

@@ -7,15 +7,16 @@ use moesaic_gateway::ServedModel;
 use moesaic_gateway::core::Core;
 use moesaic_kv_store::KvStore;
 use moesaic_model::backend::Backend;
-use moesaic_model::decoder::load_experts;
+use moesaic_model::decoder::load_experts_of;
 use moesaic_model::expert_pool::ExpertPool;
 use moesaic_model::source::WeightSource;
 use moesaic_model::spec::ModelSpec;
 use moesaic_model::{LoadOptions, ModelConfig, config::Found};
 use moesaic_router::Router;
-use moesaic_scheduler::model::{Experts, runner_factory};
+use moesaic_scheduler::model::{Experts, Source, runner_factory};
 use moesaic_scheduler::{Scheduler, Vocabulary};
 use moesaic_transport::MemoryBus;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -40,7 +41,8 @@ pub async fn start(config: &Config, gateway: &Core) -> Result<Services> {
     scheduler_config.model_name = served.id.clone();
     let replica = scheduler_config.replica_id();
     let experts = ShardExperts(config.expert_shard.clone());
-    let runner_factory = runner_factory(path, config.model.clone(), experts, Arc::new(loading()));
+    let source = Source { path, config: config.model.clone(), report: Arc::new(loading()) };
+    let runner_factory = runner_factory(source, experts, None);
     let scheduler = Scheduler::start(scheduler_config, runner_factory, vocabulary, hasher, Some(store), Some(events))
         .await
         .context("start the scheduler")?;
@@ -72,8 +74,9 @@ impl Experts for ShardExperts {
         spec: &ModelSpec,
         backend: Arc<B>,
         options: &LoadOptions<'_>,
+        layers: Range<usize>,
     ) -> moesaic_model::Result<Arc<dyn ExpertPool<B>>> {
-        let store = load_experts(source, spec, backend, options)?;
+        let store = load_experts_of(source, spec, backend, options, layers)?;
         let shard = ExpertShard::start(&self.0, spec, store)
             .map_err(|error| moesaic_model::Error::Experts { layer: 0, reason: error.to_string() })?;
         Ok(shard)

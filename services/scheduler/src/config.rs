@@ -77,6 +77,12 @@ pub struct Config {
     /// A step that takes longer than this makes the replica not live, so that the process is restarted, and ends the
     /// requests in flight so that they go on elsewhere; in milliseconds, at least `step_stalled_after_ms`.
     pub step_dead_after_ms: u64,
+    /// Processes that the replica's layers are split over (pipeline stages); 1..=64.
+    pub stages: usize,
+    /// Which of them this one is. 0 takes requests; the others, with the same `[model]` and `stages`, serve it.
+    pub stage: usize,
+    /// The `cluster.id` of the process that has stage 0; for the others.
+    pub stage_of: String,
     /// Who executes the experts: `own`, this process; `shards`, the cluster's expert-shards.
     pub experts: ExpertsAt,
     /// How tokens travel to shards, and their experts' sums back: `f32` loses nothing, `bf16` halves and `int8` quarters
@@ -117,6 +123,9 @@ impl Default for Config {
             grammar_cache: 64,
             step_stalled_after_ms: 120_000,
             step_dead_after_ms: 600_000,
+            stages: 1,
+            stage: 0,
+            stage_of: String::new(),
             experts: ExpertsAt::Own,
             expert_activations: WireDType::F32,
             expert_outputs: WireDType::F32,
@@ -140,6 +149,8 @@ impl Config {
             ("max_grammar_bytes", self.max_grammar_bytes, 0, 1 << 30),
             ("grammar_workers", self.grammar_workers, 1, 1024),
             ("grammar_cache", self.grammar_cache, 0, 1 << 20),
+            ("stages", self.stages, 1, 64),
+            ("stage", self.stage, 0, self.stages.max(1) - 1),
             ("kv_blocks", self.kv_blocks.unwrap_or(1), 1, MAX_KV_BLOCKS),
         ];
         for (key, value, least, most) in counts {
@@ -172,6 +183,10 @@ impl Config {
                 self.step_dead_after_ms, self.step_stalled_after_ms
             );
             return Err(Error::invalid("step_dead_after_ms", message));
+        }
+        if self.stage > 0 && self.stage_of.is_empty() {
+            let message = "stage_of is empty; name the cluster.id of the process that has stage 0";
+            return Err(Error::invalid("stage_of", message));
         }
         if !(100..=600_000).contains(&self.expert_timeout_ms) {
             let message = format!("expert_timeout_ms is {}; use 100 to 600000", self.expert_timeout_ms);

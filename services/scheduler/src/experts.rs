@@ -12,6 +12,7 @@ use moesaic_transport::placement::{Follower, follow};
 use moesaic_transport::{ExpertsOptions, RemoteExperts};
 use moesaic_types::Routing;
 use moesaic_types::cluster::Service;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -72,9 +73,10 @@ impl Experts for Arc<ReplicaExperts> {
         spec: &ModelSpec,
         backend: Arc<B>,
         options: &LoadOptions<'_>,
+        layers: Range<usize>,
     ) -> moesaic_model::Result<Arc<dyn ExpertPool<B>>> {
         match &**self {
-            ReplicaExperts::Own => OwnExperts.pool(source, spec, backend, options),
+            ReplicaExperts::Own => OwnExperts.pool(source, spec, backend, options, layers),
             ReplicaExperts::Shards { experts, .. } => {
                 Ok(Arc::new(RemotePool::new(Arc::clone(experts), backend, spec.hidden)))
             }

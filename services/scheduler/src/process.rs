@@ -2,13 +2,15 @@
 use crate::app::Scheduler;
 use crate::config::Config;
 use crate::experts::ReplicaExperts;
-use crate::model::runner_factory;
+use crate::model::{Source, runner_factory, stage_factory};
+use crate::pipeline::{LateStage, StageServer, Stages, stage_service};
 use crate::vocabulary::Vocabulary;
 use futures::future::{BoxFuture, FutureExt};
 use moesaic_model::ModelConfig;
 use moesaic_model::config::Found;
 use moesaic_model::decoder::{Part, Progress};
 use moesaic_model::generation_config::end_tokens;
+use moesaic_model::pipeline::split_layers;
 use moesaic_model::source::text_digest;
 use moesaic_model::tokenizer::Tokenizer;
 use moesaic_service::{Cluster, Doors, Process};
@@ -16,7 +18,7 @@ use moesaic_telemetry::TelemetryConfig;
 use moesaic_transport::grpc::replica_service;
 use moesaic_transport::{ClusterConfig, serve};
 use moesaic_types::boundary::{DeltaStream, Replica, ReplicaLoad};
-use moesaic_types::cluster::{ReplicaInfo, Role, Service};
+use moesaic_types::cluster::{ReplicaInfo, Role, Service, StageInfo};
 use moesaic_types::{Digest, Error, GenerateRequest, RequestId, Result};
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, OnceLock};
@@ -66,6 +68,8 @@ pub struct SchedulerProcess {
     settings: Settings,
     cluster: Cluster,
     replica: Arc<Late>,
+    /// In place of the replica, in a process that has later layers of another's.
+    stage: Arc<LateStage>,
     experts: OnceLock<Arc<ReplicaExperts>>,
     loading: watch::Sender<Option<Progress>>,
 }
@@ -101,13 +105,18 @@ impl Process for SchedulerProcess {
     type Settings = Settings;
 
     async fn new(settings: Settings, cluster: Cluster) -> Result<Self> {
-        let (replica, experts, loading) = (Arc::default(), OnceLock::new(), watch::Sender::default());
-        Ok(Self { settings, cluster, replica, experts, loading })
+        let (replica, stage, experts) = (Arc::default(), Arc::default(), OnceLock::new());
+        Ok(Self { settings, cluster, replica, stage, experts, loading: watch::Sender::default() })
     }
 
     async fn serve(self: Arc<Self>, doors: Doors, stop: watch::Receiver<bool>) -> Result<()> {
         let routes = Routes::new(replica_service(Arc::clone(&self.replica)));
-        serve(routes, doors.listener, doors.socket, stop).await
+        let routes = routes.add_service(stage_service(Arc::clone(&self.stage)));
+        tokio::select! {
+            served = serve(routes, doors.listener, doors.socket, stop.clone()) => served,
+            // a replica's stream to its stage never ends by itself
+            () = stopped(stop), if self.settings.scheduler.stage > 0 => Ok(()),
+        }
     }
 
     async fn prepare(self: Arc<Self>) -> Result<Role> {
@@ -123,7 +132,19 @@ impl Process for SchedulerProcess {
         });
         let experts = Arc::new(ReplicaExperts::start(&config, &found, &self.cluster));
         let experts = Arc::clone(self.experts.get_or_init(|| experts));
-        let factory = runner_factory(found.path, model, Arc::clone(&experts), report);
+        let source = Source { path: found.path.clone(), config: model, report };
+        if config.stage > 0 {
+            return self.become_stage(&config, found, source, experts).await;
+        }
+        let later = (config.stages > 1).then(|| {
+            let (id, served) = (Arc::clone(&self.cluster.id), found.served_as.clone());
+            let directory = self.cluster.directory(Service::Scheduler);
+            Stages::new(directory, id, served, found.spec.layers.len(), config.stages)
+        });
+        if let Some(later) = &later {
+            later.reached().await;
+        }
+        let factory = runner_factory(source, Arc::clone(&experts), later);
         let events = Arc::clone(&self.cluster.events);
         let hasher = found.served_as.hasher();
         let scheduler = Scheduler::start(config, factory, vocabulary, hasher, None, Some(events)).await?;
@@ -134,6 +155,9 @@ impl Process for SchedulerProcess {
     }
 
     async fn ready(&self) -> Result<()> {
+        if let Some(stage) = self.stage.get() {
+            return stage.ready();
+        }
         match self.replica.0.get() {
             Some(scheduler) => scheduler.ready(),
             None => {
@@ -158,6 +182,31 @@ impl Process for SchedulerProcess {
             None => true,
         }
     }
+}
+
+impl SchedulerProcess {
+    /// Loads later layers for another process's replica.
+    async fn become_stage(
+        &self,
+        config: &Config,
+        found: Found,
+        source: Source,
+        experts: Arc<ReplicaExperts>,
+    ) -> Result<Role> {
+        let ranges = split_layers(found.spec.layers.len(), config.stages);
+        let layers = ranges[config.stage].clone();
+        let server = StageServer::start(layers.clone(), stage_factory(source, Arc::clone(&experts), layers))?;
+        self.stage.set(Arc::clone(&server));
+        server.loaded().await?;
+        experts.reached().await;
+        let (replica, stages) = (config.stage_of.as_str().into(), config.stages);
+        Ok(Role::Stage(StageInfo { model: found.served_as, replica, stage: config.stage, stages }))
+    }
+}
+
+async fn stopped(mut stop: watch::Receiver<bool>) {
+    // an error: the sender is gone
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// What is known of the model before it is loaded.

@@ -8,7 +8,7 @@ use moesaic_model::backend::native::NativeBackend;
 use moesaic_model::decoder::{load_decoder, load_experts, load_first_stage, load_stage};
 use moesaic_model::pipeline::split_layers;
 use moesaic_model::{LoadOptions, source, spec};
-use moesaic_scheduler::pipeline::{RemoteStages, StagePeer, StageServer, stage_service};
+use moesaic_scheduler::pipeline::{LateStage, RemoteStages, StagePeer, StageServer, stage_service};
 use moesaic_scheduler::{Config, RunnerFactory, Scheduler};
 use moesaic_transport::channel::to_address;
 use moesaic_types::{BlockHasher, Digest, ErrorCode, KvFormat, WeightFormat};
@@ -53,7 +53,9 @@ impl StageProcess {
         runtime.spawn(async move {
             let (_never, stop) = watch::channel(false);
             let listener = TcpListener::from_std(listener).unwrap();
-            moesaic_transport::serve(Routes::new(stage_service(server)), listener, None, stop).await.unwrap();
+            let stage = Arc::new(LateStage::default());
+            stage.set(server);
+            moesaic_transport::serve(Routes::new(stage_service(stage)), listener, None, stop).await.unwrap();
         });
         Self { runtime: Some(runtime), address }
     }
@@ -96,8 +98,7 @@ async fn replica(later: Vec<String>) -> Arc<Scheduler> {
         if peers.is_empty() {
             return Ok(Box::new(load_decoder(&*source, spec, backend, &OPTIONS, experts)?));
         }
-        let _in_runtime = runtime.enter();
-        let later = Box::new(RemoteStages::new(peers.clone(), spec.hidden));
+        let later = Box::new(RemoteStages::new(peers.clone(), spec.hidden, runtime.clone()));
         Ok(Box::new(load_first_stage(&*source, spec, backend, &OPTIONS, experts, first, later)?))
     });
     let hasher = BlockHasher::new(&Digest::of(b"demo"), WeightFormat::default(), KvFormat::default(), None);

@@ -83,9 +83,9 @@ enum Waiting {
 }
 
 impl RemoteStages {
-    /// Stages in the order of their layers, of a model with rows of `hidden` columns. Call it in a runtime.
-    pub fn new(peers: Vec<StagePeer>, hidden: usize) -> Self {
-        Self { peers, hidden, runtime: Handle::current(), life: None }
+    /// Stages in the order of their layers, of a model with rows of `hidden` columns; their streams run in `runtime`.
+    pub fn new(peers: Vec<StagePeer>, hidden: usize, runtime: Handle) -> Self {
+        Self { peers, hidden, runtime, life: None }
     }
 
     fn life(&mut self) -> moesaic_model::Result<&mut Life> {

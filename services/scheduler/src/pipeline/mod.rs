@@ -5,7 +5,9 @@
 //! values for one life of the engine: when a stream ends, the engine begins a new life, and its requests go on at
 //! another replica, or here again.
 mod client;
+mod peers;
 mod server;
 
 pub use client::{RemoteStages, StagePeer};
-pub use server::{StageFactory, StageServer, StageService, stage_service};
+pub use peers::Stages;
+pub use server::{LateStage, StageFactory, StageServer, stage_service};

@@ -11,8 +11,8 @@ use moesaic_telemetry::propagation::{from_traceparent, set_parent};
 use moesaic_types::{Error, ErrorCode, Result};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -178,24 +178,38 @@ fn failed(error: moesaic_model::Error) -> Error {
     Error::new(code, error.to_string())
 }
 
-/// Serves a stage to the replica that it is part of.
-pub struct StageService(Arc<StageServer>);
+/// A stage that is there once the model was looked at; a replica's own process never has one.
+#[derive(Default)]
+pub struct LateStage(OnceLock<Arc<StageServer>>);
 
-/// The gRPC service of a stage.
-pub fn stage_service(server: Arc<StageServer>) -> StageServiceServer<StageService> {
-    let service = StageServiceServer::new(StageService(server));
+impl LateStage {
+    /// It is there. A second one is dropped.
+    pub fn set(&self, server: Arc<StageServer>) {
+        self.0.get_or_init(|| server);
+    }
+
+    /// The stage; `None` before it is there.
+    pub fn get(&self) -> Option<&Arc<StageServer>> {
+        self.0.get()
+    }
+}
+
+/// The gRPC service of a stage, for the replica that it is part of.
+pub fn stage_service(stage: Arc<LateStage>) -> StageServiceServer<LateStage> {
+    let service = StageServiceServer::from_arc(stage);
     service.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
 }
 
 #[tonic::async_trait]
-impl Service for StageService {
+impl Service for LateStage {
     type RunStream = BoxStream<'static, Result<wire::RunResponse, Status>>;
 
     async fn run(&self, request: Request<Streaming<wire::RunRequest>>) -> Result<Response<Self::RunStream>, Status> {
-        self.0.ready().map_err(into_status)?;
-        let life = self.0.life.fetch_add(1, Ordering::AcqRel) + 1;
+        let none = || into_status(Error::unavailable("this scheduler is no later stage, or looks at its model yet"));
+        let server = self.get().map(Arc::clone).ok_or_else(none)?;
+        server.ready().map_err(into_status)?;
+        let life = server.life.fetch_add(1, Ordering::AcqRel) + 1;
         let (sender, answers) = mpsc::channel(AHEAD);
-        let server = Arc::clone(&self.0);
         tokio::spawn(async move { server.feed(life, request.into_inner(), sender).await });
         Ok(Response::new(ReceiverStream::new(answers).map(Ok).boxed()))
     }

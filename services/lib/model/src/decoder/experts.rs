@@ -9,6 +9,7 @@ use crate::{Error, Result};
 use moesaic_types::Routing;
 use moesaic_types::cluster::Shares;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -31,8 +32,20 @@ pub fn load_experts<B: Backend>(
     backend: Arc<B>,
     options: &LoadOptions<'_>,
 ) -> Result<ExpertStore<B>> {
+    load_experts_of(source, spec, backend, options, 0..spec.layers.len())
+}
+
+/// Loads all experts of the layers `range`.
+pub fn load_experts_of<B: Backend>(
+    source: &dyn WeightSource,
+    spec: &ModelSpec,
+    backend: Arc<B>,
+    options: &LoadOptions<'_>,
+    range: Range<usize>,
+) -> Result<ExpertStore<B>> {
     let all = |layer: usize| (0..spec.moe(layer).map_or(0, |moe| moe.experts) as u32).collect();
-    let shares = spec.moe_layers().map(|layer| (layer, all(layer))).collect();
+    let layers = spec.moe_layers().filter(|layer| range.contains(layer));
+    let shares = layers.map(|layer| (layer, all(layer))).collect();
     ExpertStore::empty(backend, TensorSlice::WHOLE).holding(source, spec, options, &shares)
 }
 

@@ -8,7 +8,7 @@ mod stage;
 mod weights;
 
 pub use body::visit;
-pub use experts::{ExpertStore, load_experts};
+pub use experts::{ExpertStore, load_experts, load_experts_of};
 pub use stage::{Stage, load_stage};
 
 use crate::Result;

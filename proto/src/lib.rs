@@ -5,12 +5,14 @@
 
 mod error_convert;
 mod expert_convert;
+mod kv_convert;
 mod router_convert;
 mod scheduler_convert;
 mod tensor_convert;
 
 pub use error_convert::{from_status, into_status};
 pub use expert_convert::{ComputeInput, put_routing, shares_from_wire, shares_to_wire};
+pub use kv_convert::{MAX_BLOCK, MAX_CHAIN, Offered, chain_from_wire, offer_to_wire};
 pub use router_convert::{hashes_from_wire, hashes_to_wire};
 pub use tensor_convert::{
     WireDType, decode_tensor, decode_u32, decode_weights, encode_tensor, encode_u32, encode_weights,

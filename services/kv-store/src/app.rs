@@ -1,56 +1,193 @@
-//! Composition: the block pool behind the `PrefixStore` boundary.
-use crate::actors::block_pool::{BlockPool, Fetch, Longest, Offer, Size};
+//! Composition: the block pool, its disk, and the `PrefixStore` boundary over both.
+use crate::actors::block_pool::{BlockPool, Locate, Longest, Lost, Offer, Pin, Promote, Size, Sizes, Wakes};
 use crate::config::Config;
+use crate::disk::{self, Files, Folder};
+use crate::pool::Place;
 use bytes::Bytes;
-use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::stream::{self, BoxStream};
+use futures::{FutureExt, StreamExt};
 use moesaic_actors::{Handle, Supervised};
 use moesaic_types::boundary::PrefixStore;
-use moesaic_types::{BlockHash, Result};
+use moesaic_types::{BlockHash, GROUP_BLOCKS, Link, Result};
+use std::collections::VecDeque;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::task::{AbortHandle, spawn_blocking};
 
 /// Longest wait for the pool; a slower answer is worth less than computing the block.
-const DEADLINE: Duration = Duration::from_secs(2);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
+
+/// Blocks that a reader holds at once.
+const PAGE: usize = GROUP_BLOCKS;
 
 /// A store in this process.
 pub struct KvStore {
-    pool: Handle<BlockPool>,
+    pub(crate) pool: Handle<BlockPool>,
+    pub(crate) wakes: Wakes,
+    files: Option<Arc<dyn Files>>,
+    keeper: Option<AbortHandle>,
+}
+
+impl Drop for KvStore {
+    fn drop(&mut self) {
+        if let Some(keeper) = &self.keeper {
+            keeper.abort();
+        }
+    }
 }
 
 impl KvStore {
-    /// Starts an empty store.
+    /// Starts a store: empty, or with what an earlier life left on disk, which is found in the background. Call it in a
+    /// runtime where there is a disk tier.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when the configuration is out of bounds, or its folder cannot be used.
+    pub fn start(config: &Config) -> Result<Arc<Self>> {
+        config.validate()?;
+        let folder = config.disk_folder.as_deref().map(Folder::open).transpose()?;
+        Self::start_on(config, folder.map(|folder| Arc::new(folder) as Arc<dyn Files>))
+    }
+
+    /// Starts a store over other files than those of the configured folder.
     ///
     /// # Errors
     /// `InvalidArgument` when the configuration is out of bounds.
-    pub fn start(config: &Config) -> Result<Arc<Self>> {
+    pub fn start_on(config: &Config, files: Option<Arc<dyn Files>>) -> Result<Arc<Self>> {
         config.validate()?;
-        let capacity = config.capacity.as_usize();
-        let pool = Supervised::spawn("block_pool", config.mailbox, move || BlockPool::new(capacity));
-        Ok(Arc::new(Self { pool }))
+        let wakes = Wakes::default();
+        let (ram, disk) = (config.capacity.0, files.is_some().then_some(config.disk_capacity.0));
+        let for_pool = wakes.clone();
+        let new = move || BlockPool::new(ram, disk, for_pool.clone());
+        let pool = Supervised::spawn("block_pool", config.mailbox, new);
+        let keeper = files.clone().map(|files| {
+            let (work, retry) = (Arc::clone(&wakes.work), config.disk_retry.get());
+            tokio::spawn(disk::keep(pool.downgrade(), files, work, retry)).abort_handle()
+        });
+        Ok(Arc::new(Self { pool, wakes, files, keeper }))
     }
 
-    /// Blocks and bytes that are kept.
+    /// What is kept.
     ///
     /// # Errors
     /// `Unavailable` while the pool restarts, `ResourceExhausted` when its mailbox is full.
-    pub async fn size(&self) -> Result<(usize, usize)> {
+    pub async fn size(&self) -> Result<Sizes> {
         Ok(self.pool.ask(Size, DEADLINE).await?)
+    }
+
+    /// How many blocks of a chain are kept, from its start; and how many of these are in RAM.
+    ///
+    /// # Errors
+    /// As [`KvStore::size`].
+    pub async fn longest_by_tier(&self, chain: Vec<BlockHash>) -> Result<(usize, usize)> {
+        Ok(self.pool.ask(Longest(chain), DEADLINE).await?)
+    }
+
+    /// Keeps a chain's blocks from eviction for a while; 0 ends that. How many, from its start: half of each tier can be
+    /// pinned.
+    ///
+    /// # Errors
+    /// As [`KvStore::size`].
+    pub async fn pin(&self, chain: Vec<BlockHash>, for_: Duration) -> Result<usize> {
+        Ok(self.pool.ask(Pin { chain, for_ }, DEADLINE).await?)
+    }
+
+    /// A chain's blocks from its start; each is read when it is asked for.
+    pub fn blocks(&self, chain: Vec<BlockHash>) -> BoxStream<'static, Result<Bytes>> {
+        let reader = Reader {
+            pool: self.pool.clone(),
+            files: self.files.clone(),
+            left: chain.into(),
+            page: VecDeque::new(),
+            is_last_page: false,
+        };
+        stream::try_unfold(reader, |mut reader| async move { Ok(reader.next().await?.map(|block| (block, reader))) })
+            .boxed()
     }
 }
 
+/// Reads a chain.
+struct Reader {
+    pool: Handle<BlockPool>,
+    files: Option<Arc<dyn Files>>,
+    /// Not located yet.
+    left: VecDeque<BlockHash>,
+    page: VecDeque<Place>,
+    is_last_page: bool,
+}
+
+impl Reader {
+    async fn next(&mut self) -> Result<Option<Bytes>> {
+        if self.page.is_empty() && !self.is_last_page {
+            let asked: Vec<_> = self.left.drain(..self.left.len().min(PAGE)).collect();
+            let count = asked.len();
+            if count > 0 {
+                self.page = self.pool.ask(Locate(asked), DEADLINE).await?.into();
+            }
+            self.is_last_page = self.page.len() < count || self.left.is_empty();
+        }
+        match self.page.pop_front() {
+            None => Ok(None),
+            Some(Place::Ram(bytes)) => Ok(Some(bytes)),
+            Some(Place::Disk(link)) => {
+                let block = self.read(link).await;
+                if block.is_none() {
+                    (self.page, self.is_last_page) = (VecDeque::new(), true);
+                }
+                Ok(block)
+            }
+        }
+    }
+
+    /// Reads a block from disk and brings it back to RAM; one that is gone or broken is forgotten.
+    async fn read(&self, link: Link) -> Option<Bytes> {
+        let files = Arc::clone(self.files.as_ref()?);
+        let read = spawn_blocking(move || files.read(&link.hash)).await;
+        let told = match read {
+            Ok(Ok(Some(block))) => {
+                let bytes = Bytes::from(block);
+                let promote = Promote { link, bytes: bytes.clone() };
+                // a pool that has too much to do leaves it on disk
+                let _ = self.pool.try_tell(promote);
+                return Some(bytes);
+            }
+            Ok(Ok(None)) => {
+                tracing::warn!(block = ?link.hash, "a block on disk is not intact; it is dropped");
+                Lost { hash: link.hash, is_corrupt: true }
+            }
+            Ok(Err(error)) if error.kind() == ErrorKind::NotFound => Lost { hash: link.hash, is_corrupt: false },
+            Ok(Err(error)) => {
+                tracing::warn!(%error, block = ?link.hash, "read a block from disk; it is dropped");
+                Lost { hash: link.hash, is_corrupt: true }
+            }
+            Err(error) => {
+                tracing::error!(%error, "read a block from disk");
+                return None;
+            }
+        };
+        // who reads it next tells it again
+        let _ = self.pool.try_tell(told);
+        None
+    }
+}
+
+/// What is asked for of a chain.
+fn wanted(chain: &[BlockHash], from: usize) -> Vec<BlockHash> {
+    chain.get(from..).unwrap_or_default().to_vec()
+}
+
 impl PrefixStore for KvStore {
-    fn longest(&self, chain: &[BlockHash]) -> BoxFuture<'_, Result<usize>> {
-        let message = Longest(chain.to_vec());
-        async move { Ok(self.pool.ask(message, DEADLINE).await?) }.boxed()
+    fn longest(&self, chain: &[BlockHash], from: usize) -> BoxFuture<'_, Result<usize>> {
+        let message = Longest(wanted(chain, from));
+        async move { Ok(self.pool.ask(message, DEADLINE).await?.0) }.boxed()
     }
 
-    fn fetch(&self, chain: &[BlockHash]) -> BoxFuture<'_, Result<Vec<Bytes>>> {
-        let message = Fetch(chain.to_vec());
-        async move { Ok(self.pool.ask(message, DEADLINE).await?) }.boxed()
+    fn fetch(&self, chain: &[BlockHash], from: usize) -> BoxStream<'static, Result<Bytes>> {
+        self.blocks(wanted(chain, from))
     }
 
-    fn offer(&self, hash: BlockHash, bytes: Bytes) -> BoxFuture<'_, Result<bool>> {
-        async move { Ok(self.pool.ask(Offer { hash, bytes }, DEADLINE).await?) }.boxed()
+    fn offer(&self, link: Link, bytes: Bytes) -> BoxFuture<'_, Result<bool>> {
+        async move { Ok(self.pool.ask(Offer { link, bytes }, DEADLINE).await?) }.boxed()
     }
 }

@@ -2,6 +2,7 @@
 use moesaic_config::{ByteSize, HumanDuration};
 use moesaic_types::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
 /// Settings of a kv-store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,8 +14,21 @@ pub struct Config {
     pub drain_timeout: HumanDuration,
     /// Bytes of blocks that are kept in RAM; 0 keeps none.
     pub capacity: ByteSize,
+    /// A folder for blocks that RAM has no room for, this process's alone; without one they are dropped. Files are
+    /// written beside and renamed, and not synced: after a power loss some blocks may be lost, and none is served broken.
+    pub disk_folder: Option<PathBuf>,
+    /// Bytes of blocks that are kept in that folder. On a disk that has less room, what it has is used.
+    pub disk_capacity: ByteSize,
+    /// How long a disk that failed is left alone; 10ms..=1h.
+    pub disk_retry: HumanDuration,
     /// Messages that the block pool holds at most; 1..=65536.
     pub mailbox: usize,
+    /// Nodes that keep a block, this one included; 1..=8. A node that is lost costs its blocks, unless others keep them.
+    pub replication: usize,
+    /// Blocks that may be on their way to other nodes at once; 1..=1024. More are not copied.
+    pub replication_queue: usize,
+    /// Calls that move blocks at once; 1..=65536. More are refused.
+    pub max_streams: usize,
 }
 
 impl Default for Config {
@@ -23,7 +37,13 @@ impl Default for Config {
             grpc: "127.0.0.1:9040".into(),
             drain_timeout: HumanDuration::from_secs(10),
             capacity: ByteSize(256 << 20),
-            mailbox: 256,
+            disk_folder: None,
+            disk_capacity: ByteSize(16 << 30),
+            disk_retry: HumanDuration::from_secs(30),
+            mailbox: 1024,
+            replication: 1,
+            replication_queue: 16,
+            max_streams: 256,
         }
     }
 }
@@ -35,10 +55,43 @@ impl Config {
     /// `InvalidArgument` naming the field and its limits.
     pub fn validate(&self) -> Result<()> {
         moesaic_service::check_drain("kv_store", self.drain_timeout)?;
-        if !(1..=65_536).contains(&self.mailbox) {
-            let message = format!("kv_store.mailbox is {}; use 1 to 65536", self.mailbox);
-            return Err(Error::invalid("kv_store.mailbox", message));
+        let counts = [
+            ("mailbox", self.mailbox, 65_536),
+            ("replication", self.replication, 8),
+            ("replication_queue", self.replication_queue, 1024),
+            ("max_streams", self.max_streams, 65_536),
+        ];
+        for (field, value, limit) in counts {
+            if !(1..=limit).contains(&value) {
+                let name = format!("kv_store.{field}");
+                return Err(Error::invalid(name.clone(), format!("{name} is {value}; use 1 to {limit}")));
+            }
+        }
+        let (least, most) = (HumanDuration::from_millis(10), HumanDuration::from_secs(3600));
+        if !(least.get()..=most.get()).contains(&self.disk_retry.get()) {
+            let message = format!("kv_store.disk_retry is {}; use 10ms to 1h", self.disk_retry);
+            return Err(Error::invalid("kv_store.disk_retry", message));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_out_of_bounds_name_the_field() {
+        assert_eq!(Config::default().validate(), Ok(()));
+        let wrong = [
+            ("mailbox", Config { mailbox: 0, ..Config::default() }),
+            ("replication", Config { replication: 9, ..Config::default() }),
+            ("replication_queue", Config { replication_queue: 0, ..Config::default() }),
+            ("max_streams", Config { max_streams: 0, ..Config::default() }),
+            ("disk_retry", Config { disk_retry: HumanDuration::from_millis(9), ..Config::default() }),
+        ];
+        for (field, config) in wrong {
+            assert_eq!(config.validate().unwrap_err().field, Some(format!("kv_store.{field}")));
+        }
     }
 }

@@ -1,15 +1,16 @@
 //! The kv-store as a process.
 use crate::app::KvStore;
+use crate::cluster::{Cluster, Joined};
 use crate::config::Config;
-use moesaic_service::{Cluster, Doors, Process};
+use crate::grpc::kv_service;
+use moesaic_service::{Doors, Process};
 use moesaic_telemetry::TelemetryConfig;
-use moesaic_transport::grpc::prefix_service;
 use moesaic_transport::{ClusterConfig, serve};
 use moesaic_types::Result;
 use moesaic_types::cluster::{Role, Service};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 use tonic::service::Routes;
 
@@ -50,18 +51,35 @@ impl moesaic_service::Settings for Settings {
 /// A kv-store's process.
 pub struct KvStoreProcess {
     store: Arc<KvStore>,
+    joined: Arc<Joined>,
+    max_streams: usize,
 }
 
 impl Process for KvStoreProcess {
     const SERVICE: Service = Service::KvStore;
     type Settings = Settings;
 
-    async fn new(settings: Settings, _cluster: Cluster) -> Result<Self> {
-        Ok(Self { store: KvStore::start(&settings.kv_store)? })
+    async fn new(settings: Settings, cluster: moesaic_service::Cluster) -> Result<Self> {
+        let Settings { kv_store: config, .. } = settings;
+        // the registration, which is made after this, takes its generation from the same clock
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let generation = since.as_micros().try_into().unwrap_or(u64::MAX / 2);
+        let store = KvStore::start(&config)?;
+        let cluster = Cluster {
+            metadata: Arc::clone(&cluster.metadata),
+            directory: cluster.directory(Service::KvStore),
+            id: cluster.id,
+            generation,
+            replication: config.replication,
+            replication_queue: config.replication_queue,
+        };
+        let joined = Joined::start(&store, cluster);
+        Ok(Self { store, joined, max_streams: config.max_streams })
     }
 
     async fn serve(self: Arc<Self>, doors: Doors, stop: watch::Receiver<bool>) -> Result<()> {
-        let routes = Routes::new(prefix_service(Arc::clone(&self.store)));
+        let service = kv_service(Arc::clone(&self.store), Some(Arc::clone(&self.joined)), self.max_streams);
+        let routes = Routes::new(service);
         serve(routes, doors.listener, doors.socket, stop).await
     }
 

@@ -26,6 +26,32 @@ pub enum ExpertsAt {
     Shards,
 }
 
+/// When blocks that the prefix store has are fetched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FetchPolicy {
+    /// When that is estimated to take less time than computing them, by what both took before.
+    #[default]
+    Estimated,
+    /// Whenever it has any.
+    Always,
+    /// Not at all.
+    Never,
+}
+
+/// Which blocks are offered to the prefix store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OfferPolicy {
+    /// Those of prompts as soon as they are full where other replicas use the store as well, otherwise evicted ones.
+    #[default]
+    Auto,
+    /// Those that the replica has no room for any longer.
+    Evicted,
+    /// Those of prompts as soon as they are full, and evicted ones that were not offered then.
+    Full,
+}
+
 /// The configuration of one replica.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -57,7 +83,12 @@ pub struct Config {
     pub prefix_cache: bool,
     /// How long a request waits for blocks of the prefix store, in milliseconds.
     pub prefix_store_timeout_ms: u64,
-    /// Evicted blocks that may be on their way to the prefix store at once; more are dropped.
+    /// When blocks of the prefix store are fetched: `estimated`, `always`, `never`.
+    pub prefix_store_fetch: FetchPolicy,
+    /// Which blocks are offered to the prefix store: `auto`, `evicted`, `full`.
+    pub prefix_store_offer: OfferPolicy,
+    /// Blocks that may be on their way to the prefix store at once. Of full blocks further ones wait, of evicted ones
+    /// they are dropped.
     pub prefix_store_offers: usize,
     /// Deltas that wait for a slow reader before its tokens are gathered into one.
     pub delivery_capacity: usize,
@@ -114,6 +145,8 @@ impl Default for Config {
             kv_memory_bytes: None,
             prefix_cache: true,
             prefix_store_timeout_ms: 2_000,
+            prefix_store_fetch: FetchPolicy::default(),
+            prefix_store_offer: OfferPolicy::default(),
             prefix_store_offers: 16,
             delivery_capacity: 32,
             promote_after_ms: 60_000,

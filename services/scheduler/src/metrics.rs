@@ -80,7 +80,9 @@ pub struct Metrics {
     pub step_retries: Counter,
     /// Blocks read from the prefix store.
     pub store_fetched: Counter,
-    /// Evicted blocks offered to the prefix store.
+    /// Blocks that the prefix store has and that were computed, which was estimated to be faster.
+    pub store_skipped: Counter,
+    /// Blocks offered to the prefix store.
     pub store_offered: Counter,
     /// Evicted blocks dropped because too many were on their way.
     pub store_dropped: Counter,
@@ -107,6 +109,7 @@ impl Metrics {
             preemptions: counter!(names::PREEMPTIONS_TOTAL, &l),
             step_retries: counter!(names::STEP_RETRIES_TOTAL, &l),
             store_fetched: counter!(names::PREFIX_STORE_FETCHED_BLOCKS_TOTAL, &l),
+            store_skipped: counter!(names::PREFIX_STORE_SKIPPED_BLOCKS_TOTAL, &l),
             store_offered: counter!(names::PREFIX_STORE_OFFERED_BLOCKS_TOTAL, &l),
             store_dropped: counter!(names::PREFIX_STORE_DROPPED_BLOCKS_TOTAL, &l),
         }

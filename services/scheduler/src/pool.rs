@@ -1,8 +1,8 @@
 //! Bookkeeping of the KV pool: reference counts, the free list, and the prefix cache. Holds no keys or values.
 pub use crate::prefix::BlockIndex;
 use crate::prefix::PrefixIndex;
-use moesaic_types::BlockHash;
 use moesaic_types::boundary::KvEvent;
+use moesaic_types::{BlockHash, Link};
 
 /// Above this many gathered events the pool says everything anew instead.
 const MAX_PENDING_EVENTS: usize = 4096;
@@ -25,7 +25,7 @@ pub struct BlockPool {
     stored: Vec<BlockHash>,
     gone: Vec<BlockHash>,
     events: Vec<KvEvent>,
-    evicted: Vec<(BlockIndex, BlockHash)>,
+    evicted: Vec<(BlockIndex, Link)>,
 }
 
 impl BlockPool {
@@ -67,10 +67,12 @@ impl BlockPool {
         let block = match self.free.pop() {
             Some(block) => block,
             None => {
-                let (block, hash) = self.index.evict()?;
+                let (block, link, is_stored) = self.index.evict()?;
                 self.flush_stored();
-                self.gone.push(hash);
-                self.evicted.push((block, hash));
+                self.gone.push(link.hash);
+                if !is_stored {
+                    self.evicted.push((block, link));
+                }
                 block
             }
         };
@@ -94,14 +96,24 @@ impl BlockPool {
     }
 
     /// Names a full block so that others can share it. False if another block has that name already.
-    pub fn register(&mut self, block: BlockIndex, hash: BlockHash) -> bool {
+    pub fn register(&mut self, block: BlockIndex, link: Link) -> bool {
         debug_assert!(self.references[block as usize] > 0);
-        let named = self.index.insert(block, hash);
+        let named = self.index.insert(block, link);
         if named {
             self.flush_gone();
-            self.stored.push(hash);
+            self.stored.push(link.hash);
         }
         named
+    }
+
+    /// The prefix store has this block: it need not be offered when it is evicted.
+    pub fn set_stored(&mut self, hash: &BlockHash) {
+        self.index.set_stored(hash);
+    }
+
+    /// The block of a name that the prefix store does not have, as far as is known.
+    pub fn unstored(&self, hash: &BlockHash) -> Option<BlockIndex> {
+        self.index.get(hash).filter(|_| !self.index.is_stored(hash))
     }
 
     /// Takes a block's name away, so that nobody shares it from now on. Who refers to it keeps it.
@@ -140,8 +152,8 @@ impl BlockPool {
         blocks.iter().filter(|&&block| self.references[block as usize] == 1).count()
     }
 
-    /// Blocks evicted since the last call. Their contents stand until something writes to the pool.
-    pub fn take_evicted(&mut self) -> Vec<(BlockIndex, BlockHash)> {
+    /// Blocks evicted since the last call that the prefix store does not have. Their contents stand until something writes to the pool.
+    pub fn take_evicted(&mut self) -> Vec<(BlockIndex, Link)> {
         std::mem::take(&mut self.evicted)
     }
 
@@ -203,17 +215,36 @@ mod tests {
         BlockHash([n; 16])
     }
 
+    fn link(n: u8) -> Link {
+        Link::of(&[hash(n)], 0)
+    }
+
+    #[test]
+    fn what_the_store_has_is_not_offered_again() {
+        let mut pool = BlockPool::new(2);
+        let (a, b) = (pool.allocate().unwrap(), pool.allocate().unwrap());
+        assert!(pool.register(a, link(1)) && pool.register(b, link(2)));
+        assert_eq!((pool.unstored(&hash(1)), pool.unstored(&hash(3))), (Some(a), None));
+        pool.set_stored(&hash(1));
+        assert_eq!(pool.unstored(&hash(1)), None);
+        [a, b].into_iter().for_each(|block| pool.release(block));
+        assert!(pool.allocate().is_some() && pool.allocate().is_some());
+        assert_eq!(pool.take_evicted(), [(b, link(2))]);
+        assert!(pool.register(a, link(1)));
+        assert_eq!(pool.unstored(&hash(1)), Some(a), "computed again, it is another block");
+    }
+
     #[test]
     fn the_tail_of_the_oldest_chain_is_evicted_first() {
         let mut pool = BlockPool::new(2);
         let (a, b) = (pool.allocate().unwrap(), pool.allocate().unwrap());
-        assert!(pool.register(a, hash(1)) && pool.register(b, hash(2)));
+        assert!(pool.register(a, link(1)) && pool.register(b, link(2)));
         assert!(pool.allocate().is_none());
         pool.release(b);
         pool.release(a);
         assert_eq!(pool.peek(&[hash(1), hash(2)]), Hits { blocks: 2, idle: 2 });
         assert_eq!(pool.allocate(), Some(b));
-        assert_eq!(pool.take_evicted(), vec![(b, hash(2))]);
+        assert_eq!(pool.take_evicted(), vec![(b, link(2))]);
         assert_eq!(pool.acquire(&[hash(1), hash(2)]), vec![a]);
         let stored = KvEvent::Stored { blocks: vec![hash(1), hash(2)] };
         assert_eq!(pool.take_events(), vec![KvEvent::Cleared, stored, KvEvent::Evicted { blocks: vec![hash(2)] }]);
@@ -244,7 +275,7 @@ mod tests {
                         blocks.into_iter().rev().for_each(|block| pool.release(block));
                     }
                     2 => if let Some(&block) = held.iter().flatten().next() {
-                        pool.register(block, hash(name));
+                        pool.register(block, link(name));
                     },
                     3 => {
                         pool.forget(&hash(name));

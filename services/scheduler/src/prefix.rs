@@ -1,5 +1,5 @@
 //! Which blocks hold which tokens: an index by block hash, with the unreferenced blocks in order of their last use.
-use moesaic_types::BlockHash;
+use moesaic_types::{BlockHash, Link};
 use std::collections::{BTreeMap, HashMap};
 
 /// Index of a KV block in the replica's pool.
@@ -9,10 +9,17 @@ pub type BlockIndex = u32;
 #[derive(Debug, Default)]
 pub struct PrefixIndex {
     by_hash: HashMap<BlockHash, BlockIndex>,
-    names: HashMap<BlockIndex, BlockHash>,
+    names: HashMap<BlockIndex, Named>,
     idle: BTreeMap<u64, BlockIndex>,
     idle_since: HashMap<BlockIndex, u64>,
     clock: u64,
+}
+
+#[derive(Debug)]
+struct Named {
+    link: Link,
+    /// The prefix store was given it, or gave it.
+    is_stored: bool,
 }
 
 impl PrefixIndex {
@@ -23,17 +30,29 @@ impl PrefixIndex {
 
     /// The name of a block, if it has one.
     pub fn name(&self, block: BlockIndex) -> Option<BlockHash> {
-        self.names.get(&block).copied()
+        self.names.get(&block).map(|named| named.link.hash)
     }
 
     /// Names a block; false, with nothing changed, if another block has that name or this block has one.
-    pub fn insert(&mut self, block: BlockIndex, hash: BlockHash) -> bool {
-        if self.by_hash.contains_key(&hash) || self.names.contains_key(&block) {
+    pub fn insert(&mut self, block: BlockIndex, link: Link) -> bool {
+        if self.by_hash.contains_key(&link.hash) || self.names.contains_key(&block) {
             return false;
         }
-        self.by_hash.insert(hash, block);
-        self.names.insert(block, hash);
+        self.by_hash.insert(link.hash, block);
+        self.names.insert(block, Named { link, is_stored: false });
         true
+    }
+
+    /// The prefix store has this block.
+    pub fn set_stored(&mut self, hash: &BlockHash) {
+        if let Some(named) = self.by_hash.get(hash).and_then(|block| self.names.get_mut(block)) {
+            named.is_stored = true;
+        }
+    }
+
+    /// Whether the prefix store has this block, as far as is known.
+    pub fn is_stored(&self, hash: &BlockHash) -> bool {
+        self.by_hash.get(hash).and_then(|block| self.names.get(block)).is_some_and(|named| named.is_stored)
     }
 
     /// Nobody refers to this named block any longer: it may be evicted, after those that were set idle before.
@@ -50,13 +69,13 @@ impl PrefixIndex {
         }
     }
 
-    /// Forgets the block that has been idle longest.
-    pub fn evict(&mut self) -> Option<(BlockIndex, BlockHash)> {
+    /// Forgets the block that has been idle longest; also says whether the prefix store has it.
+    pub fn evict(&mut self) -> Option<(BlockIndex, Link, bool)> {
         let (_, block) = self.idle.pop_first()?;
         self.idle_since.remove(&block);
-        let hash = self.names.remove(&block).expect("only named blocks are set idle");
-        self.by_hash.remove(&hash);
-        Some((block, hash))
+        let Named { link, is_stored } = self.names.remove(&block).expect("only named blocks are set idle");
+        self.by_hash.remove(&link.hash);
+        Some((block, link, is_stored))
     }
 
     /// Forgets a name; its block, and whether that was idle.

@@ -6,10 +6,11 @@ mod common;
 use bytes::Bytes;
 use common::*;
 use futures::future::BoxFuture;
-use futures::stream::BoxStream;
+use futures::stream::{self, BoxStream, StreamExt};
+use moesaic_scheduler::config::{FetchPolicy, OfferPolicy};
 use moesaic_scheduler::{Config, Scheduler};
 use moesaic_types::boundary::{Event, EventBus, KvEvent, PrefixStore};
-use moesaic_types::{BlockHash, Error, Result};
+use moesaic_types::{BlockHash, Error, Link, Result};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
@@ -18,26 +19,37 @@ use tokio::sync::watch;
 struct Store {
     blocks: Mutex<HashMap<BlockHash, Bytes>>,
     count: watch::Sender<usize>,
+    /// It answers nothing.
     hang: bool,
+    /// It sends so many blocks and then nothing.
+    stall_after: Option<usize>,
+    is_shared: bool,
 }
 
 impl PrefixStore for Store {
-    fn longest(&self, chain: &[BlockHash]) -> BoxFuture<'_, Result<usize>> {
+    fn longest(&self, chain: &[BlockHash], from: usize) -> BoxFuture<'_, Result<usize>> {
         let blocks = self.blocks.lock().unwrap();
-        let found = chain.iter().take_while(|hash| blocks.contains_key(hash)).count();
+        let found = chain[from..].iter().take_while(|hash| blocks.contains_key(hash)).count();
         if self.hang { Box::pin(std::future::pending()) } else { Box::pin(async move { Ok(found) }) }
     }
 
-    fn fetch(&self, chain: &[BlockHash]) -> BoxFuture<'_, Result<Vec<Bytes>>> {
+    fn fetch(&self, chain: &[BlockHash], from: usize) -> BoxStream<'static, Result<Bytes>> {
         let blocks = self.blocks.lock().unwrap();
-        let found = chain.iter().map_while(|hash| blocks.get(hash).cloned()).collect();
-        Box::pin(async move { Ok(found) })
+        let found: Vec<_> = chain[from..].iter().map_while(|hash| blocks.get(hash).cloned().map(Ok)).collect();
+        match self.stall_after {
+            Some(count) => stream::iter(found).take(count).chain(stream::pending()).boxed(),
+            None => stream::iter(found).boxed(),
+        }
     }
 
-    fn offer(&self, hash: BlockHash, bytes: Bytes) -> BoxFuture<'_, Result<bool>> {
-        let new = self.blocks.lock().unwrap().insert(hash, bytes).is_none();
+    fn offer(&self, link: Link, bytes: Bytes) -> BoxFuture<'_, Result<bool>> {
+        let new = self.blocks.lock().unwrap().insert(link.hash, bytes).is_none();
         self.count.send_modify(|count| *count += usize::from(new));
         Box::pin(async move { Ok(new) })
+    }
+
+    fn is_shared(&self) -> bool {
+        self.is_shared
     }
 }
 
@@ -107,6 +119,76 @@ async fn a_store_that_hangs_or_lies_costs_time_only() {
         assert_eq!(generate(&scheduler, wanted.clone()).await.unwrap().tokens, expected.tokens);
         until_idle(&scheduler).await;
     }
+}
+
+/// A replica over a store.
+async fn over(store: &Arc<Store>, config: Config, levers: &Arc<Levers>) -> Arc<Scheduler> {
+    Scheduler::start(config, factory(levers), vocabulary(), hasher(), Some(store.clone()), None).await.unwrap()
+}
+
+async fn stores(store: &Store, blocks: usize) {
+    let mut count = store.count.subscribe();
+    tokio::time::timeout(PATIENCE, count.wait_for(|count| *count >= blocks)).await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn full_blocks_of_prompts_are_offered_to_a_shared_store_and_once() {
+    let store = Arc::new(Store { is_shared: true, ..Store::default() });
+    // one at a time may be on its way
+    let config = Config { prefix_store_offers: 1, prefix_store_fetch: FetchPolicy::Always, ..config() };
+    let one = over(&store, config.clone(), &Arc::default()).await;
+    let wanted = request(prompt(1, 1000), 100);
+    let expected = generate(&one, wanted.clone()).await.unwrap();
+    stores(&store, 15).await;
+    let two = over(&store, config.clone(), &Arc::default()).await;
+    let found = generate(&two, wanted.clone()).await.unwrap();
+    assert_eq!((found.usage().cached_tokens, &found.tokens), (960, &expected.tokens));
+    // pushed out by others, they are not offered again, nor are those that were fetched
+    let chain = hasher().chain(&wanted.salt, &wanted.prompt);
+    store.blocks.lock().unwrap().clear();
+    for (count, seed) in (1..).zip(2..12) {
+        let other = request(prompt(seed, 2000), 2);
+        generate(&one, other.clone()).await.unwrap();
+        // one that is evicted while another is on its way is dropped
+        stores(&store, 15 + count * 31).await;
+        generate(&two, other).await.unwrap();
+    }
+    until_idle(&one).await;
+    until_idle(&two).await;
+    let blocks = store.blocks.lock().unwrap();
+    assert!(chain[..15].iter().all(|hash| !blocks.contains_key(hash)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn which_blocks_are_offered_and_fetched_can_be_set() {
+    let shared = Arc::new(Store { is_shared: true, ..Store::default() });
+    let own = Arc::new(Store::default());
+    let wanted = request(prompt(1, 300), 20);
+    let evicted = Config { prefix_store_offer: OfferPolicy::Evicted, ..config() };
+    let full = Config { prefix_store_offer: OfferPolicy::Full, ..config() };
+    let replica = over(&own, full, &Arc::default()).await;
+    generate(&replica, wanted.clone()).await.unwrap();
+    stores(&own, 4).await;
+    let replica = over(&shared, evicted, &Arc::default()).await;
+    generate(&replica, wanted.clone()).await.unwrap();
+    until_idle(&replica).await;
+    assert_eq!(*shared.count.borrow(), 0);
+    let never = Config { prefix_store_fetch: FetchPolicy::Never, ..config() };
+    let replica = over(&own, never, &Arc::default()).await;
+    assert_eq!(generate(&replica, wanted).await.unwrap().usage().cached_tokens, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_came_before_a_store_stalled_is_used() {
+    let store = Arc::new(Store { stall_after: Some(3), is_shared: true, ..Store::default() });
+    let wanted = request(prompt(1, 500), 20);
+    let expected = generate(&*over(&store, config(), &Arc::default()).await, wanted.clone()).await.unwrap();
+    stores(&store, 7).await;
+    let levers: Arc<Levers> = Arc::default();
+    let config = Config { prefix_store_timeout_ms: 100, ..config() };
+    let found = generate(&*over(&store, config, &levers).await, wanted).await.unwrap();
+    assert_eq!((found.usage().cached_tokens, found.tokens), (3 * 64, expected.tokens));
+    assert_eq!(levers.computed.load(std::sync::atomic::Ordering::SeqCst), 500 - 3 * 64 + 19);
 }
 
 #[tokio::test(flavor = "multi_thread")]

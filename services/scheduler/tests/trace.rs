@@ -7,11 +7,12 @@ mod common;
 use bytes::Bytes;
 use common::*;
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
 use moesaic_scheduler::{Config, Scheduler};
 use moesaic_telemetry::{TelemetryConfig, init};
 use moesaic_testkit::otlp::Receiver;
 use moesaic_types::boundary::PrefixStore;
-use moesaic_types::{BlockHash, Result};
+use moesaic_types::{BlockHash, Link, Result};
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use std::sync::Arc;
@@ -20,15 +21,15 @@ use std::sync::Arc;
 struct Empty;
 
 impl PrefixStore for Empty {
-    fn longest(&self, _chain: &[BlockHash]) -> BoxFuture<'_, Result<usize>> {
+    fn longest(&self, _chain: &[BlockHash], _from: usize) -> BoxFuture<'_, Result<usize>> {
         Box::pin(async { Ok(0) })
     }
 
-    fn fetch(&self, _chain: &[BlockHash]) -> BoxFuture<'_, Result<Vec<Bytes>>> {
-        Box::pin(async { Ok(Vec::new()) })
+    fn fetch(&self, _chain: &[BlockHash], _from: usize) -> BoxStream<'static, Result<Bytes>> {
+        Box::pin(futures::stream::empty())
     }
 
-    fn offer(&self, _hash: BlockHash, _bytes: Bytes) -> BoxFuture<'_, Result<bool>> {
+    fn offer(&self, _link: Link, _bytes: Bytes) -> BoxFuture<'_, Result<bool>> {
         Box::pin(async { Ok(false) })
     }
 }

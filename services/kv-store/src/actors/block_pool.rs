@@ -1,21 +1,57 @@
-//! Owns the blocks. A restart begins empty: what was kept is computed again.
-use crate::lru::Lru;
+//! Owns what is where. A restart begins with what is on disk: what was in RAM is computed again.
+use crate::disk::Found;
+use crate::pool::{Place, Pool, Work};
 use actix::{Actor, Context, Handler, Message, MessageResult};
 use bytes::Bytes;
 use metrics::{counter, gauge};
 use moesaic_telemetry::metrics as names;
-use moesaic_types::BlockHash;
+use moesaic_transport::kv::Tier;
+use moesaic_types::{BlockHash, Link};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+/// Who waits for changes of the pool.
+#[derive(Clone, Debug, Default)]
+pub struct Wakes {
+    /// There is work on disk.
+    pub work: Arc<Notify>,
+    /// Others must be told of groups.
+    pub groups: Arc<Notify>,
+}
 
 /// The actor's state.
 pub struct BlockPool {
-    lru: Lru,
+    pool: Pool,
+    wakes: Wakes,
 }
 
 impl BlockPool {
-    /// An empty pool of `capacity` bytes.
-    pub fn new(capacity: usize) -> Self {
-        gauge!(names::KV_STORE_BYTES).set(0.0);
-        Self { lru: Lru::new(capacity) }
+    /// A pool with empty tiers of `ram` and `disk` bytes (`None`: there is no disk).
+    pub fn new(ram: u64, disk: Option<u64>, wakes: Wakes) -> Self {
+        let this = Self { pool: Pool::new(ram, disk), wakes };
+        this.observe(0);
+        this
+    }
+
+    fn observe(&self, evicted: u64) {
+        counter!(names::KV_STORE_EVICTIONS_TOTAL).increment(evicted);
+        gauge!(names::KV_STORE_BYTES).set(self.pool.in_ram().1 as f64);
+        gauge!(names::KV_STORE_DISK_BYTES).set(self.pool.on_disk().1 as f64);
+    }
+
+    /// After each change: counts, and wakes whoever has something to do now.
+    fn settle(&mut self) {
+        let counts = self.pool.take_counts();
+        counter!(names::KV_STORE_CORRUPT_TOTAL).increment(counts.corrupt);
+        counter!(names::KV_STORE_DISK_FAILURES_TOTAL).increment(counts.failed);
+        self.observe(counts.evicted);
+        if self.pool.has_work() {
+            self.wakes.work.notify_one();
+        }
+        if self.pool.groups().has_untold() {
+            self.wakes.groups.notify_one();
+        }
     }
 }
 
@@ -23,38 +59,38 @@ impl Actor for BlockPool {
     type Context = Context<Self>;
 }
 
-/// How many blocks of a chain are kept, from its start.
+/// How many blocks of a chain are kept, from its start; and how many of these are in RAM.
 #[derive(Message)]
-#[rtype(result = "usize")]
+#[rtype(result = "(usize, usize)")]
 pub struct Longest(
     /// The chain.
     pub Vec<BlockHash>,
 );
 
 impl Handler<Longest> for BlockPool {
-    type Result = usize;
+    type Result = MessageResult<Longest>;
 
-    fn handle(&mut self, Longest(chain): Longest, _: &mut Context<Self>) -> usize {
-        chain.iter().take_while(|hash| self.lru.contains(hash)).count()
+    fn handle(&mut self, Longest(chain): Longest, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.pool.longest(&chain))
     }
 }
 
-/// A chain's blocks from its start, up to the first that is not kept.
+/// Where a chain's blocks are from its start, up to the first that is not kept.
 #[derive(Message)]
-#[rtype(result = "Vec<Bytes>")]
-pub struct Fetch(
+#[rtype(result = "Vec<Place>")]
+pub struct Locate(
     /// The chain.
     pub Vec<BlockHash>,
 );
 
-impl Handler<Fetch> for BlockPool {
-    type Result = MessageResult<Fetch>;
+impl Handler<Locate> for BlockPool {
+    type Result = MessageResult<Locate>;
 
-    fn handle(&mut self, Fetch(chain): Fetch, _: &mut Context<Self>) -> Self::Result {
-        let found: Vec<Bytes> = chain.iter().map_while(|hash| self.lru.get(hash)).collect();
-        // A block is of no use without those before it: the chain's end goes first.
-        chain[..found.len()].iter().rev().for_each(|hash| drop(self.lru.get(hash)));
+    fn handle(&mut self, Locate(chain): Locate, _: &mut Context<Self>) -> Self::Result {
+        let found = self.pool.locate(&chain);
+        let on_disk = found.iter().filter(|place| matches!(place, Place::Disk(_))).count();
         counter!(names::KV_STORE_HITS_TOTAL).increment(found.len() as u64);
+        counter!(names::KV_STORE_DISK_HITS_TOTAL).increment(on_disk as u64);
         counter!(names::KV_STORE_MISSES_TOTAL).increment(u64::from(found.len() < chain.len()));
         MessageResult(found)
     }
@@ -64,8 +100,8 @@ impl Handler<Fetch> for BlockPool {
 #[derive(Message)]
 #[rtype(result = "bool")]
 pub struct Offer {
-    /// Its name.
-    pub hash: BlockHash,
+    /// Where it stands.
+    pub link: Link,
     /// Its bytes.
     pub bytes: Bytes,
 }
@@ -73,25 +109,211 @@ pub struct Offer {
 impl Handler<Offer> for BlockPool {
     type Result = bool;
 
-    fn handle(&mut self, offer: Offer, _: &mut Context<Self>) -> bool {
-        let kept = self.lru.put(offer.hash, offer.bytes);
-        if let Some(evicted) = kept {
-            counter!(names::KV_STORE_EVICTIONS_TOTAL).increment(evicted as u64);
-            gauge!(names::KV_STORE_BYTES).set(self.lru.bytes() as f64);
-        }
-        kept.is_some()
+    fn handle(&mut self, Offer { link, bytes }: Offer, _: &mut Context<Self>) -> bool {
+        let taken = self.pool.offer(link, bytes, Instant::now());
+        self.settle();
+        taken
     }
+}
+
+/// A block was read from disk.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Promote {
+    /// Where it stands.
+    pub link: Link,
+    /// Its bytes.
+    pub bytes: Bytes,
+}
+
+impl Handler<Promote> for BlockPool {
+    type Result = ();
+
+    fn handle(&mut self, Promote { link, bytes }: Promote, _: &mut Context<Self>) {
+        self.pool.promote(link, bytes, Instant::now());
+        self.settle();
+    }
+}
+
+/// A block's file is gone or not intact.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Lost {
+    /// The block.
+    pub hash: BlockHash,
+    /// The file is there.
+    pub is_corrupt: bool,
+}
+
+impl Handler<Lost> for BlockPool {
+    type Result = ();
+
+    fn handle(&mut self, Lost { hash, is_corrupt }: Lost, _: &mut Context<Self>) {
+        self.pool.lost(&hash, is_corrupt);
+        self.settle();
+    }
+}
+
+/// Keeps a chain's blocks from eviction for a while; 0 ends that. How many, from its start.
+#[derive(Message)]
+#[rtype(result = "usize")]
+pub struct Pin {
+    /// The chain.
+    pub chain: Vec<BlockHash>,
+    /// For so long.
+    pub for_: Duration,
+}
+
+impl Handler<Pin> for BlockPool {
+    type Result = usize;
+
+    fn handle(&mut self, Pin { chain, for_ }: Pin, _: &mut Context<Self>) -> usize {
+        let now = Instant::now();
+        self.pool.pin(&chain, now + for_, now)
+    }
+}
+
+/// What is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Blocks in RAM.
+    pub ram_blocks: usize,
+    /// Their bytes.
+    pub ram_bytes: u64,
+    /// Blocks on disk; some of them may be in RAM as well.
+    pub disk_blocks: usize,
+    /// Their bytes.
+    pub disk_bytes: u64,
 }
 
 /// Blocks and bytes that are kept.
 #[derive(Message)]
-#[rtype(result = "(usize, usize)")]
+#[rtype(result = "Sizes")]
 pub struct Size;
 
 impl Handler<Size> for BlockPool {
     type Result = MessageResult<Size>;
 
     fn handle(&mut self, _: Size, _: &mut Context<Self>) -> Self::Result {
-        MessageResult((self.lru.len(), self.lru.bytes()))
+        let ((ram_blocks, ram_bytes), (disk_blocks, disk_bytes)) = (self.pool.in_ram(), self.pool.on_disk());
+        MessageResult(Sizes { ram_blocks, ram_bytes, disk_blocks, disk_bytes })
+    }
+}
+
+/// What is to be done on disk next.
+#[derive(Message)]
+#[rtype(result = "Option<Work>")]
+pub struct TakeWork;
+
+impl Handler<TakeWork> for BlockPool {
+    type Result = MessageResult<TakeWork>;
+
+    fn handle(&mut self, _: TakeWork, _: &mut Context<Self>) -> Self::Result {
+        let work = self.pool.next_work(Instant::now());
+        self.settle();
+        MessageResult(work)
+    }
+}
+
+/// What a scan found.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Scanned {
+    /// Some of it.
+    pub batch: Vec<Found>,
+    /// The scan is over.
+    pub is_last: bool,
+}
+
+impl Handler<Scanned> for BlockPool {
+    type Result = ();
+
+    fn handle(&mut self, Scanned { batch, is_last }: Scanned, _: &mut Context<Self>) {
+        for found in batch {
+            match found {
+                Ok((link, size)) => self.pool.found(link, size, Instant::now()),
+                Err(hash) => self.pool.lost(&hash, true),
+            }
+        }
+        if is_last {
+            self.pool.scanned();
+        }
+        self.settle();
+    }
+}
+
+/// A write ended.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Ended {
+    /// The block.
+    pub hash: BlockHash,
+    /// An error says whether the disk is full.
+    pub outcome: Result<(), bool>,
+}
+
+impl Handler<Ended> for BlockPool {
+    type Result = ();
+
+    fn handle(&mut self, Ended { hash, outcome }: Ended, _: &mut Context<Self>) {
+        match outcome {
+            Ok(()) => self.pool.written(&hash),
+            Err(is_full) => self.pool.failed(&hash, is_full),
+        }
+        self.settle();
+    }
+}
+
+/// The disk may be used in full again.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Retry;
+
+impl Handler<Retry> for BlockPool {
+    type Result = ();
+
+    fn handle(&mut self, _: Retry, _: &mut Context<Self>) {
+        self.pool.retry();
+    }
+}
+
+/// Groups whose tier changed; `None`: it is here no longer. They count as told then.
+#[derive(Message)]
+#[rtype(result = "Vec<(BlockHash, Option<Tier>)>")]
+pub struct TakeUntold {
+    /// So many at most.
+    pub limit: usize,
+}
+
+impl Handler<TakeUntold> for BlockPool {
+    type Result = MessageResult<TakeUntold>;
+
+    fn handle(&mut self, TakeUntold { limit }: TakeUntold, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.pool.groups().take_untold(limit))
+    }
+}
+
+/// Groups that do not count as told.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub enum Untell {
+    /// Every group.
+    All,
+    /// Some.
+    These(
+        /// Their names.
+        Vec<BlockHash>,
+    ),
+}
+
+impl Handler<Untell> for BlockPool {
+    type Result = ();
+
+    fn handle(&mut self, untell: Untell, _: &mut Context<Self>) {
+        match untell {
+            Untell::All => self.pool.groups().forget_told(),
+            Untell::These(groups) => groups.into_iter().for_each(|group| self.pool.groups().forget(group)),
+        }
+        self.settle();
     }
 }

@@ -20,6 +20,7 @@ pub const UNSET: &[(&str, &str)] = &[
         "scheduler.kv_memory_bytes",
         "two requests of the model's context, at most half the available memory, at least 512MiB",
     ),
+    ("kv_store.disk_folder", "no disk tier, RAM alone"),
     ("cluster.socket_folder", "no Unix socket, TCP alone"),
     ("telemetry.otlp_endpoint", "no traces are sent"),
     ("telemetry.service_name", "moesaic"),

@@ -49,7 +49,9 @@ names! {
     counter PREFIX_STORE_FETCHED_BLOCKS_TOTAL = "moesaic_prefix_store_fetched_blocks_total",
         "Blocks read from the prefix store.";
     counter PREFIX_STORE_OFFERED_BLOCKS_TOTAL = "moesaic_prefix_store_offered_blocks_total",
-        "Evicted blocks offered to the prefix store.";
+        "Blocks offered to the prefix store.";
+    counter PREFIX_STORE_SKIPPED_BLOCKS_TOTAL = "moesaic_prefix_store_skipped_blocks_total",
+        "Blocks that the prefix store has and that were computed, which was estimated to be faster.";
     counter PREFIX_STORE_DROPPED_BLOCKS_TOTAL = "moesaic_prefix_store_dropped_blocks_total",
         "Evicted blocks dropped because too many were on their way to the prefix store.";
     counter ENGINE_RESTARTS_TOTAL = "moesaic_engine_restarts_total", "Engines started again after a failure.";
@@ -81,8 +83,17 @@ names! {
 
     counter KV_STORE_HITS_TOTAL = "moesaic_kv_store_hits_total", "Blocks asked for and found.";
     counter KV_STORE_MISSES_TOTAL = "moesaic_kv_store_misses_total", "Chains asked for that ended early.";
-    counter KV_STORE_EVICTIONS_TOTAL = "moesaic_kv_store_evictions_total", "Blocks dropped to make room.";
-    gauge KV_STORE_BYTES = "moesaic_kv_store_bytes", "Bytes of the stored blocks.";
+    counter KV_STORE_EVICTIONS_TOTAL = "moesaic_kv_store_evictions_total", "Blocks dropped from the last tier that had them, to make room.";
+    gauge KV_STORE_BYTES = "moesaic_kv_store_bytes", "Bytes of the blocks in RAM.";
+    gauge KV_STORE_DISK_BYTES = "moesaic_kv_store_disk_bytes", "Bytes of the blocks on disk.";
+    counter KV_STORE_DISK_HITS_TOTAL = "moesaic_kv_store_disk_hits_total", "Of the blocks found, those on disk.";
+    counter KV_STORE_DISK_FAILURES_TOTAL = "moesaic_kv_store_disk_failures_total",
+        "Blocks that could not be written to disk.";
+    counter KV_STORE_CORRUPT_TOTAL = "moesaic_kv_store_corrupt_total",
+        "Blocks whose file was not intact; they are dropped, never served.";
+    counter KV_STORE_REPLICATED_TOTAL = "moesaic_kv_store_replicated_total", "Copies of blocks sent to other nodes.";
+    counter KV_STORE_REPLICATION_DROPPED_TOTAL = "moesaic_kv_store_replication_dropped_total",
+        "Copies that were not made, for too many were on their way or the node did not take them.";
 
     counter EXPERT_TOKENS_TOTAL = "moesaic_expert_tokens_total", "Tokens sent to experts, a token once for each, by `layer`.";
     histogram EXPERT_DISPATCH_SECONDS = "moesaic_expert_dispatch_seconds", "Duration of one layer's experts.";

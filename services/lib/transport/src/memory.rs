@@ -4,7 +4,7 @@ use futures::StreamExt;
 use futures::future::{BoxFuture, FutureExt, ready};
 use futures::stream::BoxStream;
 use moesaic_types::Result;
-use moesaic_types::boundary::{Event, EventBus, Metadata};
+use moesaic_types::boundary::{Event, EventBus, Metadata, Versioned};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -133,6 +133,14 @@ impl Metadata for MemoryMetadata {
     fn get(&self, key: &str) -> BoxFuture<'_, Result<Option<(Bytes, u64)>>> {
         let now = Instant::now();
         let found = self.state().values.get(key).filter(|entry| entry.is_live(now)).map(|entry| entry.value.clone());
+        ready(Ok(found)).boxed()
+    }
+
+    fn get_many(&self, keys: &[String]) -> BoxFuture<'_, Result<Vec<Option<Versioned>>>> {
+        let now = Instant::now();
+        let state = self.state();
+        let live = |key: &String| state.values.get(key).filter(|entry| entry.is_live(now));
+        let found = keys.iter().map(|key| live(key).map(|entry| entry.value.clone())).collect();
         ready(Ok(found)).boxed()
     }
 

@@ -20,6 +20,7 @@ async fn set(store: &RedisMetadata, key: &str, expected: Option<u64>, value: &st
 async fn is_unavailable(store: &RedisMetadata) {
     let calls = [
         store.get("k").await.map(|_| ()),
+        store.get_many(&["k".into(), "l".into()]).await.map(|_| ()),
         store.compare_and_set("k", None, Bytes::new(), None).await.map(|_| ()),
         store.remove("k", 1).await.map(|_| ()),
         store.add("n", 1, None).await.map(|_| ()),

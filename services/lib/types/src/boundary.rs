@@ -1,6 +1,6 @@
 //! The boundaries between services, as traits: an in-process implementation in embedded mode, a remote one in a
 //! cluster. `Backend` and `ExpertPool`, which speak of tensors, are in `moesaic-model`.
-use crate::{BlockHash, Delta, Digest, GenerateRequest, ReplicaId, RequestId, Result};
+use crate::{BlockHash, Delta, Digest, GenerateRequest, Link, ReplicaId, RequestId, Result};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
@@ -72,13 +72,21 @@ pub trait Placer: Send + Sync + 'static {
 }
 
 /// Stored KV blocks, shared by all replicas.
+///
+/// Chains are given from their first block on, for where a block stands decides where it is kept; `from` is the index of
+/// the first block that is asked for, and those before it need not be stored. A `from` beyond the chain asks for nothing.
 pub trait PrefixStore: Send + Sync + 'static {
-    /// How many blocks of `chain`, from its start, are stored.
-    fn longest(&self, chain: &[BlockHash]) -> BoxFuture<'_, Result<usize>>;
-    /// The blocks' bytes, in order; stops at the first that is gone.
-    fn fetch(&self, chain: &[BlockHash]) -> BoxFuture<'_, Result<Vec<Bytes>>>;
+    /// How many blocks of `chain`, from the index `from` on, are stored without a gap.
+    fn longest(&self, chain: &[BlockHash], from: usize) -> BoxFuture<'_, Result<usize>>;
+    /// The bytes of these blocks, in order, as they come; ends before the first that is gone. An error is the last item,
+    /// and what came before it can be used.
+    fn fetch(&self, chain: &[BlockHash], from: usize) -> BoxStream<'static, Result<Bytes>>;
     /// Offers a block; the store may decline (false), for it has it or has no room.
-    fn offer(&self, hash: BlockHash, bytes: Bytes) -> BoxFuture<'_, Result<bool>>;
+    fn offer(&self, link: Link, bytes: Bytes) -> BoxFuture<'_, Result<bool>>;
+    /// Whether other replicas use it as well: then a block is worth offering as soon as it is full.
+    fn is_shared(&self) -> bool {
+        false
+    }
 }
 
 /// A numbered event; a gap in `sequence` of one `source` means that events were lost.
@@ -120,10 +128,15 @@ pub enum KvEvent {
     Cleared,
 }
 
+/// A value with its version.
+pub type Versioned = (Bytes, u64);
+
 /// Small shared state with leases: registry, block index, limits.
 pub trait Metadata: Send + Sync + 'static {
     /// The value of a key with its version; `None` when absent or expired.
     fn get(&self, key: &str) -> BoxFuture<'_, Result<Option<(Bytes, u64)>>>;
+    /// The same for several keys at once, in their order.
+    fn get_many(&self, keys: &[String]) -> BoxFuture<'_, Result<Vec<Option<Versioned>>>>;
     /// Writes if the version still is `expected` (`None`: if absent); the new version, or `None` if it was not.
     fn compare_and_set(
         &self,

@@ -16,6 +16,38 @@ impl fmt::Debug for BlockHash {
     }
 }
 
+/// Consecutive blocks of a chain that are kept in the same place: a place is chosen for a group, by its first block.
+/// Chains that share their first groups only, as those after one system prompt, are spread by their later ones.
+pub const GROUP_BLOCKS: usize = 16;
+
+/// A block and where it stands in its chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Link {
+    /// Its name.
+    pub hash: BlockHash,
+    /// The block before it; `None` for a chain's first.
+    pub parent: Option<BlockHash>,
+    /// Its index in the chain.
+    pub position: u32,
+    /// The first block of its group.
+    pub group: BlockHash,
+}
+
+impl Link {
+    /// The block at an index of a chain.
+    ///
+    /// # Panics
+    /// When the chain has no such index.
+    pub fn of(chain: &[BlockHash], position: usize) -> Self {
+        Self {
+            hash: chain[position],
+            parent: position.checked_sub(1).map(|before| chain[before]),
+            position: position.try_into().unwrap_or(u32::MAX),
+            group: chain[position - position % GROUP_BLOCKS],
+        }
+    }
+}
+
 /// A content digest of a model's weights or of an adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub struct Digest(pub [u8; 32]);
@@ -117,6 +149,16 @@ mod tests {
         let other = hasher().chain(&salt, &other);
         assert_eq!(chain[..2], other[..2]);
         assert_ne!(chain[2], other[2]);
+    }
+
+    #[test]
+    fn a_link_says_where_a_block_stands() {
+        let chain: Vec<_> = (0..40).map(|n| BlockHash([n; 16])).collect();
+        let (first, later) = (Link::of(&chain, 0), Link::of(&chain, 33));
+        assert_eq!((first.parent, first.position, first.group), (None, 0, chain[0]));
+        assert_eq!((later.hash, later.parent, later.position), (chain[33], Some(chain[32]), 33));
+        assert_eq!(later.group, chain[32]);
+        assert_eq!(Link::of(&chain, 31).group, chain[16]);
     }
 
     #[test]

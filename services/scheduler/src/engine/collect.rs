@@ -3,7 +3,7 @@ use super::step::Work;
 use super::{Engine, Sequence};
 use crate::sampler::{self, Allowed};
 use moesaic_model::LogitsWanted;
-use moesaic_types::{BLOCK_TOKENS, Error, FinishReason, Result, SampledToken, TokenId};
+use moesaic_types::{BLOCK_TOKENS, Error, FinishReason, Link, Result, SampledToken, TokenId};
 
 impl Engine {
     /// Takes over what a step computed. Rows that cannot be used end their own sequence only.
@@ -73,7 +73,7 @@ impl Engine {
                 let parent = index.checked_sub(1).map(|parent| &sequence.chain[parent]);
                 sequence.chain.push(self.parts.hasher.next(&sequence.request.salt, parent, tokens));
             }
-            self.pool.register(sequence.blocks[index], sequence.chain[index]);
+            self.pool.register(sequence.blocks[index], Link::of(&sequence.chain, index));
             sequence.registered = index + 1;
         }
     }
@@ -85,6 +85,10 @@ impl Engine {
         let id = token.id;
         let (first, since) = sequence.push(token);
         self.metrics.token(first, since);
+        if first {
+            self.queue_prompt(key);
+        }
+        let sequence = self.sequences.get(&key).expect("queueing removes nothing");
         let stop = &sequence.request.stop;
         let generated = sequence.generated();
         let ends = (!stop.ignore_eos && self.parts.eos.contains(&id)) || stop.stop_token_ids.contains(&id);
@@ -93,7 +97,7 @@ impl Engine {
             self.finish(key, FinishReason::Stop);
         } else if generated >= stop.max_tokens || sequence.tokens.len() >= self.info.max_context {
             self.finish(key, FinishReason::Length);
-        } else {
+        } else if let Some(sequence) = self.sequences.get_mut(&key) {
             sequence.deliver();
         }
     }

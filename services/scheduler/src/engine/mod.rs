@@ -2,6 +2,7 @@
 //!
 //! It takes commands from a bounded queue, plans a step, runs it, and sleeps on the queue when nothing can run.
 mod collect;
+mod economy;
 mod outage;
 mod sequence;
 mod step;
@@ -9,9 +10,10 @@ mod store;
 
 pub use sequence::{Phase, Sequence, Submission};
 
+use self::economy::Economy;
 use self::outage::Outage;
 use crate::answer::overdue;
-use crate::config::Config;
+use crate::config::{Config, OfferPolicy};
 use crate::health::{Bounds, Health, Pulse};
 use crate::metrics::Metrics;
 use crate::pool::{BlockIndex, BlockPool};
@@ -19,9 +21,9 @@ use bytes::Bytes;
 use moesaic_model::Runner;
 use moesaic_model::memory::Memory;
 use moesaic_types::boundary::{KvEvent, PrefixStore};
-use moesaic_types::{BLOCK_TOKENS, BlockHasher, Error, FinishReason, Result, TokenId};
+use moesaic_types::{BLOCK_TOKENS, BlockHasher, Error, FinishReason, Link, Result, TokenId};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
@@ -146,6 +148,13 @@ pub struct Engine {
     replies: SyncSender<Command>,
     stop: Arc<AtomicBool>,
     offers: Arc<Semaphore>,
+    /// Full blocks are offered as soon as they are known to be good, not only evicted ones.
+    offers_full: bool,
+    /// Full blocks to offer.
+    full: VecDeque<Link>,
+    economy: Arc<Economy>,
+    /// The prefix store failed when it was last asked.
+    store_is_away: Arc<AtomicBool>,
     metrics: Metrics,
     logits: Vec<f32>,
     preemptions: u64,
@@ -181,6 +190,11 @@ impl Engine {
         }
         let metrics = Metrics::new(&parts.config.model_name, &parts.config.replica);
         let offers = Arc::new(Semaphore::new(parts.config.prefix_store_offers));
+        let offers_full = parts.store.as_ref().is_some_and(|store| match parts.config.prefix_store_offer {
+            OfferPolicy::Auto => store.is_shared(),
+            OfferPolicy::Evicted => false,
+            OfferPolicy::Full => true,
+        });
         Ok(Self {
             info,
             runner,
@@ -191,6 +205,10 @@ impl Engine {
             replies,
             stop,
             offers,
+            offers_full,
+            full: VecDeque::new(),
+            economy: Arc::new(Economy::new(parts.config.prefix_store_fetch)),
+            store_is_away: Arc::default(),
             metrics,
             logits: Vec::new(),
             preemptions: 0,
@@ -218,7 +236,7 @@ impl Engine {
                 self.handle(command);
             }
             self.remove_overdue_and_abandoned();
-            let advanced = self.step();
+            let advanced = self.step() | self.offer_full();
             self.deliver();
             self.publish_events();
             if self.sequences.is_empty() {

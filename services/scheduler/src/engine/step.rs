@@ -3,7 +3,7 @@ use super::{Engine, Phase, Sequence};
 use crate::planner::{self, Limits, Plan, Running, Waiting};
 use crate::pool::BlockIndex;
 use moesaic_model::{LogitsWanted, SequenceChunk};
-use moesaic_types::{BLOCK_TOKENS, Error};
+use moesaic_types::{BLOCK_TOKENS, Error, Link};
 use std::cmp::Reverse;
 use std::time::{Duration, Instant};
 use tracing::Span;
@@ -54,10 +54,12 @@ impl Engine {
         let outcome = self.span(&work).in_scope(|| self.runner.forward(&batch, &mut logits));
         drop(batch);
         let tokens = work.iter().map(|work| work.tokens).sum();
-        self.metrics.step(started.elapsed(), tokens);
+        let elapsed = started.elapsed();
+        self.metrics.step(elapsed, tokens);
         let advanced = match outcome {
             Ok(()) => {
                 self.end_outage();
+                self.economy.computed(self.prompt_tokens(&work), tokens, elapsed);
                 self.collect(&work, &mut logits);
                 true
             }
@@ -89,6 +91,15 @@ impl Engine {
             let tokens: usize = work.iter().map(|work| work.tokens).sum();
             tracing::info_span!(parent: &sequence.span, "step", sequences = work.len(), tokens)
         })
+    }
+
+    /// Tokens of a step that are of prompts.
+    fn prompt_tokens(&self, work: &[Work]) -> usize {
+        let is_prompt = |work: &&Work| {
+            let sequence = &self.sequences[&work.key];
+            sequence.computed < sequence.request.prompt.len()
+        };
+        work.iter().filter(is_prompt).map(|work| work.tokens).sum()
     }
 
     fn plan(&mut self) -> Plan {
@@ -174,7 +185,11 @@ impl Engine {
                 self.pool.release(block);
                 break;
             }
-            self.pool.register(block, reusable[blocks.len()]);
+            let link = Link::of(&reusable, blocks.len());
+            self.pool.register(block, link);
+            if self.offers_full {
+                self.pool.set_stored(&link.hash);
+            }
             blocks.push(block);
             self.metrics.store_fetched.increment(1);
         }

@@ -1,40 +1,48 @@
 //! Traffic with the prefix store and the event bus: all of it in tasks, so that the engine never waits.
+use super::economy::Economy;
 use super::{Command, Engine, Phase};
 use bytes::Bytes;
-use moesaic_types::BlockHash;
+use futures::StreamExt;
+use metrics::Counter;
 use moesaic_types::boundary::PrefixStore;
+use moesaic_types::{BLOCK_TOKENS, BlockHash, Error, Link, Result};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
+use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
+
+/// Full blocks that wait to be offered; further ones are offered when they are evicted.
+const MAX_FULL: usize = 1024;
+
+/// Full blocks that are copied out of the pool between two steps.
+const FULL_PER_STEP: usize = 2;
 
 impl Engine {
     /// Asks the prefix store for the blocks that follow those that are here.
     pub(super) fn start_fetch(&mut self, key: u64) {
-        let Some(store) = self.parts.store.clone() else { return };
+        let Some(store) = self.parts.store.clone().filter(|_| self.economy.asks()) else { return };
         let Some(sequence) = self.sequences.get_mut(&key) else { return };
-        let reusable = sequence.reusable();
-        let first = self.pool.peek(reusable).blocks;
-        let chain = reusable[first..].to_vec();
-        if chain.is_empty() {
+        let chain = sequence.reusable().to_vec();
+        let first = self.pool.peek(&chain).blocks;
+        if first == chain.len() {
             return;
         }
         sequence.phase = Phase::Fetching;
         let timeout = Duration::from_millis(self.parts.config.prefix_store_timeout_ms);
         let replies = self.replies.clone();
-        let span = tracing::info_span!(parent: &sequence.span, "fetch blocks", blocks = chain.len());
+        let span = tracing::info_span!(parent: &sequence.span, "fetch blocks", blocks = chain.len() - first);
+        let fetch = Fetch {
+            store,
+            economy: Arc::clone(&self.economy),
+            is_away: Arc::clone(&self.store_is_away),
+            skipped: self.metrics.store_skipped.clone(),
+            block_bytes: self.runner.kv_block_bytes(),
+            timeout,
+        };
         let task = async move {
-            let blocks = match tokio::time::timeout(timeout, fetch(&*store, &chain)).await {
-                Ok(Ok(blocks)) => blocks,
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "fetch blocks from the prefix store");
-                    Vec::new()
-                }
-                Err(_) => {
-                    tracing::warn!(timeout_ms = timeout.as_millis(), "the prefix store did not answer in time");
-                    Vec::new()
-                }
-            };
+            let blocks = fetch.run(&chain, first).await;
             reply(&replies, Command::Fetched { key, first, blocks }).await;
         };
         self.parts.runtime.spawn(task.instrument(span));
@@ -43,28 +51,68 @@ impl Engine {
     /// Offers evicted blocks to the prefix store; their contents still stand.
     pub(super) fn offer_evicted(&mut self) {
         let evicted = self.pool.take_evicted();
-        let Some(store) = &self.parts.store else { return };
-        for (block, hash) in evicted {
-            let Ok(permit) = Arc::clone(&self.offers).try_acquire_owned() else {
-                self.metrics.store_dropped.increment(1);
+        if self.parts.store.is_none() {
+            return;
+        }
+        for (block, link) in evicted {
+            match Arc::clone(&self.offers).try_acquire_owned() {
+                Ok(place) => drop(self.offer(block, link, place)),
+                Err(_) => self.metrics.store_dropped.increment(1),
+            }
+        }
+    }
+
+    /// Queues a prompt's full blocks to be offered: its first token came, so there is nothing wrong with them.
+    pub(super) fn queue_prompt(&mut self, key: u64) {
+        let Some(sequence) = self.sequences.get(&key).filter(|_| self.offers_full) else { return };
+        let full = sequence.registered.min(sequence.request.prompt.len() / BLOCK_TOKENS);
+        let room = MAX_FULL.saturating_sub(self.full.len());
+        let links = (0..full).map(|index| Link::of(&sequence.chain, index));
+        self.full.extend(links.filter(|link| self.pool.unstored(&link.hash).is_some()).take(room));
+    }
+
+    /// Offers some of the queued blocks; whether there may be more to do now.
+    pub(super) fn offer_full(&mut self) -> bool {
+        let mut offered = 0;
+        while offered < FULL_PER_STEP
+            && let Some(link) = self.full.front().copied()
+        {
+            // evicted meanwhile, and offered then; or queued twice
+            let Some(block) = self.pool.unstored(&link.hash) else {
+                self.full.pop_front();
                 continue;
             };
-            let bytes = match self.runner.export_block(block) {
-                Ok(bytes) => bytes,
-                Err(error) => {
-                    tracing::warn!(%error, block, "export an evicted block");
-                    continue;
-                }
-            };
-            self.metrics.store_offered.increment(1);
-            let store = Arc::clone(store);
-            self.parts.runtime.spawn(async move {
-                if let Err(error) = store.offer(hash, bytes).await {
-                    tracing::debug!(%error, "offer a block to the prefix store");
-                }
-                drop(permit);
-            });
+            let Ok(place) = Arc::clone(&self.offers).try_acquire_owned() else { return false };
+            self.full.pop_front();
+            if self.offer(block, link, place) {
+                self.pool.set_stored(&link.hash);
+            }
+            offered += 1;
         }
+        !self.full.is_empty()
+    }
+
+    /// Copies a block out of the pool and sends it on its way; whether it could be copied.
+    fn offer(&mut self, block: u32, link: Link, place: tokio::sync::OwnedSemaphorePermit) -> bool {
+        let Some(store) = self.parts.store.clone() else { return false };
+        let bytes = match self.runner.export_block(block) {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                tracing::warn!(%error, block, "export a block");
+                return false;
+            }
+        };
+        self.metrics.store_offered.increment(1);
+        let replies = self.offers_full.then(|| self.replies.clone());
+        self.parts.runtime.spawn(async move {
+            if let Err(error) = store.offer(link, bytes).await {
+                tracing::debug!(%error, "offer a block to the prefix store");
+            }
+            drop(place);
+            // others may wait for the place; an engine whose queue is full looks by itself
+            let _ = replies.map(|replies| replies.try_send(Command::Wake));
+        });
+        true
     }
 
     /// Publishes what changed in the prefix cache; keeps it for later when the publisher is behind.
@@ -83,14 +131,62 @@ impl Engine {
     }
 }
 
-async fn fetch(store: &dyn PrefixStore, chain: &[BlockHash]) -> moesaic_types::Result<Vec<Bytes>> {
-    let stored = store.longest(chain).await?.min(chain.len());
-    if stored == 0 {
-        return Ok(Vec::new());
+/// One sequence's question to the store.
+struct Fetch {
+    store: Arc<dyn PrefixStore>,
+    economy: Arc<Economy>,
+    is_away: Arc<AtomicBool>,
+    skipped: Counter,
+    block_bytes: usize,
+    timeout: Duration,
+}
+
+impl Fetch {
+    /// The blocks that came in time, in order: what is missing is computed.
+    async fn run(self, chain: &[BlockHash], first: usize) -> Vec<Bytes> {
+        let mut blocks = Vec::new();
+        let fetched = self.fill(&mut blocks, chain, first).await;
+        // one warning for many requests
+        let was_away = self.is_away.swap(fetched.is_err(), Ordering::Relaxed);
+        match fetched {
+            Err(error) if !was_away => tracing::warn!(%error, blocks = blocks.len(), "fetch from the prefix store"),
+            Err(error) => tracing::debug!(%error, blocks = blocks.len(), "fetch from the prefix store"),
+            Ok(()) if was_away => tracing::info!("the prefix store answers again"),
+            Ok(()) => {}
+        }
+        blocks
     }
-    let mut blocks = store.fetch(&chain[..stored]).await?;
-    blocks.truncate(stored);
-    Ok(blocks)
+
+    async fn fill(&self, blocks: &mut Vec<Bytes>, chain: &[BlockHash], first: usize) -> Result<()> {
+        let late = |_| Error::unavailable(format!("the prefix store did not answer within {:?}", self.timeout));
+        let asked = Instant::now();
+        let deadline = asked + self.timeout;
+        let stored = timeout_at(deadline, self.store.longest(chain, first)).await.map_err(late)??;
+        self.economy.answered(asked.elapsed());
+        let stored = stored.min(chain.len() - first);
+        if stored == 0 {
+            return Ok(());
+        }
+        if !self.economy.is_worth(stored, self.block_bytes) {
+            self.skipped.increment(stored as u64);
+            return Ok(());
+        }
+        let begun = Instant::now();
+        let mut coming = self.store.fetch(&chain[..first + stored], first);
+        let outcome = loop {
+            if blocks.len() == stored {
+                break Ok(());
+            }
+            match timeout_at(deadline, coming.next()).await {
+                Ok(Some(Ok(block))) => blocks.push(block),
+                Ok(None) => break Ok(()),
+                Ok(Some(Err(error))) => break Err(error),
+                Err(elapsed) => break Err(late(elapsed)),
+            }
+        };
+        self.economy.fetched(blocks.iter().map(Bytes::len).sum(), begun.elapsed());
+        outcome
+    }
 }
 
 /// Queues a command, waiting on a blocking thread if the queue is full.

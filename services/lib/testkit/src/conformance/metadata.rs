@@ -13,6 +13,7 @@ pub async fn metadata(store: Arc<dyn Metadata>) {
     expiry(&*store, &format!("{root}/expiry")).await;
     counters(&*store, &format!("{root}/counters")).await;
     keys(&*store, &format!("{root}/keys")).await;
+    many(&*store, &format!("{root}/many")).await;
     races(&store, &format!("{root}/races")).await;
 }
 
@@ -87,6 +88,19 @@ async fn keys(store: &dyn Metadata, root: &str) {
     assert_eq!(store.keys(&format!("{root}/")).await, Ok(named(&["a", "a/x", "b"])));
     assert_eq!(store.keys(&format!("{root}/a")).await, Ok(named(&["a", "a/x"])));
     assert_eq!(store.keys(&format!("{root}/c")).await, Ok(vec![]));
+}
+
+async fn many(store: &dyn Metadata, root: &str) {
+    let name = |n: u32| format!("{root}/{n}");
+    let first = set(store, &name(1), None, "one").await.expect("absent");
+    let third = set(store, &name(3), None, "three").await.expect("absent");
+    let short = store.compare_and_set(&name(4), None, Bytes::new(), Some(Duration::from_millis(1))).await;
+    short.expect("set").expect("absent");
+    until("the fourth expires", || async { get(store, &name(4)).await.is_none() }).await;
+    let (one, three) = (Some(("one".into(), first)), Some(("three".into(), third)));
+    let names = [name(3), name(2), name(1), name(3), name(4)];
+    assert_eq!(store.get_many(&names).await, Ok(vec![three.clone(), None, one, three, None]));
+    assert_eq!(store.get_many(&[]).await, Ok(vec![]));
 }
 
 async fn races(store: &Arc<dyn Metadata>, root: &str) {

@@ -11,7 +11,7 @@ pub use event_bus::event_bus;
 pub use job_queue::job_queue;
 pub use metadata::metadata;
 pub use placer::placer;
-pub use prefix_store::{block, prefix_store};
+pub use prefix_store::{block, chain, fetched, prefix_store};
 pub use replica::replica;
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,12 +1,10 @@
 //! The boundaries between services over gRPC: clients that implement a trait, and services that serve one.
 mod answers;
 mod placer;
-mod prefix;
 mod replica;
 mod routers;
 
 pub use placer::{GrpcPlacer, PlacerService, placer_service};
-pub use prefix::{GrpcPrefixStore, PrefixService, prefix_service};
 pub use replica::{GrpcReplica, ReplicaService, replica_service};
 pub use routers::Routers;
 
@@ -16,7 +14,7 @@ use std::time::Duration;
 use tonic::{Request, Status};
 
 /// A call's message with the current trace.
-fn traced<T>(message: T) -> Request<T> {
+pub(crate) fn traced<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
     propagation::inject_metadata(request.metadata_mut());
     request

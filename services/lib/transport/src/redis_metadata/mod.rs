@@ -8,7 +8,7 @@ mod connection;
 use bytes::Bytes;
 use connection::Connection;
 use futures::future::{BoxFuture, FutureExt};
-use moesaic_types::boundary::Metadata;
+use moesaic_types::boundary::{Metadata, Versioned};
 use moesaic_types::{Error, Result};
 use redis::{Script, ScriptInvocation, cmd};
 use std::sync::{Arc, LazyLock};
@@ -87,14 +87,37 @@ fn version(text: &str) -> Result<u64> {
     text.parse().map_err(|_| Error::internal(format!("metadata: redis holds {text:?} for a version")))
 }
 
+/// The fields of a value's hash.
+type Found = (Option<Vec<u8>>, Option<String>);
+
+fn value_and_version(found: Found) -> Result<Option<Versioned>> {
+    let (Some(value), Some(text)) = found else { return Ok(None) };
+    Ok(Some((value.into(), version(&text)?)))
+}
+
 impl Metadata for RedisMetadata {
     fn get(&self, key: &str) -> BoxFuture<'_, Result<Option<(Bytes, u64)>>> {
         let command = cmd("HMGET").arg(self.value(key)).arg("value").arg("version").to_owned();
         async move {
-            let found: (Option<Vec<u8>>, Option<String>) =
-                self.connection.call(async |mut connection| command.query_async(&mut connection).await).await?;
-            let (Some(value), Some(text)) = found else { return Ok(None) };
-            Ok(Some((value.into(), version(&text)?)))
+            let found = self.connection.call(async |mut connection| command.query_async(&mut connection).await).await?;
+            value_and_version(found)
+        }
+        .boxed()
+    }
+
+    fn get_many(&self, keys: &[String]) -> BoxFuture<'_, Result<Vec<Option<Versioned>>>> {
+        let mut commands = redis::pipe();
+        for key in keys {
+            commands.cmd("HMGET").arg(self.value(key)).arg("value").arg("version");
+        }
+        let is_empty = keys.is_empty();
+        async move {
+            if is_empty {
+                return Ok(Vec::new());
+            }
+            let found: Vec<Found> =
+                self.connection.call(async |mut connection| commands.query_async(&mut connection).await).await?;
+            found.into_iter().map(value_and_version).collect()
         }
         .boxed()
     }

@@ -1,0 +1,246 @@
+//! A store's part in a cluster: it says in the metadata which groups it has, and copies blocks to other nodes.
+use crate::actors::block_pool::{BlockPool, TakeUntold, Untell};
+use crate::app::{DEADLINE, KvStore};
+use bytes::Bytes;
+use metrics::counter;
+use moesaic_actors::WeakHandle;
+use moesaic_telemetry::metrics as names;
+use moesaic_transport::Directory;
+use moesaic_transport::kv::{Holding, KvNodes, LEASE, PATIENCE, Tier};
+use moesaic_types::boundary::Metadata;
+use moesaic_types::{BlockHash, Link, Result};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep, sleep_until};
+
+/// Groups that are told of at once.
+const BATCH: usize = 256;
+
+/// Between two batches: changes that come together are told together, and those that are undone not at all.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Before the metadata are tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What a store must know to take part.
+pub struct Cluster {
+    /// Where records stand.
+    pub metadata: Arc<dyn Metadata>,
+    /// Of the kv-stores, this one included.
+    pub directory: Directory,
+    /// This one's name.
+    pub id: Arc<str>,
+    /// This life's generation in the directory is never lower: that of its registration, or the time before it.
+    pub generation: u64,
+    /// Nodes that keep a block, this one included.
+    pub replication: usize,
+    /// Blocks that may be on their way to other nodes.
+    pub replication_queue: usize,
+}
+
+/// A store's part; ends when it is dropped.
+pub struct Joined {
+    copies: Option<mpsc::Sender<(Link, Bytes)>>,
+    tasks: Vec<AbortHandle>,
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(AbortHandle::abort);
+    }
+}
+
+impl Joined {
+    /// Takes part with a store. Call it in a runtime.
+    pub fn start(store: &KvStore, cluster: Cluster) -> Arc<Self> {
+        let Cluster { metadata, directory, id, generation, replication, replication_queue } = cluster;
+        let nodes = Arc::new(KvNodes::new(directory, Arc::clone(&metadata), PATIENCE));
+        let announcer = Announcer {
+            pool: store.pool.downgrade(),
+            groups: Arc::clone(&store.wakes.groups),
+            metadata,
+            nodes: Arc::clone(&nodes),
+            id: Arc::clone(&id),
+            born: generation,
+            generation: None,
+            lives: 0,
+            records: HashMap::new(),
+            due: BTreeMap::new(),
+        };
+        let mut tasks = vec![tokio::spawn(announcer.run()).abort_handle()];
+        let copies = (replication > 1).then(|| {
+            let (sender, copies) = mpsc::channel(replication_queue);
+            tasks.push(tokio::spawn(replicate(nodes, id, replication - 1, copies)).abort_handle());
+            sender
+        });
+        Arc::new(Self { copies, tasks })
+    }
+
+    /// Copies a block to other nodes in the background; not when too many are on their way.
+    pub fn copy(&self, link: Link, block: Bytes) {
+        let Some(copies) = &self.copies else { return };
+        if copies.try_send((link, block)).is_err() {
+            counter!(names::KV_STORE_REPLICATION_DROPPED_TOTAL).increment(1);
+        }
+    }
+}
+
+/// Copies blocks, one after another. A copy that fails is not made: the block can be computed.
+async fn replicate(nodes: Arc<KvNodes>, own: Arc<str>, copies: usize, mut blocks: mpsc::Receiver<(Link, Bytes)>) {
+    while let Some((link, block)) = blocks.recv().await {
+        let done = nodes.copy(&own, &link, &block, copies).await;
+        let made = done.inspect_err(|error| tracing::debug!(%error, "copy a block to another node")).unwrap_or(0);
+        counter!(names::KV_STORE_REPLICATED_TOTAL).increment(made as u64);
+        counter!(names::KV_STORE_REPLICATION_DROPPED_TOTAL).increment((copies - made.min(copies)) as u64);
+    }
+}
+
+/// A record of ours.
+struct Record {
+    version: u64,
+    tier: Tier,
+    due: Instant,
+}
+
+/// Keeps the records of this node's groups. When the metadata fail it goes on where it was as soon as they answer.
+struct Announcer {
+    pool: WeakHandle<BlockPool>,
+    groups: Arc<Notify>,
+    metadata: Arc<dyn Metadata>,
+    nodes: Arc<KvNodes>,
+    id: Arc<str>,
+    born: u64,
+    /// Under which everything was told.
+    generation: Option<u64>,
+    /// Of the pool, when everything was told.
+    lives: u64,
+    records: HashMap<BlockHash, Record>,
+    /// When each record must be renewed.
+    due: BTreeMap<(Instant, BlockHash), ()>,
+}
+
+impl Announcer {
+    async fn run(mut self) {
+        let mut views = self.nodes.directory().watch();
+        let mut was_refused = false;
+        loop {
+            let told = self.tell().await;
+            let pause = match &told {
+                Ok(true) => PAUSE,
+                Ok(false) => Duration::ZERO,
+                Err(error) => {
+                    if !was_refused {
+                        tracing::warn!(%error, "say in the metadata which blocks are here");
+                    }
+                    RETRY
+                }
+            };
+            was_refused = told.is_err();
+            sleep(pause).await;
+            if matches!(told, Ok(false)) {
+                if self.pool.upgrade().is_none() {
+                    return;
+                }
+                let next = self.due.first_key_value().map(|((at, _), ())| *at);
+                let renewal = sleep_until(next.unwrap_or_else(|| Instant::now() + LEASE));
+                tokio::select! {
+                    () = self.groups.notified() => {}
+                    // an error: the directory is gone with its nodes, and so is this task
+                    _ = views.changed() => {}
+                    () = renewal => {}
+                }
+            }
+        }
+    }
+
+    /// This life's generation, as others see it; `None` while they do not.
+    fn current(&self) -> Option<u64> {
+        let view = self.nodes.directory().view();
+        view.get(&self.id).map(|record| record.member.generation).filter(|generation| *generation >= self.born)
+    }
+
+    /// Tells of some changes; whether there were any.
+    async fn tell(&mut self) -> Result<bool> {
+        let Some(pool) = self.pool.upgrade() else { return Ok(false) };
+        let Some(generation) = self.current() else { return Ok(false) };
+        // a fresh pool knows of nothing that was told
+        if self.generation != Some(generation) || self.lives != pool.restarts() {
+            if self.lives != pool.restarts() {
+                // the records of what it lost run out; those of what it still has are found again
+                self.records.clear();
+                self.due.clear();
+            }
+            self.lives = pool.restarts();
+            pool.ask(Untell::All, DEADLINE).await?;
+            self.generation = Some(generation);
+        }
+        let mut changes = pool.ask(TakeUntold { limit: BATCH }, DEADLINE).await?;
+        changes.extend(self.renewals());
+        let any = !changes.is_empty();
+        let mut changes = changes.into_iter();
+        while let Some((group, tier)) = changes.next() {
+            let written = match tier {
+                Some(tier) => self.write(group, Holding { generation, tier }).await,
+                None => self.remove(group).await,
+            };
+            if let Err(error) = written {
+                let mut untold: Vec<_> = changes.map(|(group, _)| group).collect();
+                untold.push(group);
+                if pool.ask(Untell::These(untold), DEADLINE).await.is_err() {
+                    // then everything is told again
+                    self.generation = None;
+                }
+                return Err(error);
+            }
+        }
+        Ok(any)
+    }
+
+    /// Records whose lease is half over.
+    fn renewals(&self) -> Vec<(BlockHash, Option<Tier>)> {
+        let now = Instant::now();
+        let due = self.due.keys().take_while(|(at, _)| *at <= now).take(BATCH);
+        due.filter_map(|(_, group)| Some((*group, Some(self.records.get(group)?.tier)))).collect()
+    }
+
+    fn forget(&mut self, group: &BlockHash) -> Option<Record> {
+        let record = self.records.remove(group)?;
+        self.due.remove(&(record.due, *group));
+        Some(record)
+    }
+
+    async fn write(&mut self, group: BlockHash, holding: Holding) -> Result<()> {
+        let key = Holding::key(&group, &self.id);
+        let mut expected = self.forget(&group).map(|record| record.version);
+        let renewed = Instant::now();
+        let version = loop {
+            let written = self.metadata.compare_and_set(&key, expected, holding.to_bytes(), Some(LEASE)).await?;
+            if let Some(version) = written {
+                break version;
+            }
+            let found = self.metadata.get(&key).await?;
+            let later = found.as_ref().and_then(|(bytes, _)| Holding::read(bytes));
+            if let Some(later) = later.filter(|later| later.generation > holding.generation) {
+                // a later process has this name: what it says counts
+                tracing::debug!(key, later.generation, "another life's record stands");
+                return Ok(());
+            }
+            expected = found.map(|(_, version)| version);
+        };
+        let due = renewed + LEASE / 2;
+        self.records.insert(group, Record { version, tier: holding.tier, due });
+        self.due.insert((due, group), ());
+        Ok(())
+    }
+
+    async fn remove(&mut self, group: BlockHash) -> Result<()> {
+        if let Some(record) = self.forget(&group) {
+            // one that is another's by now stays
+            self.metadata.remove(&Holding::key(&group, &self.id), record.version).await?;
+        }
+        Ok(())
+    }
+}

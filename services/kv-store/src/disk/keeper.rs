@@ -1,0 +1,162 @@
+//! Does what the pool wants done on disk, one thing at a time, on blocking threads.
+use super::{Files, Found};
+use crate::actors::block_pool::{BlockPool, Ended, Retry, Scanned, TakeWork};
+use crate::pool::Work;
+use bytes::Bytes;
+use moesaic_actors::{AskError, WeakHandle};
+use moesaic_types::{BlockHash, Link};
+use std::io::{self, ErrorKind};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, sleep, sleep_until};
+
+/// Longest wait for the pool's answer.
+const DEADLINE: Duration = Duration::from_secs(2);
+
+/// Before the pool is asked again.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Files of a scan that are told of together.
+const BATCH: usize = 256;
+
+/// Works until the pool is gone. `wake` says that there is work, `retry` how long a disk that failed is left alone.
+pub async fn keep(pool: WeakHandle<BlockPool>, files: Arc<dyn Files>, wake: Arc<Notify>, retry: Duration) {
+    let mut keeper = Keeper { pool, files, retry, retry_at: None, is_failing: false };
+    loop {
+        let Ok(work) = keeper.ask(|| TakeWork).await else { return };
+        let done = match work {
+            Some(Work::Scan) => keeper.scan().await,
+            Some(Work::Remove(hashes)) => keeper.remove(hashes).await,
+            Some(Work::Write { link, bytes, remove }) => keeper.write(link, bytes, remove).await,
+            None => keeper.rest(&wake).await,
+        };
+        if done.is_err() {
+            return;
+        }
+    }
+}
+
+/// The pool is gone for good.
+struct Gone;
+
+struct Keeper {
+    pool: WeakHandle<BlockPool>,
+    files: Arc<dyn Files>,
+    retry: Duration,
+    /// When the disk may be used in full again.
+    retry_at: Option<Instant>,
+    /// The disk failed, and has not shown since that it works.
+    is_failing: bool,
+}
+
+impl Keeper {
+    /// Asks until there is an answer. After a failure of the pool its fresh life wants a scan first.
+    async fn ask<M>(&self, message: impl Fn() -> M) -> Result<M::Result, Gone>
+    where
+        BlockPool: actix::Handler<M>,
+        M: actix::Message + Send + 'static,
+        M::Result: Send,
+    {
+        loop {
+            let pool = self.pool.upgrade().ok_or(Gone)?;
+            match pool.ask(message(), DEADLINE).await {
+                Ok(answer) => return Ok(answer),
+                Err(AskError::Closed(_)) => return Err(Gone),
+                Err(_) => {}
+            }
+            drop(pool);
+            sleep(PAUSE).await;
+        }
+    }
+
+    fn life(&self) -> Result<u64, Gone> {
+        self.pool.upgrade().map(|pool| pool.restarts()).ok_or(Gone)
+    }
+
+    async fn rest(&mut self, wake: &Notify) -> Result<(), Gone> {
+        let Some(at) = self.retry_at else {
+            wake.notified().await;
+            return Ok(());
+        };
+        tokio::select! {
+            () = wake.notified() => {}
+            () = sleep_until(at) => {}
+        }
+        if Instant::now() >= at {
+            self.retry_at = None;
+            self.ask(|| Retry).await?;
+        }
+        Ok(())
+    }
+
+    async fn scan(&mut self) -> Result<(), Gone> {
+        let life = self.life()?;
+        let (sender, mut batches) = mpsc::channel::<Vec<Found>>(2);
+        let files = Arc::clone(&self.files);
+        let scan = spawn_blocking(move || {
+            let mut batch = Vec::new();
+            let told = files.scan(&mut |found| {
+                batch.push(found);
+                if batch.len() == BATCH {
+                    // nobody listens: the scan is for nothing, and ends soon enough
+                    let _ = sender.blocking_send(std::mem::take(&mut batch));
+                }
+            });
+            let _ = sender.blocking_send(batch);
+            told
+        });
+        while let Some(batch) = batches.recv().await {
+            self.ask(|| Scanned { batch: batch.clone(), is_last: false }).await?;
+        }
+        let told = scan.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        if let Err(error) = told {
+            self.notice(&error, "read the disk tier's folder");
+        }
+        if self.life()? != life {
+            // a fresh pool has missed a part, and wants a scan
+            return Ok(());
+        }
+        self.ask(|| Scanned { batch: Vec::new(), is_last: true }).await
+    }
+
+    async fn remove(&mut self, hashes: Vec<BlockHash>) -> Result<(), Gone> {
+        let files = Arc::clone(&self.files);
+        let removed = spawn_blocking(move || hashes.iter().try_for_each(|hash| files.remove(hash))).await;
+        if let Err(error) = removed.unwrap_or_else(|error| Err(io::Error::other(error))) {
+            self.notice(&error, "remove a block from disk");
+        }
+        Ok(())
+    }
+
+    async fn write(&mut self, link: Link, bytes: Bytes, remove: Vec<BlockHash>) -> Result<(), Gone> {
+        let files = Arc::clone(&self.files);
+        let written = spawn_blocking(move || {
+            remove.iter().try_for_each(|hash| files.remove(hash))?;
+            files.write(&link, &bytes)
+        });
+        let written = written.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        let is_full = written.as_ref().is_err_and(|error| {
+            matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge)
+        });
+        match &written {
+            Ok(()) if self.is_failing && self.retry_at.is_none() => {
+                self.is_failing = false;
+                tracing::info!("blocks are written to disk again");
+            }
+            Ok(()) => {}
+            Err(error) => self.notice(error, "write a block to disk; going on with what RAM and the disk have"),
+        }
+        let outcome = written.map_err(|_| is_full);
+        self.ask(|| Ended { hash: link.hash, outcome }).await
+    }
+
+    fn notice(&mut self, error: &io::Error, what: &str) {
+        if !self.is_failing {
+            tracing::warn!(%error, "{what}");
+        }
+        self.is_failing = true;
+        self.retry_at.get_or_insert_with(|| Instant::now() + self.retry);
+    }
+}

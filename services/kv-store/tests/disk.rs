@@ -1,0 +1,187 @@
+//! Blocks on disk: they come back, also in another life; what is broken is never served; a full disk costs no request.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test fails there")]
+use bytes::Bytes;
+use moesaic_config::{ByteSize, HumanDuration};
+use moesaic_kv_store::disk::{Files, Folder, Found};
+use moesaic_kv_store::{Config, KvStore};
+use moesaic_testkit::conformance::{block, chain, fetched};
+use moesaic_testkit::until;
+use moesaic_types::boundary::PrefixStore;
+use moesaic_types::{BlockHash, Link};
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+fn len() -> u64 {
+    block(0).1.len() as u64
+}
+
+/// Room for some blocks in RAM and many on disk.
+fn config(in_ram: u64) -> Config {
+    Config { capacity: ByteSize(in_ram * len()), disk_retry: HumanDuration::from_millis(10), ..Config::default() }
+}
+
+fn in_folder(in_ram: u64, folder: &Path) -> Config {
+    Config { disk_folder: Some(folder.to_owned()), ..config(in_ram) }
+}
+
+async fn offer(store: &KvStore, chain: &[BlockHash], numbers: impl IntoIterator<Item = u32>) {
+    for (position, number) in numbers.into_iter().enumerate() {
+        store.offer(Link::of(chain, position), block(number).1).await.unwrap();
+    }
+}
+
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let folders = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let blocks = folders.filter(|path| path.is_dir() && path.file_name().unwrap().len() == 2);
+    blocks.flat_map(|folder| fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path())).collect()
+}
+
+fn expected(numbers: std::ops::Range<u32>) -> Vec<Bytes> {
+    numbers.map(|number| block(number).1).collect()
+}
+
+#[tokio::test]
+async fn what_ram_has_no_room_for_is_on_disk_and_comes_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = KvStore::start(&in_folder(4, folder.path())).unwrap();
+    let chain = chain(0..12);
+    offer(&store, &chain, 0..12).await;
+    until("its end is written", || async { files(folder.path()).len() == 8 }).await;
+    assert_eq!(store.longest_by_tier(chain.clone()).await, Ok((12, 4)), "a chain's end does not push out its start");
+    let others = moesaic_testkit::conformance::chain(100..104);
+    offer(&store, &others, 100..104).await;
+    until("its start is written", || async { files(folder.path()).len() == 12 }).await;
+    assert_eq!(store.longest_by_tier(chain.clone()).await, Ok((12, 0)));
+    assert_eq!(fetched(&*store, &chain, 0).await, Ok(expected(0..12)));
+    until("its start is back in RAM", || async { store.longest_by_tier(chain.clone()).await == Ok((12, 4)) }).await;
+    assert_eq!(fetched(&*store, &others, 0).await, Ok(expected(100..104)), "the others went to disk in turn");
+}
+
+#[tokio::test]
+async fn another_life_finds_the_blocks_and_drops_what_a_crash_broke() {
+    let folder = tempfile::tempdir().unwrap();
+    let chain = chain(0..20);
+    {
+        let files = Folder::open(folder.path()).unwrap();
+        for (position, number) in (0..20).enumerate() {
+            files.write(&Link::of(&chain, position), &block(number).1).unwrap();
+        }
+    }
+    let cut = files(folder.path()).into_iter().find(|path| path.ends_with(format!("{:?}", chain[10]))).unwrap();
+    fs::File::options().write(true).open(&cut).unwrap().set_len(50).unwrap();
+    let config = in_folder(40, folder.path());
+    let store = KvStore::start(&config).unwrap();
+    until("the folder is read", || async { store.longest(&chain, 0).await == Ok(10) }).await;
+    assert_eq!(store.longest(&chain, 11).await, Ok(9));
+    until("the broken one is removed", || async { !cut.exists() }).await;
+
+    // one that changed on disk has its length: it is found when it is read
+    let broken = files(folder.path()).into_iter().find(|path| path.ends_with(format!("{:?}", chain[5]))).unwrap();
+    let mut bytes = fs::read(&broken).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&broken, bytes).unwrap();
+    assert_eq!(fetched(&*store, &chain, 0).await, Ok(expected(0..5)), "it ends before the broken one");
+    until("it is forgotten", || async { store.longest(&chain, 0).await == Ok(5) }).await;
+    until("and removed", || async { !broken.exists() }).await;
+
+    // computed again, it is taken again
+    assert_eq!(store.offer(Link::of(&chain, 5), block(5).1).await, Ok(true));
+    assert_eq!(fetched(&*store, &chain, 0).await, Ok(expected(0..10)));
+    // one that somebody removed
+    fs::remove_file(files(folder.path()).into_iter().find(|p| p.ends_with(format!("{:?}", chain[12]))).unwrap())
+        .unwrap();
+    assert_eq!(fetched(&*store, &chain, 11).await, Ok(expected(11..12)));
+    drop(store);
+    until("the folder is free", || async { Folder::open(folder.path()).is_ok() }).await;
+}
+
+#[tokio::test]
+async fn the_disk_has_its_own_capacity_and_chains_go_from_their_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config { disk_capacity: ByteSize(5 * len()), ..in_folder(1, folder.path()) };
+    let store = KvStore::start(&config).unwrap();
+    let chains: Vec<_> = (0..8).map(|n| chain([n, 100 + n])).collect();
+    for (n, chain) in (0u32..).zip(&chains) {
+        offer(&store, chain, [n, 100 + n]).await;
+    }
+    until("the oldest are gone", || async { files(folder.path()).len() == 5 }).await;
+    let sizes = store.size().await.unwrap();
+    assert_eq!((sizes.disk_blocks, sizes.disk_bytes), (5, 5 * len()));
+    for (n, chain) in (0u32..).zip(&chains) {
+        let stored = store.longest(chain, 0).await.unwrap();
+        assert!(stored == 0 || store.longest(chain, 1).await.unwrap() < 2, "chain {n}");
+    }
+}
+
+/// A disk with room for some blocks.
+struct Small {
+    folder: Folder,
+    room: AtomicUsize,
+    kept: AtomicUsize,
+    refused: AtomicUsize,
+}
+
+impl Files for Small {
+    fn write(&self, link: &Link, block: &[u8]) -> io::Result<()> {
+        if self.kept.load(Ordering::SeqCst) >= self.room.load(Ordering::SeqCst) {
+            self.refused.fetch_add(1, Ordering::SeqCst);
+            return Err(ErrorKind::StorageFull.into());
+        }
+        self.kept.fetch_add(1, Ordering::SeqCst);
+        self.folder.write(link, block)
+    }
+
+    fn read(&self, hash: &BlockHash) -> io::Result<Option<Vec<u8>>> {
+        self.folder.read(hash)
+    }
+
+    fn remove(&self, hash: &BlockHash) -> io::Result<()> {
+        self.kept.fetch_sub(1, Ordering::SeqCst);
+        self.folder.remove(hash)
+    }
+
+    fn scan(&self, found: &mut dyn FnMut(Found)) -> io::Result<()> {
+        self.folder.scan(found)
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_costs_no_request_and_is_used_again_when_there_is_room() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = Folder::open(place.path()).unwrap();
+    let small = Small { folder, room: 0.into(), kept: 0.into(), refused: 0.into() };
+    let small = Arc::new(small);
+    let store = KvStore::start_on(&config(2), Some(small.clone())).unwrap();
+    let single = |n: u32| chain([n]);
+    let pushed = AtomicU32::new(0);
+    // RAM alone serves: the newest blocks are there, whatever the disk does
+    let push = async || {
+        let next = pushed.fetch_add(1, Ordering::SeqCst);
+        assert_eq!(store.offer(Link::of(&single(next), 0), block(next).1).await, Ok(true));
+        assert_eq!(fetched(&*store, &single(next), 0).await, Ok(expected(next..next + 1)));
+    };
+    while small.refused.load(Ordering::SeqCst) < 3 {
+        push().await;
+    }
+    assert_eq!(files(place.path()).len(), 0);
+    small.room.store(3, Ordering::SeqCst);
+    until("the disk is used as far as it goes", || async {
+        push().await;
+        files(place.path()).len() == 3
+    })
+    .await;
+    // blocks replace others on it, though its capacity is not reached
+    let before = files(place.path());
+    until("blocks are replaced", || async {
+        push().await;
+        let now = files(place.path());
+        now.iter().all(|path| !before.contains(path))
+    })
+    .await;
+    let stored = store.size().await.unwrap();
+    assert!(stored.disk_blocks <= 4, "{stored:?}");
+}

@@ -239,12 +239,15 @@ fn load_gqa<B: Loader>(weights: &Weights<'_>, backend: &B, index: usize, gqa: &G
             };
             [load(qkv[0], q_width)?, load(qkv[1], kv_width)?, load(qkv[2], kv_width)?]
         }
-        QkvNames::FusedByHead(name) => {
+        QkvNames::FusedByHead(name) | QkvNames::FusedByPart(name) => {
             let name = at_layer(name, index);
-            let head_dim = gqa.head_dim;
+            let (head_dim, by_head) = (gqa.head_dim, matches!(names.qkv, QkvNames::FusedByHead(_)));
             let biases = weights.bias(&name, 3 * q_width, gqa.qkv_bias)?;
             let load = |part: usize, part_name: &str| {
-                let row_of = move |row: usize| (row / head_dim * 3 + part) * head_dim + row % head_dim;
+                let row_of = move |row: usize| match by_head {
+                    true => (row / head_dim * 3 + part) * head_dim + row % head_dim,
+                    false => part * q_width + row,
+                };
                 let bias = biases.as_ref().map(|all| (0..q_width).map(|row| all[row_of(row)]).collect());
                 let matrix =
                     weights.matrix_rows((&name, part_name), 3 * q_width, (q_width, hidden), Role::Body, row_of)?;
@@ -295,12 +298,21 @@ fn load_mla<B: Loader>(weights: &Weights<'_>, backend: &B, index: usize, mla: &M
     let shape = (mla.heads * head_rows, mla.kv_rank);
     let mut absorb_k = Vec::with_capacity(mla.heads);
     let mut expand_v = Vec::with_capacity(mla.heads);
+    let by_head = names.kv_by_head.map(|names| names.map(|name| at_layer(name, index)));
     for head in 0..mla.heads {
         let (first, middle) = (head * head_rows, head * head_rows + mla.nope_dim);
-        let (k, v) = (format!("{head}.key"), format!("{head}.value"));
-        absorb_k.push(backend.load_linear(weights.part((&kv_up, &k), shape, first..middle, true)?, None)?);
-        let rows = middle..first + head_rows;
-        expand_v.push(backend.load_linear(weights.part((&kv_up, &v), shape, rows, false)?, None)?);
+        let (k, v) = match &by_head {
+            Some([k, v]) => (
+                weights.head(k, (mla.heads, head), (mla.kv_rank, mla.nope_dim))?,
+                weights.head(v, (mla.heads, head), (mla.v_dim, mla.kv_rank))?,
+            ),
+            None => (
+                weights.part((&kv_up, &format!("{head}.key")), shape, first..middle, true)?,
+                weights.part((&kv_up, &format!("{head}.value")), shape, middle..first + head_rows, false)?,
+            ),
+        };
+        absorb_k.push(backend.load_linear(k, None)?);
+        expand_v.push(backend.load_linear(v, None)?);
     }
     Ok(MlaWeights {
         q_latent,

@@ -189,6 +189,13 @@ impl<'a> Weights<'a> {
         Ok(Matrix { name, tensor, rows, cols, format, packed: None, codes, read })
     }
 
+    /// Matrix `head` of the stack `name.weight` of shape `[heads, rows, cols]`.
+    pub fn head(&self, name: &str, (heads, head): (usize, usize), (rows, cols): (usize, usize)) -> Result<Matrix<'a>> {
+        let (tensor, shape) = (format!("{name}.weight"), vec![heads, rows, cols]);
+        let name = format!("{name}.{head}.weight");
+        self.stored(Stored { name, tensor, shape, index: head, rows, cols, row_of: None }, Role::Precise)
+    }
+
     /// Some rows of `name.weight` of shape `(stored_rows, cols)`: the matrix `name.part.weight`; turned to
     /// `[cols, rows]` when `transpose`, where no group of the file stays one.
     pub fn part(

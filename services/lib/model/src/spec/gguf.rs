@@ -1,10 +1,17 @@
-//! Reads the architecture from GGUF metadata: llama (Mixtral too), qwen2moe, qwen3, qwen3moe, olmoe, gpt-oss.
+//! Reads the architecture from GGUF metadata: llama (Mixtral too), qwen2moe, qwen3, qwen3moe, olmoe, gpt-oss, granitemoe,
+//! bloom, deepseek2 (DeepSeek-V2 and V3).
+//!
+//! llama.cpp's converter permutes the rows of llama's and Granite's queries and keys so that neighbours turn together;
+//! all other families' rows are as Hugging Face has them.
 //!
 //! What a key leaves open is as llama.cpp has it, but for GPT-OSS's YaRN: no key says that its ramp is not rounded to
 //! whole dimensions, so llama.cpp rounds it; the model was trained without, and so it runs here.
+mod bloom;
+mod deepseek;
+
 use super::config::Config;
 use super::names::{self, ExpertNames, Names};
-use super::rope::{Rope, RopeScaling, yarn_mscale};
+use super::rope::{Rope, RopeScaling};
 use super::{
     Activation, Attention, Dense, Ffn, GatePolicy, Gqa, LayerSpec, ModelSpec, Moe, Norm, NormKind, Position, QkNorm,
     Shared,
@@ -15,8 +22,12 @@ use serde_json::Value;
 use std::path::Path;
 
 /// Values of `general.architecture` that can be loaded.
-pub const ARCHITECTURES: [&str; 6] = ["llama", "qwen2moe", "qwen3", "qwen3moe", "olmoe", GPT_OSS];
+pub const ARCHITECTURES: [&str; 9] =
+    ["llama", "qwen2moe", "qwen3", "qwen3moe", "olmoe", GPT_OSS, GRANITE, BLOOM, DEEPSEEK];
 const GPT_OSS: &str = "gpt-oss";
+const GRANITE: &str = "granitemoe";
+const BLOOM: &str = "bloom";
+const DEEPSEEK: &str = "deepseek2";
 /// Constants of GPT-OSS that its files do not carry.
 const GPT_OSS_ACTIVATION: Activation = Activation::ClampedSwiGlu { alpha: 1.702, limit: 7.0 };
 const MAX_LAYERS: usize = 4096;
@@ -65,8 +76,27 @@ impl Reader<'_> {
         self.config.positive(&self.key(name), default)
     }
 
+    /// A number above 0. Files that llama.cpp itself wrote have 0 for what the model lacks.
+    fn nonzero(&self, name: &str) -> Result<Option<f64>> {
+        match self.config.number(&self.key(name), Some(0.0))? {
+            0.0 => Ok(None),
+            _ => self.number(name, None).map(Some),
+        }
+    }
+
+    /// A whole number from 1; as [`Self::nonzero`].
+    fn nonzero_size(&self, name: &str) -> Result<Option<usize>> {
+        let size = self.config.count(&self.key(name), Some(0))?;
+        Ok((size > 0).then_some(size))
+    }
+
     fn is_gpt_oss(&self) -> bool {
         self.architecture == GPT_OSS
+    }
+
+    /// One of Granite's scales; other families have the default.
+    fn granite_scale(&self, name: &str, default: f64) -> Result<f64> {
+        Ok(if self.architecture == GRANITE { self.nonzero(name)?.unwrap_or(default) } else { default })
     }
 
     fn has(&self, tensor: &str) -> bool {
@@ -79,9 +109,6 @@ impl Reader<'_> {
         if count > MAX_LAYERS {
             return Err(self.config.error(&self.key("block_count"), format!("{count} is above {MAX_LAYERS}")));
         }
-        let norm =
-            Norm { kind: NormKind::Rms, eps: self.number("attention.layer_norm_rms_epsilon", Some(1e-6))? as f32 };
-        let max_context = self.size("context_length", Some(2048))?;
         let embedding = "token_embd.weight";
         let vocab = match self.source.info(embedding) {
             Some(info) if info.shape.len() == 2 && info.shape[0] > 0 => info.shape[0],
@@ -93,29 +120,60 @@ impl Reader<'_> {
                 });
             }
         };
-        let attention = self.attention(hidden, norm, max_context)?;
-        let ffn = self.ffn()?;
-        let layer = |window| LayerSpec {
-            attention_norm: norm,
-            attention: Attention::Gqa(Gqa { window, ..attention.clone() }),
-            ffn_norm: norm,
-            ffn: ffn.clone(),
-            residual_scale: 1.0,
-            residual_after_norm: false,
+        let max_context = self.size("context_length", Some(2048))?;
+        let bloom = self.architecture == BLOOM;
+        let (layers, norm) = if bloom {
+            self.bloom_layers(hidden, count)?
+        } else {
+            let eps = self.number("attention.layer_norm_rms_epsilon", Some(1e-6))? as f32;
+            let norm = Norm { kind: NormKind::Rms, eps };
+            (self.layers(hidden, count, norm, max_context)?, norm)
         };
         Ok(ModelSpec {
             architecture: self.architecture.to_owned(),
             vocab,
             hidden,
             max_context,
-            embedding_scale: 1.0,
-            embedding_norm: None,
-            layers: self.windows(count)?.into_iter().map(layer).collect(),
+            embedding_scale: self.granite_scale("embedding_scale", 1.0)? as f32,
+            embedding_norm: bloom.then_some(norm),
+            layers,
             final_norm: norm,
-            logits_scale: 1.0,
+            logits_scale: (1.0 / self.granite_scale("logit_scale", 1.0)?) as f32,
             tied: !self.has("output.weight"),
             names: self.names(),
         })
+    }
+
+    fn layers(&self, hidden: usize, count: usize, norm: Norm, max_context: usize) -> Result<Vec<LayerSpec>> {
+        let residual_scale = self.granite_scale("residual_scale", 1.0)? as f32;
+        let attention = match self.architecture {
+            DEEPSEEK => Attention::Mla(self.mla(max_context)?),
+            _ => Attention::Gqa(self.attention(hidden, norm, max_context)?),
+        };
+        let dense = match self.architecture {
+            DEEPSEEK => self.config.count(&self.key("leading_dense_block_count"), Some(0))?,
+            _ => 0,
+        };
+        let ffn = if dense < count { Some(self.ffn(dense)?) } else { None };
+        let layer = |(index, window): (usize, Option<usize>)| {
+            let attention = match &attention {
+                Attention::Gqa(gqa) => Attention::Gqa(Gqa { window, ..gqa.clone() }),
+                mla @ Attention::Mla(_) => mla.clone(),
+            };
+            let ffn = match &ffn {
+                Some(ffn) if index >= dense => ffn.clone(),
+                _ => Ffn::Dense(self.network(self.size("feed_forward_length", None)?)),
+            };
+            Ok(LayerSpec {
+                attention_norm: norm,
+                attention,
+                ffn_norm: norm,
+                ffn,
+                residual_scale,
+                residual_after_norm: false,
+            })
+        };
+        self.windows(count)?.into_iter().enumerate().map(layer).collect()
     }
 
     fn names(&self) -> Names {
@@ -126,7 +184,15 @@ impl Reader<'_> {
             // Files of early 2024 have a matrix for each expert.
             ExpertNames::Separate(["blk.{l}.ffn_gate.{e}", "blk.{l}.ffn_up.{e}", "blk.{l}.ffn_down.{e}"])
         };
-        Names { experts, ..if self.is_gpt_oss() { names::GGUF_GPT_OSS } else { names::GGUF } }
+        let names = match self.architecture {
+            GPT_OSS => names::GGUF_GPT_OSS,
+            BLOOM => names::GGUF_BLOOM,
+            DEEPSEEK if !self.has("blk.0.attn_kv_b.weight") && self.has("blk.0.attn_k_b.weight") => {
+                names::GGUF_MLA_BY_HEAD
+            }
+            _ => names::GGUF,
+        };
+        Names { experts, ..names }
     }
 
     /// The sliding window of each of `layers` layers.
@@ -173,20 +239,17 @@ impl Reader<'_> {
             }
             None => None,
         };
-        let theta = self.number("rope.freq_base", Some(10_000.0))?;
-        if theta <= 1.0 {
-            return Err(self.config.error(&self.key("rope.freq_base"), format!("{theta} is not above 1")));
-        }
+        let theta = self.theta()?;
+        let scale = self.granite_scale("attention.scale", 1.0 / (head_dim as f64).sqrt())?;
         Ok(Gqa {
             heads,
             kv_heads,
             head_dim,
-            scale: (1.0 / (head_dim as f64).sqrt()) as f32,
+            scale: scale as f32,
             position: Position::Rope(Rope {
                 dims,
                 theta,
-                // llama's rows are permuted in the file so that neighbours turn together.
-                interleaved: self.architecture == "llama",
+                interleaved: matches!(self.architecture, "llama" | GRANITE),
                 scaling: self.scaling(max_context)?,
                 divisors,
             }),
@@ -206,13 +269,32 @@ impl Reader<'_> {
         })
     }
 
+    fn theta(&self) -> Result<f64> {
+        match self.number("rope.freq_base", Some(10_000.0))? {
+            theta if theta > 1.0 => Ok(theta),
+            theta => Err(self.config.error(&self.key("rope.freq_base"), format!("{theta} is not above 1"))),
+        }
+    }
+
     fn scaling(&self, max_context: usize) -> Result<RopeScaling> {
+        // The only switch of rotation that files have: llama.cpp reads it so for Granite.
+        let turns = self.key("rope.scaling.finetuned");
+        if self.architecture == GRANITE && !self.config.flag(&turns, true)? {
+            return Err(self.config.error(&turns, "false, no rotation, is not supported".into()));
+        }
         let key = self.key("rope.scaling.type");
-        Ok(match self.config.text(&key)?.unwrap_or("none") {
+        // Files of 2023 have the older key of linear scaling, and no type.
+        Ok(match self.config.text(&key)?.unwrap_or("linear") {
             "none" => RopeScaling::None,
-            "linear" => RopeScaling::Linear { factor: self.number("rope.scaling.factor", Some(1.0))? },
+            "linear" => {
+                let older = self.nonzero("rope.scale_linear")?;
+                match self.nonzero("rope.scaling.factor")?.or(older) {
+                    Some(factor) => RopeScaling::Linear { factor },
+                    None => RopeScaling::None,
+                }
+            }
             "yarn" => {
-                let factor = self.number("rope.scaling.factor", None)?;
+                let factor = self.number("rope.scaling.factor", self.nonzero("rope.scale_linear")?)?;
                 let attention = self.number("rope.scaling.attn_factor", Some(1.0))?
                     * self.number("rope.scaling.yarn_attn_factor", Some(1.0))?;
                 RopeScaling::Yarn {
@@ -221,7 +303,7 @@ impl Reader<'_> {
                     beta_slow: self.number("rope.scaling.yarn_beta_slow", Some(1.0))?,
                     original_context: self.number("rope.scaling.original_context_length", Some(max_context as f64))?,
                     truncate: !self.is_gpt_oss(),
-                    attention_factor: attention * yarn_mscale(factor, 1.0),
+                    attention_factor: attention * self.yarn_temperature(factor)?,
                 }
             }
             other => {
@@ -231,10 +313,16 @@ impl Reader<'_> {
         })
     }
 
-    fn ffn(&self) -> Result<Ffn> {
+    fn network(&self, intermediate: usize) -> Dense {
         let oss = self.is_gpt_oss();
         let activation = if oss { GPT_OSS_ACTIVATION } else { Activation::Silu };
-        let network = |intermediate| Dense { intermediate, activation, gated: true, bias: oss };
+        Dense { intermediate, activation, gated: true, bias: oss }
+    }
+
+    /// The feed-forward part of layers from `first` on.
+    fn ffn(&self, first: usize) -> Result<Ffn> {
+        let oss = self.is_gpt_oss();
+        let network = |intermediate| self.network(intermediate);
         let experts = self.config.count(&self.key("expert_count"), Some(0))?;
         let inner = || self.size("feed_forward_length", None);
         if experts == 0 {
@@ -246,7 +334,8 @@ impl Reader<'_> {
             return Err(self.config.error(&self.key("expert_used_count"), reason));
         }
         // The key came late; older files say it by the tensor's shape alone.
-        let stacked = self.source.info("blk.0.ffn_up_exps.weight").and_then(|info| info.shape.get(1).copied());
+        let stack = format!("blk.{first}.ffn_up_exps.weight");
+        let stacked = self.source.info(&stack).and_then(|info| info.shape.get(1).copied());
         let expert = match self.config.optional_size(&self.key("expert_feed_forward_length"))? {
             Some(inner) => inner,
             None => match stacked.filter(|_| self.architecture != "llama") {
@@ -260,16 +349,29 @@ impl Reader<'_> {
                 let inner = self.size("expert_shared_feed_forward_length", stored)?;
                 Some(Shared { form: network(inner), gated: true })
             }
+            GRANITE => {
+                let inner = self.nonzero_size("expert_shared_feed_forward_length")?;
+                inner.map(|inner| Shared { form: network(inner), gated: false })
+            }
+            DEEPSEEK => {
+                let count = self.nonzero_size("expert_shared_count")?;
+                count.map(|count| Shared { form: network(expert * count), gated: false })
+            }
             _ => None,
         };
         let normalize = matches!(self.architecture, "llama" | "qwen3moe");
         let normalize = self.config.flag(&self.key("expert_weights_norm"), normalize)?;
-        let gate = if oss {
-            GatePolicy::TopKSoftmax { top_k }
-        } else {
-            GatePolicy::SoftmaxTopK { top_k, normalize, groups: None, scale: 1.0 }
+        let gate = match self.architecture {
+            GPT_OSS | GRANITE => GatePolicy::TopKSoftmax { top_k },
+            DEEPSEEK => self.deepseek_gate(experts, top_k, normalize)?,
+            _ => GatePolicy::SoftmaxTopK { top_k, normalize, groups: None, scale: 1.0 },
         };
+        let choice_bias = self.architecture == DEEPSEEK && self.has(&format!("blk.{first}.exp_probs_b.bias"));
+        if choice_bias && !matches!(gate, GatePolicy::Sigmoid { .. }) {
+            let reason = "a bias of the choice is supported with sigmoid only".to_owned();
+            return Err(self.config.error(&self.key("expert_gating_func"), reason));
+        }
         let expert = network(expert);
-        Ok(Ffn::Moe(Moe { experts, expert, gate, gate_bias: oss, choice_bias: false, shared }))
+        Ok(Ffn::Moe(Moe { experts, expert, gate, gate_bias: oss, choice_bias, shared }))
     }
 }

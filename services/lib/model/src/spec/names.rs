@@ -30,6 +30,9 @@ pub struct Names {
     pub q_latent: [&'static str; 3],
     /// MLA: latent down (with the rotary key), norm, up.
     pub kv_latent: [&'static str; 3],
+    /// MLA: the keys' and the values' part of the latent's up as stacks `[heads, rank, nope]` and `[heads, v, rank]`, in
+    /// families whose files may have them in its place.
+    pub kv_by_head: Option<[&'static str; 2]>,
     /// The dense network: gate, up, down.
     pub dense: [&'static str; 3],
     /// The shared expert: gate, up, down.
@@ -60,6 +63,7 @@ impl Names {
         let qkv = match self.qkv {
             QkvNames::Separate(names) => QkvNames::Separate(names.map(cut)),
             QkvNames::FusedByHead(name) => QkvNames::FusedByHead(cut(name)),
+            QkvNames::FusedByPart(name) => QkvNames::FusedByPart(cut(name)),
         };
         Self {
             embedding: cut(self.embedding),
@@ -75,6 +79,7 @@ impl Names {
             sinks: cut(self.sinks),
             q_latent: self.q_latent.map(cut),
             kv_latent: self.kv_latent.map(cut),
+            kv_by_head: self.kv_by_head.map(|names| names.map(cut)),
             dense: self.dense.map(cut),
             shared: self.shared.map(cut),
             shared_gate: cut(self.shared_gate),
@@ -92,6 +97,8 @@ pub enum QkvNames {
     Separate([&'static str; 3]),
     /// One matrix; of each head first the query's rows, then the key's, then the value's.
     FusedByHead(&'static str),
+    /// One matrix; the queries' rows, then the keys', then the values'.
+    FusedByPart(&'static str),
 }
 
 /// How the experts' matrices are stored.
@@ -136,6 +143,7 @@ pub const LLAMA: Names = Names {
         "model.layers.{l}.self_attn.kv_a_layernorm",
         "model.layers.{l}.self_attn.kv_b_proj",
     ],
+    kv_by_head: None,
     dense: ["model.layers.{l}.mlp.gate_proj", "model.layers.{l}.mlp.up_proj", "model.layers.{l}.mlp.down_proj"],
     shared: [
         "model.layers.{l}.mlp.shared_experts.gate_proj",
@@ -219,6 +227,9 @@ pub const GGUF: Names = Names {
     q_norm: "blk.{l}.attn_q_norm",
     k_norm: "blk.{l}.attn_k_norm",
     sinks: "blk.{l}.attn_sinks.weight",
+    q_latent: ["blk.{l}.attn_q_a", "blk.{l}.attn_q_a_norm", "blk.{l}.attn_q_b"],
+    kv_latent: ["blk.{l}.attn_kv_a_mqa", "blk.{l}.attn_kv_a_norm", "blk.{l}.attn_kv_b"],
+    choice_bias: "blk.{l}.exp_probs_b.bias",
     dense: ["blk.{l}.ffn_gate", "blk.{l}.ffn_up", "blk.{l}.ffn_down"],
     shared: ["blk.{l}.ffn_gate_shexp", "blk.{l}.ffn_up_shexp", "blk.{l}.ffn_down_shexp"],
     shared_gate: "blk.{l}.ffn_gate_inp_shexp",
@@ -229,6 +240,12 @@ pub const GGUF: Names = Names {
 
 /// GGUF files of GPT-OSS.
 pub const GGUF_GPT_OSS: Names = Names { ffn_norm: "blk.{l}.post_attention_norm", ..GGUF };
+
+/// GGUF files of DeepSeek-V2 and V3 whose keys and values have a matrix for each head.
+pub const GGUF_MLA_BY_HEAD: Names = Names { kv_by_head: Some(["blk.{l}.attn_k_b", "blk.{l}.attn_v_b"]), ..GGUF };
+
+/// GGUF files of Bloom.
+pub const GGUF_BLOOM: Names = Names { qkv: QkvNames::FusedByPart("blk.{l}.attn_qkv"), ..GGUF };
 
 /// Fills a name's layer in.
 pub fn at_layer(name: &str, layer: usize) -> String {

@@ -77,8 +77,8 @@ type Tensor = (Vec<usize>, u32, Vec<u8>);
 /// A file in the making.
 #[derive(Clone, Default)]
 pub struct Gguf {
-    metadata: Vec<u8>,
-    count: u64,
+    /// The type's number and the value's bytes of each key.
+    metadata: BTreeMap<String, Vec<u8>>,
     pub tensors: BTreeMap<String, Tensor>,
 }
 
@@ -88,11 +88,9 @@ fn text(bytes: &mut Vec<u8>, text: &str) {
 }
 
 impl Gguf {
+    /// A key that is there already gets the new value.
     fn value(&mut self, key: &str, kind: u32, value: &[u8]) {
-        text(&mut self.metadata, key);
-        self.metadata.extend(kind.to_le_bytes());
-        self.metadata.extend(value);
-        self.count += 1;
+        self.metadata.insert(key.to_owned(), [&kind.to_le_bytes(), value].concat());
     }
 
     pub fn text(&mut self, key: &str, value: &str) {
@@ -107,6 +105,10 @@ impl Gguf {
 
     pub fn float(&mut self, key: &str, value: f32) {
         self.value(key, 6, &value.to_le_bytes());
+    }
+
+    pub fn flag(&mut self, key: &str, value: bool) {
+        self.value(key, 7, &[value.into()]);
     }
 
     /// A tensor of f32.
@@ -131,8 +133,11 @@ impl Gguf {
         let mut out = b"GGUF".to_vec();
         out.extend(3u32.to_le_bytes());
         out.extend((self.tensors.len() as u64).to_le_bytes());
-        out.extend(self.count.to_le_bytes());
-        out.extend(&self.metadata);
+        out.extend((self.metadata.len() as u64).to_le_bytes());
+        for (key, value) in &self.metadata {
+            text(&mut out, key);
+            out.extend(value);
+        }
         let mut data: Vec<u8> = Vec::new();
         for (name, (shape, kind, bytes)) in &self.tensors {
             text(&mut out, name);

@@ -1,5 +1,6 @@
 //! What tests of file formats share: GGUF files by hand, safetensors by hand, reproducible bytes.
 #![allow(clippy::unwrap_used, dead_code, reason = "a test may panic; not every test uses all")]
+pub mod converted;
 pub mod gguf;
 pub mod gpt_oss;
 pub mod matrices;

@@ -88,7 +88,7 @@ impl Offers {
 #[tonic::async_trait]
 impl KvStoreService for KvService {
     async fn longest(&self, request: Request<wire::LongestRequest>) -> Result<Response<wire::LongestResponse>, Status> {
-        let span = tracing::debug_span!("kv longest");
+        let span = tracing::info_span!("kv longest");
         let (_, chain) = chain_of(request, &span, |request| &request.chain)?;
         let (blocks, in_ram) = self.store.longest_by_tier(chain).instrument(span).await.map_err(into_status)?;
         Ok(Response::new(wire::LongestResponse { blocks: blocks as u32, in_ram: in_ram as u32 }))

@@ -47,7 +47,10 @@ pub fn init(config: &TelemetryConfig) -> Result<Guard, Error> {
         None => None,
     };
     let logs: Box<dyn Layer<Registry> + Send + Sync> = match config.log_format {
-        LogFormat::Human => Box::new(tracing_subscriber::fmt::layer().with_writer(std::io::stderr)),
+        LogFormat::Human => {
+            let is_terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+            Box::new(tracing_subscriber::fmt::layer().with_ansi(is_terminal).with_writer(std::io::stderr))
+        }
         LogFormat::Json => Box::new(json::layer(std::io::stderr)),
     };
     let traces = export.as_ref().map(|export| {

@@ -65,6 +65,22 @@ impl Member {
         self.process.signal("TERM")
     }
 
+    /// Stops it where it is (SIGSTOP): its connections stand, and it answers nothing.
+    ///
+    /// # Errors
+    /// When `kill` cannot be run.
+    pub fn freeze(&self) -> Result<()> {
+        self.process.signal("STOP")
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// When `kill` cannot be run.
+    pub fn thaw(&self) -> Result<()> {
+        self.process.signal("CONT")
+    }
+
     /// Waits for its end.
     ///
     /// # Errors

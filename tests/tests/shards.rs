@@ -61,6 +61,41 @@ fn a_killed_shard_s_copies_answer_and_it_comes_back() {
 }
 
 #[test]
+fn frozen_processes_are_passed_over_and_used_again() {
+    let cluster = Cluster::start_with_shards(2, 2, 1, "min_copies = 2").unwrap();
+    let want = undisturbed(LONG);
+    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
+    stream.read(20).unwrap();
+    cluster.shards[0].freeze().unwrap();
+    stream.finish().unwrap();
+    assert_eq!(stream.text, want, "a frozen shard");
+    cluster.shards[0].thaw().unwrap();
+    let before = cluster.shards[0].metric("moesaic_expert_tokens_total").unwrap();
+    let works = || {
+        assert_eq!(cluster.complete(PROMPT, LONG)?, want);
+        Ok(cluster.shards[0].metric("moesaic_expert_tokens_total")? > before)
+    };
+    until("the shard works again", works).unwrap();
+
+    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
+    stream.read(20).unwrap();
+    let busy = cluster.busy().unwrap().expect("one works on the stream");
+    cluster.schedulers[busy].freeze().unwrap();
+    stream.finish().unwrap();
+    assert_eq!((stream.text, stream.completion_tokens), (want.clone(), Some(LONG as u64)), "a frozen scheduler");
+    cluster.schedulers[busy].thaw().unwrap();
+
+    // who is placed already goes on, and who comes waits until it is back
+    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
+    stream.read(20).unwrap();
+    cluster.router.freeze().unwrap();
+    stream.finish().unwrap();
+    assert_eq!(stream.text, want, "a frozen router");
+    cluster.router.thaw().unwrap();
+    until("requests are placed again", || Ok(cluster.complete(PROMPT, LONG).is_ok_and(|text| text == want))).unwrap();
+}
+
+#[test]
 fn a_stream_waits_for_a_shard_that_nobody_replaces() {
     let mut cluster = Cluster::start_with_shards(1, 2, 1, "").unwrap();
     let want = undisturbed(LONG);

@@ -68,7 +68,7 @@ impl<B: Backend> Executor<B> {
     /// `Unavailable` when the system gives no thread.
     pub fn start(shard: Arc<ExpertShard<B>>, queue: usize, max_batch_tokens: usize) -> Result<Self> {
         let (sender, jobs) = mpsc::channel(queue);
-        let work = Work { shard, jobs, waiting: VecDeque::new(), max_batch_tokens };
+        let work = Work { shard, jobs, waiting: VecDeque::new(), look_ahead: queue, max_batch_tokens };
         let thread = std::thread::Builder::new().name("experts".into()).spawn(move || work.serve());
         thread.map_err(|error| Error::unavailable(format!("start the experts' thread: {error}")))?;
         Ok(Self { jobs: sender })
@@ -80,6 +80,11 @@ impl<B: Backend> Executor<B> {
     /// `Unavailable` when it is gone.
     pub fn live(&self) -> Result<()> {
         if self.jobs.is_closed() { Err(gone()) } else { Ok(()) }
+    }
+
+    /// Waits until the thread is gone. Cancel-safe.
+    pub async fn ended(&self) {
+        self.jobs.closed().await;
     }
 
     /// Hands a job over; waits while the queue is full.
@@ -99,14 +104,18 @@ fn gone() -> Error {
 struct Work<B: Backend> {
     shard: Arc<ExpertShard<B>>,
     jobs: mpsc::Receiver<Job<B>>,
+    /// Taken from the queue; as many as that holds at most.
     waiting: VecDeque<Job<B>>,
+    look_ahead: usize,
     max_batch_tokens: usize,
 }
 
 impl<B: Backend> Work<B> {
     fn serve(mut self) {
         loop {
-            while let Ok(job) = self.jobs.try_recv() {
+            while self.waiting.len() < self.look_ahead
+                && let Ok(job) = self.jobs.try_recv()
+            {
                 self.waiting.push_back(job);
             }
             match self.waiting.pop_front().or_else(|| self.jobs.blocking_recv()) {

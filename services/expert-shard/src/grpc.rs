@@ -69,7 +69,7 @@ pub fn expert_service(shard: Arc<Shard>) -> ExpertServiceServer<Shard> {
 
 /// Serves a shard whose experts come from `library`.
 pub fn server<B: Backend>(shard: Arc<ExpertShard<B>>, executor: Executor<B>, library: Library) -> Arc<dyn ShardServer> {
-    let server = Server { shard, executor, library, preparing: Mutex::default(), in_flight: watch::Sender::new(0) };
+    let server = Server { shard, executor, library, preparing: Arc::default(), in_flight: watch::Sender::new(0) };
     Arc::new(Served(Arc::new(server)))
 }
 
@@ -81,7 +81,7 @@ struct Server<B: Backend> {
     executor: Executor<B>,
     library: Library,
     /// Held while a placement is prepared.
-    preparing: Mutex<()>,
+    preparing: Arc<Mutex<()>>,
     /// Requests that were not answered yet.
     in_flight: watch::Sender<usize>,
 }
@@ -136,7 +136,12 @@ impl<B: Backend> Server<B> {
     async fn take(self: Arc<Self>, mut requests: Streaming<wire::ComputeRequest>, answers: mpsc::Sender<Answer>) {
         loop {
             let Ok(place) = answers.clone().reserve_owned().await else { return };
-            let message = match requests.message().await {
+            let message = tokio::select! {
+                message = requests.message() => message,
+                // the thread ended: so does the stream, and its scheduler hears it
+                () = self.executor.ended() => return,
+            };
+            let message = match message {
                 Ok(Some(message)) => message,
                 Ok(None) => return,
                 Err(status) => {
@@ -181,10 +186,15 @@ impl<B: Backend> Server<B> {
     /// Loads what a placement wants; how many experts that were.
     async fn prepare(self: Arc<Self>, epoch: u64, shares: Shares) -> Result<u32> {
         let server = Arc::clone(&self);
-        let _preparing = self.preparing.lock().await;
+        // goes along with the loading, which outlives a call that is given up
+        let preparing = Arc::clone(&self.preparing).lock_owned().await;
         let current = self.shard.shelf().current();
         check_is_coming(epoch, current.epoch)?;
+        if self.shard.shelf().has_prepared(epoch, &shares) {
+            return Ok(0);
+        }
         let load = move || {
+            let _preparing = preparing;
             let begun = Instant::now();
             let before = count(&current.experts.shares(), &shares);
             let experts: usize = shares.values().map(Vec::len).sum();

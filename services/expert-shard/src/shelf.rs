@@ -1,6 +1,7 @@
 //! What a shard holds under the placement that it follows, and under the one that comes.
 use moesaic_model::backend::Backend;
 use moesaic_model::decoder::ExpertStore;
+use moesaic_types::cluster::Shares;
 use moesaic_types::{Error, Result};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -56,6 +57,12 @@ impl<B: Backend> Shelf<B> {
         }
         let reason = if epoch < current { "it is over" } else { "it is not prepared here" };
         Err(Error::unavailable(format!("placement {epoch}: {reason}; this shard follows {current}")))
+    }
+
+    /// Whether just this is prepared.
+    pub fn has_prepared(&self, epoch: u64, shares: &Shares) -> bool {
+        let prepared = self.state().prepared.clone();
+        prepared.is_some_and(|prepared| prepared.epoch == epoch && prepared.experts.shares() == *shares)
     }
 
     /// Keeps what a coming placement wants; the preparation of an earlier one is dropped.

@@ -10,8 +10,8 @@ use moesaic_model::spec::ModelSpec;
 use moesaic_service::Cluster;
 use moesaic_transport::placement::{Follower, follow};
 use moesaic_transport::{ExpertsOptions, RemoteExperts};
-use moesaic_types::Routing;
 use moesaic_types::cluster::Service;
+use moesaic_types::{ErrorCode, Routing};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -108,7 +108,11 @@ impl<B: Backend> ExpertPool<B> for RemotePool<B> {
         let (backend, hidden) = (Arc::clone(&self.backend), self.hidden);
         Ok(Ticket::Pending(Box::new(move || {
             let sums = dispatched.wait();
-            let sums = sums.map_err(|error| moesaic_model::Error::Experts { layer, reason: error.to_string() })?;
+            let sums = sums.map_err(|error| match error.code {
+                ErrorCode::Unavailable => moesaic_model::Error::Experts { layer, reason: error.to_string() },
+                // the same would come again
+                _ => backend.error(format!("the experts of layer {layer}: {error}")),
+            })?;
             backend.to_device(sums, hidden)
         })))
     }

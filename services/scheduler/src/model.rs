@@ -80,11 +80,13 @@ fn runner<B: Backend>(
     let spec = spec::read(&from.path, &*source)?;
     let (backend, options) = (Arc::new(backend), from.options());
     let layers = later.map_or(spec.layers.len(), Stages::first);
+    // asked before weights are loaded in vain
+    let peers = later.map(Stages::peers).transpose();
+    let peers = peers.map_err(|error| moesaic_model::Error::Stage { reason: error.message })?;
     let pool = experts.pool(&*source, &spec, backend.clone(), &options, 0..layers)?;
-    let Some(later) = later else {
+    let (Some(later), Some(peers)) = (later, peers) else {
         return Ok(Box::new(load_decoder(&*source, spec, backend, &options, pool)?));
     };
-    let peers = later.peers().map_err(|error| moesaic_model::Error::Stage { reason: error.message })?;
     let later = Box::new(RemoteStages::new(peers, spec.hidden, later.runtime.clone()));
     Ok(Box::new(load_first_stage(&*source, spec, backend, &options, pool, layers, later)?))
 }

@@ -159,10 +159,10 @@ impl Process for SchedulerProcess {
 
     async fn ready(&self) -> Result<()> {
         if let Some(stage) = self.stage.get() {
-            return stage.ready();
+            return stage.ready().and_then(|()| self.experts_ready());
         }
         match self.replica.0.get() {
-            Some(scheduler) => scheduler.ready(),
+            Some(scheduler) => scheduler.ready().and_then(|()| self.experts_ready()),
             None => {
                 let far = how_far(*self.loading.borrow());
                 let missing = self.experts.get().and_then(|experts| experts.ready().err());
@@ -172,6 +172,9 @@ impl Process for SchedulerProcess {
     }
 
     fn live(&self) -> Result<()> {
+        if let Some(stage) = self.stage.get() {
+            return stage.live();
+        }
         self.replica.0.get().map_or(Ok(()), |scheduler| scheduler.live())
     }
 
@@ -188,6 +191,10 @@ impl Process for SchedulerProcess {
 }
 
 impl SchedulerProcess {
+    fn experts_ready(&self) -> Result<()> {
+        self.experts.get().map_or(Ok(()), |experts| experts.ready())
+    }
+
     /// Loads later layers for another process's replica.
     async fn become_stage(
         &self,

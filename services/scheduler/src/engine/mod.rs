@@ -236,7 +236,7 @@ impl Engine {
                 self.handle(command);
             }
             self.remove_overdue_and_abandoned();
-            let advanced = self.step() | self.offer_full();
+            let advanced = self.step() | (self.lost.is_none() && self.offer_full());
             self.deliver();
             self.publish_events();
             if self.sequences.is_empty() {

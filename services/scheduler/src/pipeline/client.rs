@@ -58,6 +58,8 @@ struct Life {
     block_bytes: Vec<usize>,
     /// Micro-batches that were sent.
     sent: u64,
+    /// Micro-batches of which it is known what came.
+    answered: u64,
     /// Those before are of steps that failed.
     valid_from: u64,
     _tasks: JoinSet<()>,
@@ -111,7 +113,7 @@ impl RemoteStages {
         }
         let first = next.ok_or_else(|| Error::internal("a pipeline has a later stage"))?;
         let (items, block_bytes) = (items.into(), block_bytes.into());
-        Ok(Life { first, outputs, items, block_bytes, sent: 0, valid_from: 0, _tasks: tasks })
+        Ok(Life { first, outputs, items, block_bytes, sent: 0, answered: 0, valid_from: 0, _tasks: tasks })
     }
 }
 
@@ -245,6 +247,22 @@ fn lost(error: Error) -> moesaic_model::Error {
     moesaic_model::Error::Stage { reason: error.message }
 }
 
+impl Life {
+    /// Waits until no micro-batch of a step that failed is under way: it would write into blocks that have others'
+    /// tokens by now.
+    fn drain(&mut self) -> moesaic_model::Result<()> {
+        while self.answered < self.sent {
+            let output = self.outputs.recv_timeout(ANSWER_TIMEOUT);
+            let (number, output) = output.map_err(|_| lost(Error::unavailable("a stage does not answer")))?;
+            if number == LOST {
+                return output.map(drop).map_err(lost);
+            }
+            self.answered += 1;
+        }
+        Ok(())
+    }
+}
+
 impl LaterStages for RemoteStages {
     fn stages(&self) -> usize {
         self.peers.len()
@@ -285,6 +303,7 @@ impl LaterStages for RemoteStages {
             if number == LOST {
                 return output.map_err(lost);
             }
+            life.answered += 1;
             if number >= life.valid_from {
                 return output.map_err(|error| moesaic_model::Error::Experts { layer: 0, reason: error.message });
             }
@@ -299,6 +318,7 @@ impl LaterStages for RemoteStages {
 
     fn export_block(&mut self, block: u32) -> moesaic_model::Result<Vec<u8>> {
         let life = self.life()?;
+        life.drain()?;
         let ask = |items: &mpsc::UnboundedSender<Item>| {
             let (reply, answer) = blocking::channel();
             items.send(Item::Export(block, reply)).ok().map(|()| answer)
@@ -310,6 +330,7 @@ impl LaterStages for RemoteStages {
 
     fn import_block(&mut self, block: u32, bytes: &[u8]) -> moesaic_model::Result<()> {
         let life = self.life()?;
+        life.drain()?;
         let (mut rest, mut answers) = (bytes, Vec::new());
         for (items, size) in life.items.iter().zip(&life.block_bytes) {
             let Some((own, later)) = rest.split_at_checked(*size) else {

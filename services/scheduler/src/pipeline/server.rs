@@ -72,6 +72,14 @@ impl StageServer {
         self.state.borrow().clone().unwrap_or_else(|| Err(Error::unavailable("the stage is loading its layers")))
     }
 
+    /// Whether the thread can still answer, or will once it has loaded.
+    ///
+    /// # Errors
+    /// `Unavailable` when it has ended: the process must be restarted.
+    pub fn live(&self) -> Result<()> {
+        if self.jobs.is_closed() { self.ready() } else { Ok(()) }
+    }
+
     /// Waits until the layers are loaded, or could not be.
     ///
     /// # Errors
@@ -95,6 +103,8 @@ impl StageServer {
             let message = tokio::select! {
                 message = requests.message() => message,
                 () = answers.closed() => return,
+                // the thread ended: so does the stream, and its replica hears it
+                () = self.jobs.closed() => return,
             };
             let Ok(Some(message)) = message else { return };
             let Ok(place) = answers.clone().reserve_owned().await else { return };
@@ -117,11 +127,13 @@ impl StageServer {
     }
 }
 
-/// Does what is asked, in order. Requests of a life that is over are dropped: their stream ends.
+/// Does what is asked, in order. Requests of a life that is over are refused.
 fn serve(mut runner: Box<dyn StageRunner>, mut queue: mpsc::Receiver<Job>, layers: &Range<usize>) {
     let mut newest = 0;
     while let Some(Job { life, ask, answer }) = queue.blocking_recv() {
         if life < newest {
+            let error = Error::unavailable("another stream has taken this stage over");
+            drop(answer.send(wire::RunResponse { outcome: Some(Outcome::Error(error.into())) }));
             continue;
         }
         newest = life;

@@ -75,6 +75,8 @@ impl<B: Backend> Stack<B> {
     }
 
     pub(super) fn allocate_kv(&mut self, blocks: usize) -> Result<()> {
+        // an earlier pool makes room first
+        self.kv = None;
         self.kv = Some((self.backend.allocate_kv(&kv_layouts(&self.specs), self.kv_format, blocks)?, blocks));
         Ok(())
     }

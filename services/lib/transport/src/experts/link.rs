@@ -6,7 +6,7 @@ use moesaic_proto::expert::v1::{ComputeRequest, ComputeResponse};
 use moesaic_types::{Error, Result};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
@@ -54,7 +54,12 @@ struct State {
     reason: Error,
     waiting: HashMap<u64, Waiter>,
     next_tag: u64,
+    /// It did not follow this placement yet when it was last asked.
+    behind: Option<(u64, Instant)>,
 }
+
+/// A shard that does not follow the placement yet is asked again after so long.
+const PROBE: Duration = Duration::from_millis(500);
 
 impl Drop for Link {
     fn drop(&mut self) {
@@ -67,7 +72,7 @@ impl Link {
     /// Begins to open a stream behind a channel; `peer` names the shard in errors.
     pub(super) fn open(peer: Arc<str>, channel: Channel, changes: watch::Sender<u64>) -> Self {
         let reason = Error::unavailable(format!("{peer} is not connected yet"));
-        let state = State { outgoing: None, reason, waiting: HashMap::new(), next_tag: 0 };
+        let state = State { outgoing: None, reason, waiting: HashMap::new(), next_tag: 0, behind: None };
         let shared = Arc::new(Shared { state: Mutex::new(state), changes });
         let client = ExpertServiceClient::new(channel);
         let client = client.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
@@ -75,10 +80,26 @@ impl Link {
         Self { peer, shared, task }
     }
 
-    /// Whether the stream is open; why not.
-    pub(super) fn is_up(&self) -> Result<()> {
+    /// Whether the shard can be asked under a placement.
+    ///
+    /// # Errors
+    /// Why not: the stream is not open, or it refused a moment ago because it has not loaded its experts.
+    pub(super) fn is_up(&self, epoch: u64) -> Result<()> {
         let state = self.shared.state();
-        state.outgoing.as_ref().map(|_| ()).ok_or_else(|| state.reason.clone())
+        if state.outgoing.is_none() {
+            return Err(state.reason.clone());
+        }
+        match state.behind {
+            Some((behind, since)) if behind == epoch && since.elapsed() < PROBE => {
+                Err(Error::unavailable(format!("{} loads the experts of placement {epoch}", self.peer)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The shard does not follow this placement yet: its copies are asked, and it is asked again later.
+    pub(super) fn set_behind(&self, epoch: u64) {
+        self.shared.state().behind = Some((epoch, Instant::now()));
     }
 
     /// Sends a request, whose tag is set here; `waiter` is called once, whatever comes.
@@ -145,9 +166,11 @@ async fn keep(peer: Arc<str>, client: ExpertServiceClient<Channel>, shared: Arc<
             Ok(Err(status)) => explain(&peer, &status),
             Ok(Ok(answers)) => {
                 tracing::info!(%peer, "connected");
-                pause = FIRST_PAUSE;
                 shared.set_open(sender);
-                let reason = read(&peer, answers.into_inner(), &shared).await;
+                let (has_answered, reason) = read(&peer, answers.into_inner(), &shared).await;
+                if has_answered {
+                    pause = FIRST_PAUSE;
+                }
                 tracing::warn!(%peer, %reason, "the connection broke");
                 reason
             }
@@ -158,13 +181,17 @@ async fn keep(peer: Arc<str>, client: ExpertServiceClient<Channel>, shared: Arc<
     }
 }
 
-/// Hands answers to who waits for them; why no more come.
-async fn read(peer: &str, mut answers: Streaming<ComputeResponse>, shared: &Shared) -> Error {
+/// Hands answers to who waits for them; whether any came, and why no more do.
+async fn read(peer: &str, mut answers: Streaming<ComputeResponse>, shared: &Shared) -> (bool, Error) {
+    let mut has_answered = false;
     loop {
         match answers.message().await {
-            Ok(Some(response)) => shared.answer(response),
-            Ok(None) => return Error::unavailable(format!("{peer} ended the stream")),
-            Err(status) => return explain(peer, &status),
+            Ok(Some(response)) => {
+                has_answered = true;
+                shared.answer(response);
+            }
+            Ok(None) => return (has_answered, Error::unavailable(format!("{peer} ended the stream"))),
+            Err(status) => return (has_answered, explain(peer, &status)),
         }
     }
 }

@@ -6,6 +6,7 @@ mod plan;
 mod view;
 
 use crate::membership::Directory;
+use link::Link;
 use metrics::{counter, histogram};
 use moesaic_proto::expert::v1::compute_response::Outcome;
 use moesaic_proto::expert::v1::{ComputeRequest, ComputeResponse};
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
-use view::View;
+use view::{Reach, View};
 
 /// How experts are reached.
 #[derive(Clone, Debug, PartialEq)]
@@ -79,13 +80,10 @@ impl RemoteExperts {
     pub fn ready(&self) -> Result<()> {
         let view = self.view.borrow().clone();
         let placement = view.placement.as_ref().ok_or_else(no_placement)?;
+        let reach = view.reach();
         for (layer, holders) in &placement.layers {
-            for (expert, groups) in holders.iter().enumerate() {
-                let mut refusals = groups.iter().filter_map(|group| view.group(*group).err());
-                if let (true, error) = (groups.iter().all(|group| view.group(*group).is_err()), refusals.next()) {
-                    let reason = error.map_or_else(|| "it is in no group".into(), |error| error.to_string());
-                    return Err(Error::unavailable(format!("expert {expert} of layer {layer}: {reason}")));
-                }
+            if let Some(expert) = holders.iter().position(|groups| !groups.iter().any(|group| reach.has(*group))) {
+                return Err(unreached(*layer, expert, &holders[expert], &reach));
             }
         }
         Ok(())
@@ -123,19 +121,18 @@ impl RemoteExperts {
         let holders = placement.layers.get(&tokens.layer).ok_or_else(|| {
             Error::unavailable(format!("placement {} does not have layer {}", placement.epoch, tokens.layer))
         })?;
-        let parts = plan::cut(&tokens.routing, holders, |group| view.group(group).is_ok());
-        let parts = parts.map_err(|expert| {
-            let groups = holders.get(expert as usize).into_iter().flatten();
-            let reasons: Vec<_> = groups.filter_map(|group| view.group(*group).err()).map(|e| e.to_string()).collect();
-            Error::unavailable(format!("expert {expert}: {}", reasons.join("; ")))
+        let reach = view.reach();
+        let parts = plan::cut(&tokens.routing, holders, |group| reach.has(group)).map_err(|expert| {
+            let groups = holders.get(expert as usize).map_or(&[][..], |groups| groups);
+            unreached(tokens.layer, expert as usize, groups, &reach)
         })?;
         let (sender, answers) = mpsc::channel();
         let mut replies = Vec::new();
         for (at, part) in parts.iter().enumerate() {
             let request = self.request(tokens, part, placement.epoch, traceparent);
-            for link in view.group(part.group)? {
+            for link in reach.group(part.group)? {
                 let (sender, place) = (sender.clone(), replies.len());
-                replies.push(at);
+                replies.push((at, Arc::clone(link)));
                 // who waits may have given up
                 let waiter = move |answer| drop(sender.send((place, answer)));
                 link.send(request.clone(), Box::new(waiter));
@@ -169,6 +166,12 @@ impl RemoteExperts {
     }
 }
 
+fn unreached(layer: usize, expert: usize, groups: &[usize], reach: &Reach) -> Error {
+    let reasons = groups.iter().filter_map(|group| reach.group(*group).err()).map(|error| error.to_string());
+    let reasons: Vec<_> = reasons.collect();
+    Error::unavailable(format!("expert {expert} of layer {layer}: {}", reasons.join("; ")))
+}
+
 fn no_placement() -> Error {
     Error::unavailable("the experts are not placed yet: no router leads, or no shard has registered")
 }
@@ -196,21 +199,21 @@ struct Attempt {
 struct Sent {
     parts: Vec<Part>,
     epoch: u64,
-    /// The part of each answer, by group and rank.
-    replies: Vec<usize>,
+    /// The part of each answer and who gives it, by group and rank.
+    replies: Vec<(usize, Arc<Link>)>,
     answers: mpsc::Receiver<(usize, Result<ComputeResponse>)>,
 }
 
-/// A failure, and whether another view would help.
+/// A failure, and what would help.
 struct Failure {
     error: Error,
-    /// The placement that the shard follows, where it said so.
-    newer: Option<u64>,
+    /// Others can be asked at once: the shard does not have its experts yet.
+    is_behind: bool,
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self { error, newer: None }
+        Self { error, is_behind: false }
     }
 }
 
@@ -247,11 +250,11 @@ impl Dispatched {
             };
             let patience = self.experts.options.patience.min(deadline.saturating_duration_since(Instant::now()));
             let is_final = attempt == ATTEMPTS || failure.error.code != ErrorCode::Unavailable;
-            if is_final || !self.experts.changed(self.attempt.changes, patience) {
+            if is_final || !(failure.is_behind || self.experts.changed(self.attempt.changes, patience)) {
                 return Err(failure.error);
             }
             counter!(names::EXPERT_RETRIES_TOTAL).increment(1);
-            tracing::debug!(error = %failure.error, newer = failure.newer, "send a layer again");
+            tracing::debug!(error = %failure.error, "send a layer again");
             self.attempt = self.experts.attempt(&self.tokens, &self.traceparent);
         }
         unreachable!("the last attempt returns")
@@ -267,11 +270,11 @@ impl Sent {
             let (place, answer) = self.answers.recv_timeout(left).map_err(|_| {
                 Error::unavailable(format!("the experts of layer {} did not answer in time", tokens.layer))
             })?;
-            let part = &self.parts[self.replies[place]];
-            outputs[place] = Some(self.open(answer?, part, tokens.hidden)?);
+            let (at, link) = &self.replies[place];
+            outputs[place] = Some(self.open(answer?, &self.parts[*at], link, tokens.hidden)?);
         }
         let mut sums = vec![0.0; tokens.x.len()];
-        for (output, at) in outputs.into_iter().flatten().zip(&self.replies) {
+        for (output, (at, _)) in outputs.into_iter().flatten().zip(&self.replies) {
             for (row, token) in output.chunks_exact(tokens.hidden).zip(&self.parts[*at].tokens) {
                 let sum = &mut sums[*token as usize * tokens.hidden..][..tokens.hidden];
                 sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
@@ -280,7 +283,7 @@ impl Sent {
         Ok(sums)
     }
 
-    fn open(&self, answer: ComputeResponse, part: &Part, hidden: usize) -> Result<Vec<f32>, Failure> {
+    fn open(&self, answer: ComputeResponse, part: &Part, link: &Link, hidden: usize) -> Result<Vec<f32>, Failure> {
         match answer.outcome {
             Some(Outcome::Output(output)) => {
                 counter!(names::EXPERT_RECEIVED_BYTES_TOTAL).increment(output.data.len() as u64);
@@ -292,7 +295,11 @@ impl Sent {
                 Ok(values)
             }
             Some(Outcome::Error(error)) => {
-                Err(Failure { error: error.into(), newer: (answer.epoch > self.epoch).then_some(answer.epoch) })
+                let is_behind = answer.epoch < self.epoch;
+                if is_behind {
+                    link.set_behind(self.epoch);
+                }
+                Err(Failure { error: error.into(), is_behind })
             }
             None => Err(Error::internal("a shard's answer has no outcome").into()),
         }

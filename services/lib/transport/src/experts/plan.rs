@@ -14,7 +14,7 @@ pub(super) struct Part {
 }
 
 /// Cuts a layer's routing by groups, ascending. `holders` are the groups that hold each expert of the layer, and
-/// `lives` says which of them can be asked.
+/// `lives` says which of them can be asked, the same at each call.
 ///
 /// Where an expert is in several groups, the choice depends on nothing but its token's own experts (and on who lives),
 /// so that a token's sum is the same in every batch: first the groups that the token needs anyway, then one that its
@@ -68,7 +68,7 @@ fn choose(
         let known = living(expert).find(|group| needed.contains(group));
         let group = known.unwrap_or_else(|| {
             let count = living(expert).count() as u64;
-            let group = living(expert).nth((turn % count) as usize).expect("it is below the count");
+            let group = living(expert).nth((turn % count) as usize).expect("who lives does not change meanwhile");
             needed.push(group);
             group
         });

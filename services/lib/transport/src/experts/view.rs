@@ -2,7 +2,7 @@
 use super::link::Link;
 use crate::channel::bulk_channel;
 use crate::membership::{Directory, Peers, View as Members};
-use moesaic_types::cluster::{Placement, Role};
+use moesaic_types::cluster::{MemberState, Placement, Role};
 use moesaic_types::{Digest, Error, Result};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,29 +17,66 @@ pub(super) struct View {
     groups: BTreeMap<usize, Group>,
 }
 
-/// The shards of a group.
-#[derive(Debug)]
+/// The shards of a group, by rank.
+#[derive(Debug, Default)]
 struct Group {
-    /// Slices in it.
-    ranks: usize,
-    links: BTreeMap<usize, Arc<Link>>,
+    shards: BTreeMap<usize, Shard>,
 }
 
-impl View {
-    /// The streams to a group's shards by rank, if all are open.
+/// One shard, and how good a choice it is for its place.
+#[derive(Debug)]
+struct Shard {
+    /// Slices of its group, as it says.
+    ranks: usize,
+    /// Whether it stays, and when it came: a process that takes another's place is the later one.
+    standing: (bool, u64),
+    link: Arc<Link>,
+}
+
+/// Who could be asked at one moment: the groups' streams by rank, or what is missing.
+#[derive(Debug)]
+pub(super) struct Reach(BTreeMap<usize, Result<Vec<Arc<Link>>>>);
+
+impl Reach {
+    /// The streams to a group's shards by rank.
     ///
     /// # Errors
     /// `Unavailable` naming what is missing.
-    pub fn group(&self, group: usize) -> Result<Vec<&Arc<Link>>> {
+    pub fn group(&self, group: usize) -> Result<&[Arc<Link>]> {
+        match self.0.get(&group) {
+            Some(Ok(links)) => Ok(links),
+            Some(Err(error)) => Err(error.clone()),
+            None => Err(Error::unavailable(format!("expert group {group} has no shard"))),
+        }
+    }
+
+    /// Whether a group can be asked.
+    pub fn has(&self, group: usize) -> bool {
+        matches!(self.0.get(&group), Some(Ok(_)))
+    }
+}
+
+impl Group {
+    fn links(&self, group: usize, epoch: u64) -> Result<Vec<Arc<Link>>> {
         let missing = |what: String| Error::unavailable(format!("expert group {group} {what}"));
-        let Some(found) = self.groups.get(&group) else { return Err(missing("has no shard".into())) };
-        (0..found.ranks)
-            .map(|rank| {
-                let link = found.links.get(&rank).ok_or_else(|| missing(format!("has no shard of rank {rank}")))?;
-                link.is_up().map_err(|error| missing(format!("is not reached: {error}")))?;
-                Ok(link)
-            })
-            .collect()
+        let ranks = self.shards.values().next().map_or(0, |shard| shard.ranks);
+        if self.shards.values().any(|shard| shard.ranks != ranks) {
+            return Err(missing("has shards that do not agree on expert_shard.ranks".into()));
+        }
+        let link = |rank| {
+            let shard = self.shards.get(&rank).ok_or_else(|| missing(format!("has no shard of rank {rank}")))?;
+            shard.link.is_up(epoch).map_err(|error| missing(format!("is not reached: {error}")))?;
+            Ok(Arc::clone(&shard.link))
+        };
+        (0..ranks).map(link).collect()
+    }
+}
+
+impl View {
+    /// Who can be asked under the placement now.
+    pub fn reach(&self) -> Reach {
+        let epoch = self.placement.as_ref().map_or(0, |placement| placement.epoch);
+        Reach(self.groups.iter().map(|(group, shards)| (*group, shards.links(*group, epoch))).collect())
     }
 
     fn of(placement: Option<Arc<Placement>>, members: &Members, peers: &Peers<Arc<Link>>, model: Digest) -> Self {
@@ -47,10 +84,11 @@ impl View {
         for record in members.members.values() {
             let Role::Shard(shard) = &record.member.role else { continue };
             let Some(link) = peers.get(&record.member.id).filter(|_| shard.model == model) else { continue };
-            let group =
-                groups.entry(shard.group).or_insert_with(|| Group { ranks: shard.ranks, links: BTreeMap::new() });
-            // a shard that takes the place of another is the later one
-            group.links.insert(shard.rank, Arc::clone(link));
+            let standing = (record.member.state != MemberState::Draining, record.member.generation);
+            let places = &mut groups.entry(shard.group).or_default().shards;
+            if places.get(&shard.rank).is_none_or(|other| other.standing < standing) {
+                places.insert(shard.rank, Shard { ranks: shard.ranks, standing, link: Arc::clone(link) });
+            }
         }
         Self { placement, groups }
     }

@@ -30,6 +30,7 @@ impl From<PlaceRequest> for wire::PlaceRequest {
             prompt_tokens: request.prompt_tokens.try_into().unwrap_or(u32::MAX),
             max_tokens: request.max_tokens.try_into().unwrap_or(u32::MAX),
             exclude: request.exclude.iter().map(ToString::to_string).collect(),
+            latest_was_full: request.latest_was_full,
             model: request.model.map(|model| Bytes::copy_from_slice(&model.0)).unwrap_or_default(),
         }
     }
@@ -44,6 +45,7 @@ impl TryFrom<wire::PlaceRequest> for PlaceRequest {
             prompt_tokens: request.prompt_tokens as usize,
             max_tokens: request.max_tokens as usize,
             exclude: request.exclude.into_iter().map(ReplicaId::new).collect(),
+            latest_was_full: request.latest_was_full,
             model: model_from_wire(&request.model)?,
         })
     }
@@ -84,6 +86,7 @@ mod tests {
             prompt_tokens: 130,
             max_tokens: 7,
             exclude: vec![ReplicaId::new("b")],
+            latest_was_full: true,
             model: Some(Digest::of(b"model")),
         };
         for request in [PlaceRequest { model: None, ..request.clone() }, request] {

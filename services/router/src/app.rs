@@ -90,8 +90,9 @@ impl Router {
                 HashMap::new()
             }
         };
-        let PlaceRequest { prompt_tokens, max_tokens, exclude, model, .. } = request;
-        self.table.ask(Choose { prompt_tokens, max_tokens, exclude, model, overlap }, deadline).await?
+        let PlaceRequest { prompt_tokens, max_tokens, exclude, latest_was_full, model, .. } = request;
+        let choose = Choose { prompt_tokens, max_tokens, exclude, latest_was_full, model, overlap };
+        self.table.ask(choose, deadline).await?
     }
 }
 

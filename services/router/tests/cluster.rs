@@ -103,6 +103,7 @@ async fn replicas_are_those_of_the_directory() {
         prompt_tokens: 10,
         max_tokens: 10,
         exclude: exclude.iter().map(|id| ReplicaId::new(*id)).collect(),
+        latest_was_full: false,
         model: Some(served().hasher().digest()),
     };
     let placed = soon("a placement", placer.place(request(&["a"]))).await.unwrap();

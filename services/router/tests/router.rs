@@ -64,6 +64,7 @@ fn request(blocks: &[u8]) -> PlaceRequest {
         prompt_tokens: (blocks.len() * BLOCK_TOKENS).max(1),
         max_tokens: 16,
         exclude: Vec::new(),
+        latest_was_full: false,
         model: None,
     }
 }
@@ -163,6 +164,11 @@ async fn excluded_replicas_are_left_out_and_end_in_the_breaker() {
     router.register(id("a"), a.clone());
     router.register(id("b"), b.clone());
     polled(&b).await;
+    let full_at_a = PlaceRequest { exclude: vec![id("a")], latest_was_full: true, ..request(&[]) };
+    for _ in 0..5 {
+        assert_eq!(router.place(full_at_a.clone()).await.unwrap().replica, id("b"));
+    }
+    assert!(router.replicas().await.unwrap().iter().all(|status| status.ready), "to be full is no failure");
     let failed_at_a = PlaceRequest { exclude: vec![id("a")], ..request(&[]) };
     for _ in 0..2 {
         assert_eq!(router.place(failed_at_a.clone()).await.unwrap().replica, id("b"));

@@ -39,6 +39,7 @@ pub(super) async fn seek(
         Some((attempt, error)) => (Some(attempt.clone()), Some(error)),
         None => (None, None),
     };
+    let mut latest_was_full = false;
     while failed.len() < backend.attempts {
         let attempt = tracing::info_span!(
             parent: &job.span,
@@ -51,12 +52,14 @@ pub(super) async fn seek(
         if let Some(earlier) = &linked {
             propagation::link(&attempt, earlier);
         }
-        let sent = send(backend, job, index, emitted, failed, attempt.clone()).instrument(attempt.clone());
+        let tried = Tried { replicas: failed, latest_was_full };
+        let sent = send(backend, job, index, emitted, tried, attempt.clone()).instrument(attempt.clone());
         match deadline::by(job.deadline, sent).await? {
             Ok(placed) => return Ok(placed),
             Err((Some(replica), error)) if elsewhere(&error) => {
                 tracing::warn!(id = %job.id, %replica, %error, "replica refused a request; trying another");
                 failed.push(replica);
+                latest_was_full = error.code == ErrorCode::ResourceExhausted;
                 linked = Some(attempt);
                 first.get_or_insert(error);
             }
@@ -66,6 +69,13 @@ pub(super) async fn seek(
         }
     }
     Err(first.unwrap_or_else(|| Error::unavailable("no replica took the request; send it again")))
+}
+
+/// Replicas that are not asked again.
+struct Tried<'a> {
+    replicas: &'a [ReplicaId],
+    /// The latest had no room, which is no failure.
+    latest_was_full: bool,
 }
 
 /// Whether another replica may do better.
@@ -79,7 +89,7 @@ async fn send(
     job: &Job,
     index: usize,
     emitted: &[TokenId],
-    failed: &[ReplicaId],
+    tried: Tried<'_>,
     attempt: Span,
 ) -> Result<Placed, (Option<ReplicaId>, Error)> {
     let prompt: Arc<[TokenId]> = match emitted {
@@ -96,7 +106,8 @@ async fn send(
         blocks: job.blocks.to_vec(),
         prompt_tokens: prompt.len(),
         max_tokens: left,
-        exclude: failed.to_vec(),
+        exclude: tried.replicas.to_vec(),
+        latest_was_full: tried.latest_was_full,
         model: Some(job.model.hasher.digest()),
     };
     let placed = backend.placer.place(place).await.map_err(|error| (None, error))?.replica;

@@ -325,6 +325,7 @@ async fn any_router_that_answers_will_do() {
             prompt_tokens: 1,
             max_tokens: 1,
             exclude: vec![],
+            latest_was_full: false,
             model: None,
         };
         soon("an answer", routers.place(request)).await.map(|placed| placed.replica.to_string())

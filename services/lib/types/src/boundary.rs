@@ -48,8 +48,10 @@ pub struct PlaceRequest {
     pub prompt_tokens: usize,
     /// Tokens to generate at most.
     pub max_tokens: usize,
-    /// Replicas that failed this request already.
+    /// Replicas that did not take this request, or failed it, the latest last.
     pub exclude: Vec<ReplicaId>,
+    /// The latest of them had no room, which is no failure.
+    pub latest_was_full: bool,
     /// The model as it is served ([`BlockHasher::digest`](crate::BlockHasher::digest)); `None`: any.
     pub model: Option<Digest>,
 }

@@ -206,8 +206,10 @@ pub struct Choose {
     pub prompt_tokens: usize,
     /// Tokens to generate at most.
     pub max_tokens: usize,
-    /// Replicas that failed this request, the latest last.
+    /// Replicas that did not take this request, or failed it, the latest last.
     pub exclude: Vec<ReplicaId>,
+    /// The latest of them had no room, which is no failure.
+    pub latest_was_full: bool,
     /// The model as it is served; `None`: any.
     pub model: Option<Digest>,
     /// Blocks of the prompt that replicas are believed to have.
@@ -221,7 +223,8 @@ impl Handler<Choose> for ReplicaTable {
         self.read_registrations();
         let now = Instant::now();
         // The others of the list were counted when they were the latest.
-        if let Some(entry) = choose.exclude.last().and_then(|id| self.replicas.get_mut(id)) {
+        let latest = choose.exclude.last().filter(|_| !choose.latest_was_full);
+        if let Some(entry) = latest.and_then(|id| self.replicas.get_mut(id)) {
             entry.breaker.failed(now);
         }
         let may_take = |(id, entry): &(&ReplicaId, &Entry)| {

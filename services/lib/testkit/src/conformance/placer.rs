@@ -18,6 +18,7 @@ pub async fn placer<F: Future<Output = Arc<dyn Placer>>>(reach: impl Fn(Arc<dyn 
             prompt_tokens: 1_280_000,
             max_tokens: 77,
             exclude: vec![ReplicaId::new("b"), ReplicaId::new("caf\u{e9} 9")],
+            latest_was_full: false,
             model: (blocks > 0).then(|| Digest::of(b"model")),
         };
         let placed = Placed { replica: ReplicaId::new("host.example:9020"), overlap_blocks: 12 };
@@ -35,6 +36,7 @@ pub async fn placer<F: Future<Output = Arc<dyn Placer>>>(reach: impl Fn(Arc<dyn 
             prompt_tokens: 0,
             max_tokens: 0,
             exclude: vec![],
+            latest_was_full: false,
             model: None,
         };
         assert_eq!(soon("the refusal", placer.place(asked)).await, Err(error.clone()));

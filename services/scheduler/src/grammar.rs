@@ -7,6 +7,7 @@
 //! JSON between its values: a schema says by llguidance's `x-guidance` what may stand there; one that does not gets a
 //! space or a line break with its indentation, once. Free white space is where models go round in circles.
 mod cache;
+mod multiples;
 
 use self::cache::Cache;
 use crate::config::Config;
@@ -161,6 +162,7 @@ impl Compiler {
             Grammar::JsonObject => TopLevelGrammar::from_json_schema(spaced(json!({"type": "object"}))),
             Grammar::JsonSchema(text) => {
                 let schema = serde_json::from_str(text).map_err(|error| invalid(&format!("not JSON: {error}")))?;
+                multiples::check(&schema).map_err(|reason| invalid(&reason))?;
                 TopLevelGrammar::from_json_schema(spaced(schema))
             }
             Grammar::Regex(text) => TopLevelGrammar::from_regex(text),

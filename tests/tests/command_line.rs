@@ -90,7 +90,8 @@ fn up_refuses_wrong_settings_and_broken_tokenizers() {
     refuses(&["up", "--set", "scheduler.max_waiting=18446744073709551615"], "max_waiting");
     refuses(&["up", "--set", "model.threads=100000"], "at most 1024");
     refuses(&["up", "--threads", "100000"], "at most 1024");
-    let up = ["up", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--set"];
+    let model = root().join("deploy/models/demo-moe");
+    let up = ["up", "--model", text(&model), "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--set"];
     refuses(&[&up[..], &["scheduler.kv_memory_bytes=900TiB"]].concat(), "kv_memory_bytes asks for");
     refuses(&["config", "--service", "nonsense"], "--service nonsense");
     refuses(&["up", "--model", "no-such-folder", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"], "no-such-folder");

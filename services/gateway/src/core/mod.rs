@@ -20,7 +20,7 @@ mod workers;
 pub use answer::{Core, Life, Piece, PieceStream, ReplicaLookup};
 pub(crate) use budget::Held;
 pub(crate) use check::tokens;
-pub(crate) use grammar::{compact, one_of};
+pub(crate) use grammar::{closed, compact, one_of};
 pub use input::SamplingInput;
 pub use job::{Job, Limits};
 pub use names::Names;

@@ -1,6 +1,6 @@
 //! Between the wire and the core.
 use crate::core::tools::{Call, Style, Tools};
-use crate::core::{Names, Piece, SamplingInput, compact, one_of};
+use crate::core::{Names, Piece, SamplingInput, closed, compact, one_of};
 use moesaic_proto::inference::v1 as wire;
 use moesaic_types::{Error, FinishReason, Grammar, Result};
 use serde_json::{Map, Value, json};
@@ -76,7 +76,7 @@ fn grammar(format: wire::ResponseFormat) -> Result<Option<Grammar>> {
     Ok(Some(match kind {
         Format::JsonObject(_) => Grammar::JsonObject,
         Format::JsonSchema(schema) if format.strict => {
-            let schema = compact(json("response_format.json_schema", &schema)?);
+            let schema = compact(closed(json("response_format.json_schema", &schema)?));
             Grammar::JsonSchema(schema.to_string().into())
         }
         Format::JsonSchema(schema) => Grammar::JsonSchema(schema.into()),

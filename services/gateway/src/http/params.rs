@@ -1,6 +1,6 @@
 //! Sampling and output format as the two OpenAI routes have them, with vLLM's further fields.
 use super::fields::Fields;
-use crate::core::{Names, SamplingInput, compact, one_of};
+use crate::core::{Names, SamplingInput, closed, compact, one_of};
 use moesaic_types::{Error, Grammar, Result};
 use serde_json::{Map, Value};
 
@@ -90,7 +90,7 @@ fn response_format(format: &Map<String, Value>) -> Result<Option<Grammar>> {
                 Some(Value::Bool(strict)) => *strict,
                 Some(_) => return Err(invalid("json_schema.strict", "true or false")),
             };
-            let schema = if strict { compact(schema.clone()) } else { schema.clone() };
+            let schema = if strict { compact(closed(schema.clone())) } else { schema.clone() };
             Ok(Some(Grammar::JsonSchema(schema.to_string().into())))
         }
         _ => Err(invalid("type", "text, json_object or json_schema")),

@@ -8,7 +8,7 @@ mod reply;
 
 pub use reply::{Said, Splitter, Style};
 
-use super::grammar::compact;
+use super::grammar::{closed, compact, moved};
 use moesaic_types::{Error, FinishReason, Grammar, Result};
 use serde_json::{Value, json};
 
@@ -132,9 +132,14 @@ impl Tools {
 
     /// What holds the model to a call, where one must be.
     pub fn grammar(&self) -> Option<Grammar> {
+        // arguments are an object; a tool without parameters gets an empty one
         let parameters = |tool: &Value| match &tool["function"]["parameters"] {
-            Value::Object(schema) => Value::Object(schema.clone()),
-            _ => json!({"type": "object"}),
+            Value::Object(schema) if !schema.is_empty() => {
+                let mut schema = schema.clone();
+                schema.entry("type").or_insert_with(|| json!("object"));
+                closed(Value::Object(schema))
+            }
+            _ => json!({"type": "object", "properties": {}, "additionalProperties": false}),
         };
         let schema = match &self.choice {
             Choice::None | Choice::Auto => return None,
@@ -142,15 +147,18 @@ impl Tools {
                 parameters(self.list.iter().find(|tool| tool["function"]["name"] == *name.as_str())?)
             }
             Choice::Required => {
-                let call = |tool: &Value| {
+                let above = if self.single { "#" } else { "#/items" };
+                let call = |(index, tool): (usize, &Value)| {
+                    let place = format!("{above}/anyOf/{index}/properties/arguments");
+                    let arguments = moved(parameters(tool), &place);
                     json!({
                         "type": "object",
-                        "properties": {"name": {"const": tool["function"]["name"]}, "arguments": parameters(tool)},
+                        "properties": {"name": {"const": tool["function"]["name"]}, "arguments": arguments},
                         "required": ["name", "arguments"],
                         "additionalProperties": false,
                     })
                 };
-                let any = json!({"anyOf": self.list.iter().map(call).collect::<Vec<_>>()});
+                let any = json!({"anyOf": self.list.iter().enumerate().map(call).collect::<Vec<_>>()});
                 match self.single {
                     true => any,
                     false => json!({"type": "array", "items": any, "minItems": 1, "maxItems": MAX_FORCED}),
@@ -182,6 +190,35 @@ mod tests {
         for schema in [several, one, schema(Choice::Named("f".into()), false)] {
             assert_eq!(schema["x-guidance"]["whitespace_flexible"], false, "{schema}");
         }
+    }
+
+    #[test]
+    fn forced_arguments_are_closed_objects_whose_references_go_with_them() {
+        let node = json!({"properties": {"x": {"$ref": "#/$defs/X"}, "kids": {"items": {"$ref": "#"}}},
+            "$defs": {"X": {"type": "object", "properties": {"a": {"type": "integer"}}}}});
+        let tool = |parameters: Value| json!({"type": "function", "function": {"name": "f", "parameters": parameters}});
+        let list = vec![tool(json!({})), tool(node)];
+        let schema = |choice: Choice, single: bool| match (Tools { list: list.clone(), choice, single }).grammar() {
+            Some(Grammar::JsonSchema(text)) => serde_json::from_str::<Value>(&text).unwrap(),
+            other => panic!("{other:?}"),
+        };
+        for (single, above) in [(true, ""), (false, "/items")] {
+            let all = schema(Choice::Required, single);
+            let arguments = |index: usize| {
+                let place = format!("{above}/anyOf/{index}/properties/arguments");
+                (all.pointer(&place).unwrap().clone(), format!("#{place}"))
+            };
+            let (empty, _) = arguments(0);
+            assert_eq!((&empty["type"], &empty["additionalProperties"]), (&json!("object"), &json!(false)));
+            let (node, place) = arguments(1);
+            assert_eq!((&node["type"], &node["additionalProperties"]), (&json!("object"), &json!(false)));
+            assert_eq!(node["properties"]["x"]["$ref"], format!("{place}/$defs/X"));
+            assert_eq!(node["properties"]["kids"]["items"]["$ref"], place);
+            assert!(
+                all.pointer(&format!("{}/$defs/X/additionalProperties", &place[1..])).is_some_and(|open| open == false)
+            );
+        }
+        assert_eq!(schema(Choice::Named("f".into()), false)["additionalProperties"], false);
     }
 
     #[test]

@@ -27,6 +27,11 @@ use toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilities, TokEnv, T
 const MAX_MESSAGE: usize = 600;
 /// Symbols of a compiled grammar; llguidance's default is five times as many, which takes seconds.
 const MAX_GRAMMAR_SYMBOLS: usize = 100_000;
+/// Parser items that one token's mask may take: an ambiguous grammar ends with an error before its masks, which all
+/// requests of a batch wait for, take long.
+const MAX_STEP_ITEMS: usize = 10_000;
+/// States of a grammar's lexer, of 1 to 2 kB each.
+const MAX_LEXER_STATES: usize = 50_000;
 /// When a request may try again that found all compiling threads taken.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -62,8 +67,13 @@ impl Compiler {
         let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices)
             .map_err(|error| Error::internal(format!("prepare the vocabulary for grammars: {error:#}")))?;
         factory.quiet();
-        let limits =
-            ParserLimits { max_grammar_size: MAX_GRAMMAR_SYMBOLS, verbose_errors: false, ..Default::default() };
+        let limits = ParserLimits {
+            max_grammar_size: MAX_GRAMMAR_SYMBOLS,
+            step_max_items: MAX_STEP_ITEMS,
+            max_lexer_states: MAX_LEXER_STATES,
+            verbose_errors: false,
+            ..Default::default()
+        };
         *factory.limits_mut() = limits;
         Ok(Self {
             factory,

@@ -60,7 +60,7 @@ fn coefficient(number: &str) -> Result<u64, String> {
 }
 
 fn join(a: u64, b: u64) -> Result<u64, String> {
-    let divisor = (1..=b).rev().find(|divisor| a % divisor == 0 && b % divisor == 0).unwrap_or(1);
+    let divisor = (1..=b).rev().find(|divisor| a.is_multiple_of(*divisor) && b.is_multiple_of(*divisor)).unwrap_or(1);
     let multiple = a / divisor * b;
     if multiple <= LARGEST {
         return Ok(multiple);

@@ -8,7 +8,8 @@ use moesaic_model::backend::Backend;
 use moesaic_proto::expert::v1 as wire;
 use moesaic_proto::expert::v1::expert_service_server::{ExpertService, ExpertServiceServer};
 use moesaic_proto::{ComputeInput, WireDType, encode_tensor, from_status, into_status, shares_from_wire};
-use moesaic_telemetry::propagation::{from_traceparent, set_parent};
+use moesaic_telemetry::propagation::traced;
+use moesaic_transport::channel::MAX_MESSAGE;
 use moesaic_types::cluster::Shares;
 use moesaic_types::{Error, Result};
 use std::sync::{Arc, OnceLock};
@@ -17,10 +18,6 @@ use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::timeout_at;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
-use tracing::Span;
-
-/// The largest message: a prefill chunk's tokens.
-const MAX_MESSAGE: usize = 64 << 20;
 
 /// Requests of one stream that are computed or wait to be taken; then no more are read from it.
 const IN_FLIGHT: usize = 32;
@@ -162,7 +159,8 @@ impl<B: Backend> Server<B> {
                 Ok((input, held)) => {
                     let (reply, hidden, epoch) = (input.reply, self.shard.hidden(), held.epoch);
                     let pending = Pending { tag, reply, hidden, epoch };
-                    let span = span(&input);
+                    let (layer, tokens) = (input.layer, input.routing.tokens());
+                    let span = traced(&input.traceparent, || tracing::info_span!("experts", layer, tokens));
                     let in_flight = InFlight::new(&self);
                     let reply = Box::new(move |outcome| {
                         drop(place.send((pending, outcome)));
@@ -222,16 +220,6 @@ fn count(held: &Shares, wanted: &Shares) -> usize {
 }
 
 type Answer = (Pending, Outcome);
-
-/// A request's span in the step's trace; none where the step has no trace.
-fn span(input: &ComputeInput) -> Span {
-    if input.traceparent.is_empty() {
-        return Span::none();
-    }
-    let span = tracing::info_span!("experts", layer = input.layer, tokens = input.routing.tokens());
-    set_parent(&span, from_traceparent(&input.traceparent));
-    span
-}
 
 #[tonic::async_trait]
 impl ExpertService for Shard {

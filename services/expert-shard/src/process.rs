@@ -12,7 +12,7 @@ use moesaic_model::decoder::ExpertStore;
 use moesaic_model::{ModelConfig, source};
 use moesaic_service::{Cluster, Doors, Process};
 use moesaic_telemetry::TelemetryConfig;
-use moesaic_transport::{ClusterConfig, serve};
+use moesaic_transport::{ClusterConfig, serve, stopped};
 use moesaic_types::cluster::{Role, Service, ShardInfo};
 use moesaic_types::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -110,9 +110,8 @@ impl Process for ShardProcess {
     }
 }
 
-async fn stopped_and_idle(mut stop: watch::Receiver<bool>, shard: &Shard) {
-    // an error: the sender is gone
-    let _ = stop.wait_for(|stop| *stop).await;
+async fn stopped_and_idle(stop: watch::Receiver<bool>, shard: &Shard) {
+    stopped(stop).await;
     if let Ok(shard) = shard.get() {
         shard.idle_by(Instant::now() + LAST_ANSWERS).await;
     }

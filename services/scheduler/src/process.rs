@@ -16,7 +16,7 @@ use moesaic_model::tokenizer::Tokenizer;
 use moesaic_service::{Cluster, Doors, Process};
 use moesaic_telemetry::TelemetryConfig;
 use moesaic_transport::grpc::replica_service;
-use moesaic_transport::{ClusterConfig, RemotePrefixStore, serve};
+use moesaic_transport::{ClusterConfig, RemotePrefixStore, serve, stopped};
 use moesaic_types::boundary::{DeltaStream, PrefixStore, Replica, ReplicaLoad};
 use moesaic_types::cluster::{ReplicaInfo, Role, Service, StageInfo};
 use moesaic_types::{Digest, Error, GenerateRequest, RequestId, Result};
@@ -212,11 +212,6 @@ impl SchedulerProcess {
         let (replica, stages) = (config.stage_of.as_str().into(), config.stages);
         Ok(Role::Stage(StageInfo { model: found.served_as, replica, stage: config.stage, stages }))
     }
-}
-
-async fn stopped(mut stop: watch::Receiver<bool>) {
-    // an error: the sender is gone
-    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// What is known of the model before it is loaded.

@@ -53,6 +53,16 @@ pub fn set_parent(span: &Span, parent: Context) {
     }
 }
 
+/// A span in the trace that a `traceparent` names; none at all where it is empty: the caller's work is not traced.
+pub fn traced(traceparent: &str, span: impl FnOnce() -> Span) -> Span {
+    if traceparent.is_empty() {
+        return Span::none();
+    }
+    let span = span();
+    set_parent(&span, from_traceparent(traceparent));
+    span
+}
+
 /// Links a span to an earlier attempt at the same work: a retry or a migration.
 pub fn link(span: &Span, earlier: &Span) {
     let earlier = earlier.context().span().span_context().clone();

@@ -7,6 +7,7 @@
 
 pub mod channel;
 pub mod config;
+mod cues;
 pub mod experts;
 pub mod file_queue;
 pub mod grpc;
@@ -30,4 +31,4 @@ pub use membership::{Directory, Registration};
 pub use memory::{MemoryBus, MemoryMetadata};
 pub use nats::{JetStreamQueue, JobLimits, Nats, NatsBus};
 pub use redis_metadata::RedisMetadata;
-pub use serve::{SocketListener, serve};
+pub use serve::{SocketListener, serve, stopped};

@@ -4,11 +4,10 @@
 //! Records are compared by the metadata's version, which never comes back, so that a server that lags behind takes
 //! nobody back to an older placement. Epochs only grow as well, unless everybody who knew them is gone: then the
 //! metadata came back empty, and what is written next holds whatever its epoch.
+use crate::cues::Cues;
 use crate::subjects::Subject;
 use bytes::Bytes;
-use futures::StreamExt;
-use futures::stream::BoxStream;
-use moesaic_types::boundary::{Event, EventBus, Metadata};
+use moesaic_types::boundary::{EventBus, Metadata};
 use moesaic_types::cluster::Placement;
 use moesaic_types::{Digest, Result};
 use serde::{Deserialize, Serialize};
@@ -16,7 +15,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
-use tokio::time::{MissedTickBehavior, interval};
 
 /// How often the metadata are read, whether or not events come.
 const POLL: Duration = Duration::from_secs(2);
@@ -156,30 +154,12 @@ struct Watcher {
 
 impl Watcher {
     async fn run(mut self) {
-        let mut ticks = interval(POLL);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut events = None;
-        loop {
-            tokio::select! {
-                _ = ticks.tick() => {
-                    // first the events: nothing must happen unseen between the two
-                    if events.is_none() {
-                        events = self.subscribe().await;
-                    }
-                    self.poll().await;
-                }
-                event = next(&mut events) => match event {
-                    Some(_) => self.poll().await,
-                    None => events = None,
-                }
-            }
-        }
-    }
-
-    async fn subscribe(&self) -> Option<BoxStream<'static, Event>> {
         let subject = Subject::placement(&hex(&self.model)).to_string();
-        let subscribed = self.events.subscribe(&subject).await;
-        subscribed.inspect_err(|error| tracing::debug!(%error, subject, "subscribe to placement events")).ok()
+        let mut cues = Cues::new(Arc::clone(&self.events), subject, POLL);
+        loop {
+            cues.next().await;
+            self.poll().await;
+        }
     }
 
     async fn poll(&mut self) {
@@ -200,14 +180,6 @@ impl Watcher {
                 self.was_unreadable = true;
             }
         }
-    }
-}
-
-/// The next event; waits for ever where there is no subscription.
-async fn next(events: &mut Option<BoxStream<'static, Event>>) -> Option<Event> {
-    match events {
-        Some(events) => events.next().await,
-        None => std::future::pending().await,
     }
 }
 

@@ -74,7 +74,8 @@ pub async fn serve(
     Ok(())
 }
 
-async fn stopped(mut stop: watch::Receiver<bool>) {
+/// Waits until `stop` is true or its sender is gone. Cancel-safe.
+pub async fn stopped(mut stop: watch::Receiver<bool>) {
     // an error: the sender is gone
     let _ = stop.wait_for(|stop| *stop).await;
 }

@@ -7,6 +7,7 @@ use moesaic_proto::stage::v1::stage_service_client::StageServiceClient;
 use moesaic_proto::tensor::v1::Tensor;
 use moesaic_proto::{WireDType, decode_tensor, encode_tensor, from_status};
 use moesaic_telemetry::propagation::current_traceparent;
+use moesaic_transport::channel::MAX_MESSAGE;
 use moesaic_types::{Error, ErrorCode, Result};
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -19,9 +20,6 @@ use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Channel;
-
-/// The largest message: a prefill chunk's rows.
-const MAX_MESSAGE: usize = 64 << 20;
 
 /// Longest wait for a stage to make its KV pool.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
@@ -50,9 +48,8 @@ pub struct RemoteStages {
 
 /// One life of the engine: a stream to each stage.
 struct Life {
-    first: mpsc::UnboundedSender<Item>,
     outputs: blocking::Receiver<Output>,
-    /// By stage.
+    /// By stage, at least one.
     items: Vec<mpsc::UnboundedSender<Item>>,
     /// By stage: bytes of its part of a block.
     block_bytes: Vec<usize>,
@@ -95,6 +92,9 @@ impl RemoteStages {
     }
 
     async fn open(&self, blocks: usize) -> Result<Life> {
+        if self.peers.is_empty() {
+            return Err(Error::internal("a pipeline has a later stage"));
+        }
         let (outputs_in, outputs) = blocking::channel();
         let mut opened = Vec::with_capacity(self.peers.len());
         for peer in &self.peers {
@@ -111,9 +111,8 @@ impl RemoteStages {
             next = Some(sender.clone());
             items.push_front(sender);
         }
-        let first = next.ok_or_else(|| Error::internal("a pipeline has a later stage"))?;
         let (items, block_bytes) = (items.into(), block_bytes.into());
-        Ok(Life { first, outputs, items, block_bytes, sent: 0, answered: 0, valid_from: 0, _tasks: tasks })
+        Ok(Life { outputs, items, block_bytes, sent: 0, answered: 0, valid_from: 0, _tasks: tasks })
     }
 }
 
@@ -248,16 +247,23 @@ fn lost(error: Error) -> moesaic_model::Error {
 }
 
 impl Life {
+    /// What came of the next micro-batch, by its number.
+    fn next(&mut self) -> moesaic_model::Result<Output> {
+        let output = self.outputs.recv_timeout(ANSWER_TIMEOUT);
+        let (number, output) = output.map_err(|_| lost(Error::unavailable("a stage does not answer")))?;
+        if number == LOST {
+            return output.map(|rows| (number, Ok(rows))).map_err(lost);
+        }
+        self.answered += 1;
+        Ok((number, output))
+    }
+
     /// Waits until no micro-batch of a step that failed is under way: it would write into blocks that have others'
     /// tokens by now.
     fn drain(&mut self) -> moesaic_model::Result<()> {
         while self.answered < self.sent {
-            let output = self.outputs.recv_timeout(ANSWER_TIMEOUT);
-            let (number, output) = output.map_err(|_| lost(Error::unavailable("a stage does not answer")))?;
-            if number == LOST {
-                return output.map(drop).map_err(lost);
-            }
-            self.answered += 1;
+            // its step failed: nobody wants what came of it
+            drop(self.next()?);
         }
         Ok(())
     }
@@ -291,19 +297,14 @@ impl LaterStages for RemoteStages {
         let number = life.sent;
         life.sent += 1;
         // if that stage is lost, its task has told why
-        let _ = life.first.send(Item::Compute(number, Box::new(compute)));
+        let _ = life.items[0].send(Item::Compute(number, Box::new(compute)));
         Ok(())
     }
 
     fn receive(&mut self) -> moesaic_model::Result<Vec<f32>> {
         let life = self.life()?;
         loop {
-            let output = life.outputs.recv_timeout(ANSWER_TIMEOUT);
-            let (number, output) = output.map_err(|_| lost(Error::unavailable("a stage does not answer")))?;
-            if number == LOST {
-                return output.map_err(lost);
-            }
-            life.answered += 1;
+            let (number, output) = life.next()?;
             if number >= life.valid_from {
                 return output.map_err(|error| moesaic_model::Error::Experts { layer: 0, reason: error.message });
             }

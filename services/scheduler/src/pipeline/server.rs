@@ -7,7 +7,8 @@ use moesaic_proto::stage::v1::run_request::Request as Ask;
 use moesaic_proto::stage::v1::run_response::Outcome;
 use moesaic_proto::stage::v1::stage_service_server::{StageService as Service, StageServiceServer};
 use moesaic_proto::{WireDType, decode_tensor, encode_tensor, into_status};
-use moesaic_telemetry::propagation::{from_traceparent, set_parent};
+use moesaic_telemetry::propagation::traced;
+use moesaic_transport::channel::MAX_MESSAGE;
 use moesaic_types::{Error, ErrorCode, Result};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,9 +17,6 @@ use std::sync::{Arc, OnceLock};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
-
-/// The largest message: a prefill chunk's rows.
-const MAX_MESSAGE: usize = 64 << 20;
 
 /// Requests that are read ahead of the computation, and answers that wait to be taken.
 const AHEAD: usize = 8;
@@ -154,11 +152,8 @@ fn carry_out(runner: &mut dyn StageRunner, ask: Ask, layers: &Range<usize>) -> R
             Ok(Outcome::Opened(wire::Opened { block_bytes: runner.block_bytes() as u64 }))
         }
         Ask::Compute(compute) => {
-            let span = tracing::info_span!("stage", rows = compute.x.as_ref().map_or(0, |x| x.rows));
-            if !compute.traceparent.is_empty() {
-                set_parent(&span, from_traceparent(&compute.traceparent));
-            }
-            let _entered = if compute.traceparent.is_empty() { None } else { Some(span.entered()) };
+            let rows = compute.x.as_ref().map_or(0, |x| x.rows);
+            let _span = traced(&compute.traceparent, || tracing::info_span!("stage", rows)).entered();
             let cols = runner.hidden();
             let rows = runner.run(&read(compute, cols)?).map_err(failed)?;
             Ok(Outcome::Rows(encode_tensor(rows.chunks_exact(cols), cols, WireDType::F32)))

@@ -2,6 +2,7 @@
 //!
 //! To add a family, add its reading to [`huggingface`] (or [`gguf`]) and its tensor names to [`names`]; only a new
 //! *kind* of layer part touches the decoder.
+mod bloom;
 mod config;
 mod defaults;
 pub mod gguf;

@@ -1,9 +1,9 @@
 //! All members of a service, as they come and go.
 use super::record::{Change, MembershipEvent, Record, folder, key};
 use super::view::{Known, View};
+use crate::cues::{Cue, Cues};
 use crate::subjects::{Plane, Subject};
-use futures::stream::{self, BoxStream};
-use futures::{StreamExt, TryStreamExt};
+use futures::{StreamExt, TryStreamExt, stream};
 use moesaic_types::Result;
 use moesaic_types::boundary::{Event, EventBus, Metadata};
 use moesaic_types::cluster::Service;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::Instant;
 
 /// How often the metadata are read, whether or not events come.
 const POLL: Duration = Duration::from_secs(1);
@@ -71,22 +71,12 @@ struct Watcher {
 
 impl Watcher {
     async fn run(mut self) {
-        let mut ticks = interval(POLL);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut events = None;
+        let prefix = format!("{}{}.", Plane::Membership.prefix(), self.service);
+        let mut cues = Cues::new(Arc::clone(&self.events), prefix, POLL);
         loop {
-            tokio::select! {
-                _ = ticks.tick() => {
-                    // first the events: nothing must happen unseen between the two
-                    if events.is_none() {
-                        events = self.subscribe().await;
-                    }
-                    self.poll().await;
-                }
-                event = next(&mut events) => match event {
-                    Some(event) => self.hear(&event).await,
-                    None => events = None,
-                }
+            match cues.next().await {
+                Cue::Time => self.poll().await,
+                Cue::Event(event) => self.hear(&event).await,
             }
             let view = self.known.view();
             self.told.send_if_modified(|told| {
@@ -97,12 +87,6 @@ impl Watcher {
                 is_new
             });
         }
-    }
-
-    async fn subscribe(&self) -> Option<BoxStream<'static, Event>> {
-        let prefix = format!("{}{}.", Plane::Membership.prefix(), self.service);
-        let subscribed = self.events.subscribe(&prefix).await;
-        subscribed.inspect_err(|error| tracing::debug!(%error, prefix, "subscribe to membership events")).ok()
     }
 
     async fn poll(&mut self) {
@@ -149,13 +133,5 @@ impl Watcher {
             Ok(None) => {}
             Err(_) => self.known.told(heard),
         }
-    }
-}
-
-/// The next event; waits for ever where there is no subscription.
-async fn next(events: &mut Option<BoxStream<'static, Event>>) -> Option<Event> {
-    match events {
-        Some(events) => events.next().await,
-        None => std::future::pending().await,
     }
 }

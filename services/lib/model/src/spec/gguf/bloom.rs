@@ -4,7 +4,7 @@
 //! `apply_residual_connection_post_layernorm`, which llama.cpp has not: files are read as if it were false.
 use super::Reader;
 use crate::Result;
-use crate::spec::{Activation, Attention, Dense, Ffn, Gqa, LayerSpec, Norm, NormKind, Position, QkNorm};
+use crate::spec::{LayerSpec, Norm, NormKind, bloom};
 
 impl Reader<'_> {
     /// Its layers, and the norm that all parts have.
@@ -17,32 +17,8 @@ impl Reader<'_> {
         }
         let eps = self.number("attention.layer_norm_epsilon", Some(1e-5))? as f32;
         let norm = Norm { kind: NormKind::Layer, eps };
-        let head_dim = hidden / heads;
-        let layer = LayerSpec {
-            attention_norm: norm,
-            attention: Attention::Gqa(Gqa {
-                heads,
-                kv_heads,
-                head_dim,
-                scale: (1.0 / (head_dim as f64).sqrt()) as f32,
-                position: Position::Alibi,
-                window: None,
-                sinks: false,
-                qkv_bias: true,
-                output_bias: true,
-                qk_norm: QkNorm::None,
-                clip: None,
-            }),
-            ffn_norm: norm,
-            ffn: Ffn::Dense(Dense {
-                intermediate: self.size("feed_forward_length", Some(4 * hidden))?,
-                activation: Activation::GeluTanh,
-                gated: false,
-                bias: true,
-            }),
-            residual_scale: 1.0,
-            residual_after_norm: false,
-        };
+        let intermediate = self.size("feed_forward_length", Some(4 * hidden))?;
+        let layer = bloom::layer(hidden, heads, intermediate, norm, false);
         Ok((vec![layer; count], norm))
     }
 }

@@ -2,9 +2,7 @@
 use super::layer_count;
 use crate::Result;
 use crate::spec::config::Config;
-use crate::spec::{
-    Activation, Attention, Dense, Ffn, Gqa, LayerSpec, ModelSpec, Norm, NormKind, Position, QkNorm, names,
-};
+use crate::spec::{ModelSpec, Norm, NormKind, bloom, names};
 
 /// The architecture that a Bloom's `config.json` describes.
 pub(super) fn read(config: &Config<'_>) -> Result<ModelSpec> {
@@ -16,27 +14,8 @@ pub(super) fn read(config: &Config<'_>) -> Result<ModelSpec> {
         return Err(config.error(heads_key, format!("{heads} does not divide {hidden}")));
     }
     let norm = Norm { kind: NormKind::Layer, eps: config.positive("layer_norm_epsilon", None)? as f32 };
-    let head_dim = hidden / heads;
-    let layer = LayerSpec {
-        attention_norm: norm,
-        attention: Attention::Gqa(Gqa {
-            heads,
-            kv_heads: heads,
-            head_dim,
-            scale: (1.0 / (head_dim as f64).sqrt()) as f32,
-            position: Position::Alibi,
-            window: None,
-            sinks: false,
-            qkv_bias: true,
-            output_bias: true,
-            qk_norm: QkNorm::None,
-            clip: None,
-        }),
-        ffn_norm: norm,
-        ffn: Ffn::Dense(Dense { intermediate: 4 * hidden, activation: Activation::GeluTanh, gated: false, bias: true }),
-        residual_scale: 1.0,
-        residual_after_norm: config.flag("apply_residual_connection_post_layernorm", false)?,
-    };
+    let residual_after_norm = config.flag("apply_residual_connection_post_layernorm", false)?;
+    let layer = bloom::layer(hidden, heads, 4 * hidden, norm, residual_after_norm);
     let layers = layer_count(config, config.first_of(&["n_layer", "num_hidden_layers"]))?;
     Ok(ModelSpec {
         architecture: "bloom".into(),

@@ -1,5 +1,7 @@
 //! Composition: the block pool, its disk, and the `PrefixStore` boundary over both.
-use crate::actors::block_pool::{BlockPool, Locate, Longest, Lost, Offer, Pin, Promote, Size, Sizes, Wakes};
+use crate::actors::block_pool::{
+    BlockPool, Locate, Longest, Lost, Offer, Pin, Promote, Save, Size, Sizes, Unsaved, Wakes,
+};
 use crate::config::Config;
 use crate::disk::{self, Files, Folder};
 use crate::pool::Place;
@@ -91,6 +93,25 @@ impl KvStore {
     /// As [`KvStore::size`].
     pub async fn pin(&self, chain: Vec<BlockHash>, for_: Duration) -> Result<usize> {
         Ok(self.pool.ask(Pin { chain, for_ }, DEADLINE).await?)
+    }
+
+    /// Writes to disk what is in RAM alone, so that the next life has it. Returns when that is done, or the disk takes no
+    /// more; how many blocks that was. Cancel-safe: what is written stays.
+    ///
+    /// # Errors
+    /// As [`KvStore::size`].
+    pub async fn save(&self) -> Result<usize> {
+        let mut left = self.pool.ask(Unsaved, DEADLINE).await?;
+        let count = left.len();
+        loop {
+            let are_on_their_way;
+            (left, are_on_their_way) = self.pool.ask(Save(left), DEADLINE).await?;
+            if left.is_empty() && !are_on_their_way {
+                return Ok(count);
+            }
+            // a change that came before this is remembered
+            self.wakes.changes.notified().await;
+        }
     }
 
     /// A chain's blocks from its start; each is read when it is asked for.

@@ -200,6 +200,35 @@ impl Pool {
         true
     }
 
+    /// Blocks that are in RAM alone, the starts of chains first.
+    pub fn unsaved(&self) -> VecDeque<BlockHash> {
+        let Some(disk) = &self.disk else { return VecDeque::new() };
+        let is_saved = |hash| disk.shelf.contains(hash) || disk.spilling.contains_key(hash);
+        let mut unsaved: Vec<_> = self.ram.links().filter(|link| !is_saved(&link.hash)).collect();
+        unsaved.sort_unstable_by_key(|link| (link.position, link.hash));
+        unsaved.into_iter().map(|link| link.hash).collect()
+    }
+
+    /// Puts blocks on their way to disk, as many as may be on it at once, and takes these off the list; whether any are
+    /// on their way. A disk that takes nothing ends the list.
+    pub fn save(&mut self, list: &mut VecDeque<BlockHash>) -> bool {
+        while let Some(hash) = list.front() {
+            let Some(disk) = self.disk.as_ref().filter(|disk| disk.room != Room::None) else {
+                list.clear();
+                return false;
+            };
+            if let Some((link, size, bytes)) = self.ram.get(hash) {
+                if disk.spilling_bytes > 0 && disk.spilling_bytes + size > SPILL_BYTES {
+                    break;
+                }
+                // one that has no place on the disk at all is left where it is
+                self.spill(*link, bytes.clone());
+            }
+            list.pop_front();
+        }
+        self.disk.as_ref().is_some_and(|disk| !disk.spilling.is_empty())
+    }
+
     /// Keeps a chain's blocks from eviction until then; how many, from its start.
     pub fn pin(&mut self, chain: &[BlockHash], until: Instant, now: Instant) -> usize {
         let Self { ram, disk, .. } = self;

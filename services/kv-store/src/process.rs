@@ -10,8 +10,9 @@ use moesaic_types::Result;
 use moesaic_types::cluster::{Role, Service};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
+use tokio::time::timeout_at;
 use tonic::service::Routes;
 
 /// The sections that a kv-store reads.
@@ -89,5 +90,19 @@ impl Process for KvStoreProcess {
 
     async fn ready(&self) -> Result<()> {
         self.store.size().await.map(|_| ())
+    }
+
+    async fn drain(&self, deadline: Instant) -> bool {
+        match timeout_at(deadline.into(), self.store.save()).await {
+            Ok(Ok(blocks)) => {
+                tracing::info!(blocks, "wrote to disk what was in RAM alone");
+                true
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "what is in RAM alone is not written to disk, and is computed again");
+                true
+            }
+            Err(_) => false,
+        }
     }
 }

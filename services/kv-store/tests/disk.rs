@@ -62,6 +62,37 @@ async fn what_ram_has_no_room_for_is_on_disk_and_comes_back() {
 }
 
 #[tokio::test]
+async fn what_is_in_ram_alone_is_saved_for_another_life() {
+    let folder = tempfile::tempdir().unwrap();
+    let chain = chain(0..12);
+    {
+        let store = KvStore::start(&in_folder(8, folder.path())).unwrap();
+        offer(&store, &chain, 0..12).await;
+        assert_eq!(store.save().await, Ok(8), "four had no room in RAM, and are written already or on their way");
+        assert_eq!(files(folder.path()).len(), 12);
+        assert_eq!(store.longest_by_tier(chain.clone()).await, Ok((12, 8)), "it is still in RAM");
+        assert_eq!(store.save().await, Ok(0));
+    }
+    until("its folder is let go", || async { Folder::open(folder.path()).is_ok() }).await;
+    let store = KvStore::start(&in_folder(8, folder.path())).unwrap();
+    until("the folder is read", || async { store.longest(&chain, 0).await == Ok(12) }).await;
+    assert_eq!(fetched(&*store, &chain, 0).await, Ok(expected(0..12)));
+}
+
+#[tokio::test]
+async fn saving_ends_where_the_disk_takes_nothing() {
+    let store = KvStore::start(&config(8)).unwrap();
+    offer(&store, &chain(0..4), 0..4).await;
+    assert_eq!(store.save().await, Ok(0), "there is no disk");
+    let folder = tempfile::tempdir().unwrap();
+    let small = Config { disk_capacity: ByteSize(2 * len()), ..in_folder(8, folder.path()) };
+    let store = KvStore::start(&small).unwrap();
+    offer(&store, &chain(0..4), 0..4).await;
+    assert_eq!(store.save().await, Ok(4));
+    assert!(files(folder.path()).len() <= 2);
+}
+
+#[tokio::test]
 async fn another_life_finds_the_blocks_and_drops_what_a_crash_broke() {
     let folder = tempfile::tempdir().unwrap();
     let chain = chain(0..20);

@@ -7,6 +7,7 @@ use metrics::{counter, gauge};
 use moesaic_telemetry::metrics as names;
 use moesaic_transport::kv::Tier;
 use moesaic_types::{BlockHash, Link};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -18,6 +19,8 @@ pub struct Wakes {
     pub work: Arc<Notify>,
     /// Others must be told of groups.
     pub groups: Arc<Notify>,
+    /// Something changed.
+    pub changes: Arc<Notify>,
 }
 
 /// The actor's state.
@@ -52,6 +55,7 @@ impl BlockPool {
         if self.pool.groups().has_untold() {
             self.wakes.groups.notify_one();
         }
+        self.wakes.changes.notify_one();
     }
 }
 
@@ -197,6 +201,37 @@ impl Handler<Size> for BlockPool {
     fn handle(&mut self, _: Size, _: &mut Context<Self>) -> Self::Result {
         let ((ram_blocks, ram_bytes), (disk_blocks, disk_bytes)) = (self.pool.in_ram(), self.pool.on_disk());
         MessageResult(Sizes { ram_blocks, ram_bytes, disk_blocks, disk_bytes })
+    }
+}
+
+/// Blocks that are in RAM alone, the starts of chains first.
+#[derive(Message)]
+#[rtype(result = "VecDeque<BlockHash>")]
+pub struct Unsaved;
+
+impl Handler<Unsaved> for BlockPool {
+    type Result = MessageResult<Unsaved>;
+
+    fn handle(&mut self, _: Unsaved, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.pool.unsaved())
+    }
+}
+
+/// Puts blocks on their way to disk, as many as may be on it at once: those that are left, and whether any are on it.
+#[derive(Message)]
+#[rtype(result = "(VecDeque<BlockHash>, bool)")]
+pub struct Save(
+    /// The blocks, in order.
+    pub VecDeque<BlockHash>,
+);
+
+impl Handler<Save> for BlockPool {
+    type Result = MessageResult<Save>;
+
+    fn handle(&mut self, Save(mut left): Save, _: &mut Context<Self>) -> Self::Result {
+        let are_on_their_way = self.pool.save(&mut left);
+        self.settle();
+        MessageResult((left, are_on_their_way))
     }
 }
 

@@ -71,7 +71,10 @@ pub struct Metrics {
     first_token: Histogram,
     inter_token: Histogram,
     queue: Histogram,
+    prefill: Histogram,
+    decode: Histogram,
     step: Histogram,
+    phases: [Histogram; 3],
     /// Tokens computed in a step.
     pub step_tokens: Histogram,
     /// Sequences that lost their blocks.
@@ -104,7 +107,13 @@ impl Metrics {
             first_token: histogram!(names::TIME_TO_FIRST_TOKEN_SECONDS, &l),
             inter_token: histogram!(names::INTER_TOKEN_LATENCY_SECONDS, &l),
             queue: histogram!(names::REQUEST_QUEUE_TIME_SECONDS, &l),
+            prefill: histogram!(names::REQUEST_PREFILL_TIME_SECONDS, &l),
+            decode: histogram!(names::REQUEST_DECODE_TIME_SECONDS, &l),
             step: histogram!(names::STEP_SECONDS, &l),
+            phases: ["plan", "forward", "collect"].map(|phase| {
+                let labels: Vec<_> = l.iter().cloned().chain([("phase", phase.to_owned())]).collect();
+                histogram!(names::STEP_PHASE_SECONDS, &labels)
+            }),
             step_tokens: histogram!(names::STEP_TOKENS, &l),
             preemptions: counter!(names::PREEMPTIONS_TOTAL, &l),
             step_retries: counter!(names::STEP_RETRIES_TOTAL, &l),
@@ -134,9 +143,26 @@ impl Metrics {
         self.generation_tokens.increment(1);
     }
 
-    /// A step took this long.
-    pub fn step(&self, time: Duration, tokens: usize) {
-        self.step.record(time.as_secs_f64());
+    /// A request's first token came this long after its first step began.
+    pub fn prefilled(&self, time: Duration) {
+        self.prefill.record(time.as_secs_f64());
+    }
+
+    /// A request's last token came this long after its first.
+    pub fn decoded(&self, time: Duration) {
+        self.decode.record(time.as_secs_f64());
+    }
+
+    /// The model took this long for a step, whose plan was made before.
+    pub fn step(&self, plan: Duration, forward: Duration, tokens: usize) {
+        self.step.record(forward.as_secs_f64());
         self.step_tokens.record(tokens as f64);
+        self.phases[0].record(plan.as_secs_f64());
+        self.phases[1].record(forward.as_secs_f64());
+    }
+
+    /// It took this long to make tokens of a step's logits.
+    pub fn collected(&self, time: Duration) {
+        self.phases[2].record(time.as_secs_f64());
     }
 }

@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// The metrics that vLLM's dashboards and autoscalers read (section 7 of the design); histograms by their count.
-const VLLM: [&str; 11] = [
+const VLLM: [&str; 13] = [
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
@@ -29,6 +29,8 @@ const VLLM: [&str; 11] = [
     "vllm:inter_token_latency_seconds_count",
     "vllm:e2e_request_latency_seconds_count",
     "vllm:request_queue_time_seconds_count",
+    "vllm:request_prefill_time_seconds_count",
+    "vllm:request_decode_time_seconds_count",
 ];
 
 /// The value of a replica's metric with this label (`name="value"`, or nothing), if it was told.
@@ -63,7 +65,10 @@ async fn every_name_that_vllms_dashboards_read_has_a_value_after_one_request() {
         |metric| told("names", metric, "model_name=\"moesaic\"").unwrap_or_else(|| panic!("{metric} is missing"));
     let values = VLLM.map(value);
     // Queries and hits count tokens: two prompts of 130, of which the second has two blocks in the cache.
-    assert_eq!(values, [0.0, 0.0, 0.0, 260.0, 128.0, 260.0, 10.0, 2.0, 8.0, 2.0, 2.0], "{VLLM:?}");
+    assert_eq!(values, [0.0, 0.0, 0.0, 260.0, 128.0, 260.0, 10.0, 2.0, 8.0, 2.0, 2.0, 2.0, 2.0], "{VLLM:?}");
+    let phases = ["plan", "forward", "collect"]
+        .map(|phase| told("names", "moesaic_step_phase_seconds_count", &format!("phase=\"{phase}\"")).unwrap());
+    assert!(phases[0] > 0.0 && phases.iter().all(|count| *count == phases[0]), "{phases:?}");
     assert_eq!(value("vllm:prefix_cache_queries_total"), 260.0, "the name with Prometheus' suffix");
 }
 

@@ -36,6 +36,8 @@ names! {
     histogram INTER_TOKEN_LATENCY_SECONDS = "vllm:inter_token_latency_seconds", "Between two tokens of a sequence.";
     histogram E2E_REQUEST_LATENCY_SECONDS = "vllm:e2e_request_latency_seconds", "From arrival to the last token.";
     histogram REQUEST_QUEUE_TIME_SECONDS = "vllm:request_queue_time_seconds", "From arrival to the batch.";
+    histogram REQUEST_PREFILL_TIME_SECONDS = "vllm:request_prefill_time_seconds", "From the batch to the first token.";
+    histogram REQUEST_DECODE_TIME_SECONDS = "vllm:request_decode_time_seconds", "From the first token to the last.";
 
     counter REQUEST_SUCCESS_TOTAL = "moesaic_request_success_total", "Sequences finished, by `finished_reason`.";
     counter REQUEST_FAILURES_TOTAL = "moesaic_request_failures_total",
@@ -43,6 +45,8 @@ names! {
     counter REQUESTS_CANCELLED_TOTAL = "moesaic_requests_cancelled_total", "Sequences whose reader went away.";
     counter PREEMPTIONS_TOTAL = "moesaic_preemptions_total", "Sequences put back because KV blocks ran out.";
     histogram STEP_SECONDS = "moesaic_step_seconds", "Duration of an engine step.";
+    histogram STEP_PHASE_SECONDS = "moesaic_step_phase_seconds",
+        "Parts of an engine step, by `phase`: plan (blocks and what each sequence computes), forward (the model), collect (tokens from logits).";
     histogram STEP_TOKENS = "moesaic_step_tokens", "Tokens of an engine step.";
     counter STEP_RETRIES_TOTAL = "moesaic_step_retries_total", "Steps run again because experts did not answer.";
     gauge KV_BLOCKS_CACHED = "moesaic_kv_blocks_cached", "Unused KV blocks that hold reusable tokens.";

@@ -86,6 +86,9 @@ impl Engine {
         let (first, since) = sequence.push(token);
         self.metrics.token(first, since);
         if first {
+            if let Some(time) = sequence.prefill_time() {
+                self.metrics.prefilled(time);
+            }
             self.queue_prompt(key);
         }
         let sequence = self.sequences.get(&key).expect("queueing removes nothing");

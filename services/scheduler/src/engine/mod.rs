@@ -348,6 +348,9 @@ impl Engine {
 
     fn finish(&mut self, key: u64, reason: FinishReason) {
         if let Some(sequence) = self.remove(key) {
+            if let Some(time) = sequence.decode_time() {
+                self.metrics.decoded(time);
+            }
             sequence.finish(reason, &self.parts.runtime);
         }
     }

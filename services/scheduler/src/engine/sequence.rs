@@ -82,6 +82,9 @@ pub struct Sequence {
     pub promoted: bool,
     /// Open until the request ends.
     pub span: Span,
+    /// When its first step was planned.
+    started: Option<Instant>,
+    first_token: Option<Instant>,
     last_token: Option<Instant>,
     deltas: mpsc::Sender<Result<Delta>>,
     pending: Delta,
@@ -114,6 +117,8 @@ impl Sequence {
             without_experts_since: None,
             promoted: false,
             span,
+            started: None,
+            first_token: None,
             last_token: None,
             deltas,
             pending: Delta::default(),
@@ -169,7 +174,9 @@ impl Sequence {
     /// Leaves the queue; how long it was there, the first time.
     pub fn start(&mut self) -> Option<Duration> {
         self.phase = Phase::Running;
-        self.place.take().map(|_| self.submitted.elapsed())
+        let now = Instant::now();
+        self.started.get_or_insert(now);
+        self.place.take().map(|_| now - self.submitted)
     }
 
     /// Goes back to the queue.
@@ -185,6 +192,7 @@ impl Sequence {
         let first = self.last_token.is_none();
         let since = now - self.last_token.unwrap_or(self.submitted);
         self.last_token = Some(now);
+        self.first_token.get_or_insert(now);
         self.tokens.push(token.id);
         if let Some(seen) = &mut self.seen {
             seen.push(token.id);
@@ -197,6 +205,16 @@ impl Sequence {
         }
         self.pending.tokens.push(token);
         (first, since)
+    }
+
+    /// From its first step to its first token, once that came.
+    pub fn prefill_time(&self) -> Option<Duration> {
+        Some(self.first_token? - self.started?)
+    }
+
+    /// From its first token to its last so far.
+    pub fn decode_time(&self) -> Option<Duration> {
+        Some(self.last_token? - self.first_token?)
     }
 
     /// Tokens of the prompt, without those that another replica emitted.

@@ -24,6 +24,7 @@ impl Engine {
         if self.outage.pauses() {
             return false;
         }
+        let began = Instant::now();
         let plan = self.plan();
         for key in &plan.preempt {
             self.preempt(*key);
@@ -55,12 +56,14 @@ impl Engine {
         drop(batch);
         let tokens = work.iter().map(|work| work.tokens).sum();
         let elapsed = started.elapsed();
-        self.metrics.step(elapsed, tokens);
+        self.metrics.step(started - began, elapsed, tokens);
         let advanced = match outcome {
             Ok(()) => {
                 self.end_outage();
                 self.economy.computed(self.prompt_tokens(&work), tokens, elapsed);
+                let collecting = Instant::now();
                 self.collect(&work, &mut logits);
+                self.metrics.collected(collecting.elapsed());
                 true
             }
             Err(error @ moesaic_model::Error::Experts { .. }) => {

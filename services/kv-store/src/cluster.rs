@@ -33,7 +33,7 @@ pub struct Cluster {
     pub directory: Directory,
     /// This one's name.
     pub id: Arc<str>,
-    /// This life's generation in the directory is never lower: that of its registration, or the time before it.
+    /// This life's generation in the directory is never lower; 0 where that is not known.
     pub generation: u64,
     /// Nodes that keep a block, this one included.
     pub replication: usize,

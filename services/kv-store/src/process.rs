@@ -10,7 +10,7 @@ use moesaic_types::Result;
 use moesaic_types::cluster::{Role, Service};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::time::timeout_at;
 use tonic::service::Routes;
@@ -62,15 +62,12 @@ impl Process for KvStoreProcess {
 
     async fn new(settings: Settings, cluster: moesaic_service::Cluster) -> Result<Self> {
         let Settings { kv_store: config, .. } = settings;
-        // the registration, which is made after this, takes its generation from the same clock
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let generation = since.as_micros().try_into().unwrap_or(u64::MAX / 2);
         let store = KvStore::start(&config)?;
         let cluster = Cluster {
             metadata: Arc::clone(&cluster.metadata),
             directory: cluster.directory(Service::KvStore),
             id: cluster.id,
-            generation,
+            generation: 0,
             replication: config.replication,
             replication_queue: config.replication_queue,
         };

@@ -170,6 +170,14 @@ impl Default for Config {
 }
 
 impl Config {
+    /// What is rounded between this replica and the shards; `None` where nothing is. Replicas that round otherwise have
+    /// other keys and values for the same tokens, and an answer cannot go on from one at the other.
+    pub fn rounding(&self) -> Option<String> {
+        let exact = (WireDType::F32, WireDType::F32);
+        let formats = (self.expert_activations, self.expert_outputs);
+        (self.experts == ExpertsAt::Shards && formats != exact).then(|| format!("experts by {formats:?}"))
+    }
+
     /// Checks bounds; the error names the key and the limit.
     pub fn validate(&self) -> Result<()> {
         let counts = [
@@ -278,6 +286,16 @@ mod tests {
 
     fn machine(total: u64, available: u64) -> Memory {
         Memory { total, available }
+    }
+
+    #[test]
+    fn rounding_on_the_way_to_shards_is_told() {
+        let shards = Config { experts: ExpertsAt::Shards, ..Config::default() };
+        let rounded = Config { expert_outputs: WireDType::Bf16, ..shards.clone() };
+        assert_eq!((Config::default().rounding(), shards.rounding()), (None, None));
+        assert_eq!(Config { experts: ExpertsAt::Own, ..rounded.clone() }.rounding(), None, "nothing travels");
+        let other = Config { expert_activations: WireDType::Int8, ..rounded.clone() };
+        assert!(rounded.rounding().is_some() && rounded.rounding() != other.rounding());
     }
 
     #[test]

@@ -123,8 +123,11 @@ impl Process for SchedulerProcess {
         let Settings { model, scheduler: config, .. } = self.settings.clone();
         let looking = model.clone();
         let looked = tokio::task::spawn_blocking(move || Looked::at(&looking)).await;
-        let Looked { found, text, vocabulary } =
+        let Looked { mut found, text, vocabulary } =
             looked.map_err(|error| Error::internal(format!("open the model: {error}")))??;
+        if let Some(rounding) = config.rounding() {
+            found.served_as.digest = found.served_as.digest.tagged(&rounding);
+        }
         let config = Config { replica: self.cluster.id.to_string(), model_name: model.name_of(&found.path), ..config };
         let loading = self.loading.clone();
         let report = Arc::new(move |progress: Progress| {

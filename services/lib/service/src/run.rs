@@ -76,6 +76,8 @@ fn start<P: Process>(name: &'static str, args: &Args) -> Result<ExitCode, Failur
 /// How the process was told to end.
 enum End {
     Signal,
+    /// It must not go on, but what runs may end.
+    Replaced(Error),
     Failed(Failure),
 }
 
@@ -117,6 +119,11 @@ async fn run<P: Process>(name: &'static str, settings: P::Settings) -> Result<Ex
     registration.set_state(MemberState::Draining);
     let ended = match end {
         End::Signal => drain(&*process, settings.drain_timeout(), stop, &mut serving, &mut signals).await,
+        End::Replaced(error) => {
+            tracing::error!(%error, "this process is out");
+            let drained = drain(&*process, settings.drain_timeout(), stop, &mut serving, &mut signals).await;
+            drained.and(Err(Failure::Later(error)))
+        }
         End::Failed(failure) => Err(failure),
     };
     serving.abort();
@@ -142,6 +149,8 @@ async fn live<P: Process>(
     let mut preparing = tokio::spawn(Arc::clone(process).prepare());
     let mut standing = registration.watch();
     let mut is_prepared = false;
+    let mut looks = interval_at(tokio::time::Instant::now() + LOOK_EVERY, LOOK_EVERY);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let end = loop {
         // all are cancel-safe
         tokio::select! {
@@ -164,8 +173,12 @@ async fn live<P: Process>(
                 drop(fenced);
                 let id = registration.record().member.id;
                 let message = format!("a later process has the name '{id}'; give each its own cluster.id");
-                break End::Failed(Failure::Later(Error::unavailable(message)));
+                break End::Replaced(Error::unavailable(message));
             }
+            // who started it starts it again; a probe of /live would do the same, where there is one
+            _ = looks.tick() => if let Err(error) = process.live() {
+                break End::Failed(Failure::Later(error));
+            },
         }
     };
     preparing.abort();

@@ -1,12 +1,14 @@
 //! Serving gRPC at a port and at a Unix socket, until told to stop.
 use crate::channel::server;
+use futures::Stream;
 use moesaic_types::{Error, Result};
 use std::io::ErrorKind;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use tokio::net::{TcpListener, UnixListener};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::watch;
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 
@@ -15,6 +17,8 @@ use tonic::transport::server::TcpIncoming;
 pub struct SocketListener {
     listener: UnixListener,
     path: PathBuf,
+    /// Device and inode of the file.
+    file: (u64, u64),
 }
 
 impl SocketListener {
@@ -37,17 +41,32 @@ impl SocketListener {
             Err(error) => return Err(refused(&error)),
         }
         let listener = UnixListener::bind(path).map_err(|error| refused(&error))?;
-        Ok(Self { listener, path: path.to_owned() })
+        let file = identity(path).map_err(|error| refused(&error))?;
+        Ok(Self { listener, path: path.to_owned(), file })
     }
 }
 
-/// Removes a socket's file.
-struct Unlink(PathBuf);
+fn identity(path: &Path) -> std::io::Result<(u64, u64)> {
+    std::fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
+}
 
-impl Drop for Unlink {
+impl Drop for SocketListener {
     fn drop(&mut self) {
-        // it may be gone, or another's: then there is nothing to do
-        let _ = std::fs::remove_file(&self.0);
+        // it may be gone, or a later process's by now: then there is nothing to do
+        if identity(&self.path).is_ok_and(|file| file == self.file) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Connections that clients make at a Unix socket, as long as its listener lives.
+struct SocketIncoming(SocketListener);
+
+impl Stream for SocketIncoming {
+    type Item = std::io::Result<UnixStream>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.listener.poll_accept(context).map(|accepted| Some(accepted.map(|(stream, _)| stream)))
     }
 }
 
@@ -66,9 +85,8 @@ pub async fn serve(
     // the server's own setting holds for ports that it binds itself
     let connections = TcpIncoming::from(listener).with_nodelay(Some(true));
     let at_port = server().add_routes(routes.clone()).serve_with_incoming_shutdown(connections, stopped(stop.clone()));
-    let Some(SocketListener { listener, path }) = socket else { return at_port.await.map_err(failed) };
-    let _unlink = Unlink(path);
-    let connections = UnixListenerStream::new(listener);
+    let Some(socket) = socket else { return at_port.await.map_err(failed) };
+    let connections = SocketIncoming(socket);
     let at_socket = server().add_routes(routes).serve_with_incoming_shutdown(connections, stopped(stop));
     tokio::try_join!(at_port, at_socket).map_err(failed)?;
     Ok(())
@@ -90,7 +108,10 @@ mod tests {
         let path = folder.path().join("new/s.sock");
         let left = SocketListener::bind(&path).unwrap();
         let again = SocketListener::bind(&path).unwrap();
-        drop((left, again));
+        drop(left);
+        assert!(path.exists(), "it is another's by now");
+        drop(again);
+        assert!(!path.exists());
         let file = folder.path().join("file");
         std::fs::write(&file, "precious").unwrap();
         let error = SocketListener::bind(&file).unwrap_err();

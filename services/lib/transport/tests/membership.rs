@@ -91,7 +91,8 @@ async fn members_come_change_and_go(ground: &Ground) {
     a.set_state(MemberState::Ready);
     let view = sees(&mut views, "its state", |view| state(view, "a") == Some(MemberState::Ready)).await;
     assert_eq!(view.ready().count(), 1);
-    assert_eq!(view.get("a").unwrap().member, a.record().member);
+    let generation = view.get("a").unwrap().member.generation;
+    assert_eq!(view.get("a").unwrap().member, Member { generation, ..a.record().member });
     let load = ReplicaLoad { running: 3, ..ReplicaLoad::default() };
     a.set_load(load.clone());
     sees(&mut views, "its load", |view| view.get("a").is_some_and(|a| a.load == Some(load.clone()))).await;
@@ -133,13 +134,19 @@ async fn a_later_process_of_the_same_name_fences_the_earlier_one(ground: &Ground
     later.set_state(MemberState::Ready);
     stands(&earlier, Standing::Fenced).await;
     assert_eq!(later.standing(), Standing::Held);
+    let generation = |registration: &Registration| registration.record().member.generation;
+    assert_eq!((generation(&earlier), generation(&later)), (0, 0), "they are the tasks' own");
     earlier.set_state(MemberState::Draining);
     earlier.leave().await;
     sees(&mut views, "the later one", |view| state(view, "a") == Some(MemberState::Ready)).await;
     let (bytes, _) = ground.metadata.get(&key("a")).await.unwrap().expect("the earlier one's end is not the later's");
     let record: Record = serde_json::from_slice(&bytes).unwrap();
-    assert_eq!(record.member.generation, later.record().member.generation);
-    later.leave().await;
+    assert_eq!(record.member.state, MemberState::Ready);
+    soon("it leaves", later.leave()).await;
+    let last = ground.register("a");
+    let view = sees(&mut views, "the last", |view| state(view, "a") == Some(MemberState::Starting)).await;
+    assert!(view.get("a").is_some_and(|a| a.member.generation > record.member.generation));
+    last.leave().await;
 }
 
 async fn others_are_not_mixed_up(ground: &Ground) {
@@ -199,7 +206,7 @@ async fn one_that_dies_is_gone_with_its_lease() {
     let start = tokio::time::Instant::now();
     sees(&mut views, "one", |view| view.members.len() == 1).await;
     let elapsed = start.elapsed();
-    assert!(elapsed <= ground.lease + Duration::from_secs(1), "{elapsed:?}");
+    assert!(elapsed <= 2 * ground.lease + Duration::from_secs(1), "{elapsed:?}");
     assert_eq!(stays.standing(), Standing::Held, "its lease was renewed meanwhile");
 }
 
@@ -231,6 +238,38 @@ async fn a_dead_redis_leaves_the_last_view_and_one_that_is_back_empty_forgets_no
     sees(&mut views, "a change", |view| state(view, "a") == Some(MemberState::Ready)).await;
     drop((directory, views));
     soon("the watcher ends", watching).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_redis_that_takes_no_writes_forgets_nobody() {
+    let (redis, nats) = (servers::redis(), servers::nats());
+    let ground = Ground::real(&redis, &nats).await;
+    let directory = ground.directory();
+    let mut views = directory.watch();
+    let (a, b) = (ground.register("a"), ground.register("b"));
+    sees(&mut views, "both", |view| view.members.len() == 2).await;
+    let client = redis::Client::open(redis.url()).unwrap();
+    let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+    let mut limit = async |bytes: u64| {
+        let mut set = redis::cmd("CONFIG");
+        set.arg("SET").arg("maxmemory").arg(bytes).query_async::<()>(&mut connection).await.unwrap();
+    };
+    limit(1).await;
+    stands(&a, Standing::Joining).await;
+    stands(&b, Standing::Joining).await;
+    until("their leases ran out", || async {
+        let records = ground.metadata.get_many(&[key("a"), key("b")]).await.unwrap();
+        records.iter().all(Option::is_none)
+    })
+    .await;
+    // for as long as those who vanish are doubted at most, each view must have both
+    let doubt = tokio::time::sleep(2 * ground.lease);
+    let forgets = async { views.wait_for(|view| view.members.len() < 2 || !view.is_stale).await.is_ok() };
+    assert!(!tokio::select! { () = doubt => false, forgot = forgets => forgot });
+    limit(0).await;
+    stands(&a, Standing::Held).await;
+    stands(&b, Standing::Held).await;
+    assert_eq!(sees(&mut views, "that it is fresh", |view| !view.is_stale).await.members.len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

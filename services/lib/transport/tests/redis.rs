@@ -132,6 +132,19 @@ async fn versions_do_not_come_back_with_an_empty_redis() {
 }
 
 #[tokio::test]
+async fn versions_do_not_come_back_with_older_data() {
+    let redis = servers::redis();
+    let store = RedisMetadata::connect(&redis.url(), "test").unwrap();
+    let before = set(&store, "k", None, "v").await.unwrap();
+    let client = redis::Client::open(redis.url()).unwrap();
+    let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+    // as from a snapshot that was made earlier
+    redis::cmd("SET").arg("test:version").arg(before - 1000).query_async::<()>(&mut connection).await.unwrap();
+    let after = set(&store, "other", None, "v").await.unwrap();
+    assert!(after > before, "{after} after {before}");
+}
+
+#[tokio::test]
 async fn it_can_be_made_before_redis_is_there() {
     let mut redis = servers::redis();
     redis.kill();

@@ -44,6 +44,11 @@ pub(super) fn key(service: Service, id: &str) -> String {
     format!("members/{service}/{id}")
 }
 
+/// Where lives of a member take their generations.
+pub(super) fn claims(service: Service, id: &str) -> String {
+    format!("generations/{service}/{id}")
+}
+
 impl Record {
     pub(super) fn to_bytes(&self) -> Bytes {
         serde_json::to_vec(self).expect("a record is plain data").into()
@@ -82,7 +87,7 @@ pub(super) enum Take {
     Fenced { by: u64 },
 }
 
-/// Who has the record: the later life. One that starts is the latest, whatever its clock says; one that held the record
+/// Who has the record: the later life. One that starts is the latest, whatever its number says; one that held the record
 /// before gives way to a higher generation. Its own generation is its own write, of which it did not hear.
 pub(super) fn take(ours: u64, held_before: bool, found: Option<Found>) -> Take {
     match found {
@@ -109,7 +114,7 @@ mod tests {
         assert_eq!(
             take(5, false, found(6)),
             Take::Write { expected: Some(7), generation: 7 },
-            "a clock that was set back does not keep a new life out"
+            "numbers that went back do not keep a new life out"
         );
     }
 

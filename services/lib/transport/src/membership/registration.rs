@@ -1,6 +1,7 @@
 //! A member's own record: taken, renewed, and given back.
-use super::record::{Change, Found, MembershipEvent, Record, Take, key, take};
+use super::record::{Change, Found, MembershipEvent, Record, Take, claims, key, take};
 use crate::subjects::Subject;
+use bytes::Bytes;
 use moesaic_types::Result;
 use moesaic_types::boundary::{EventBus, Metadata, ReplicaLoad};
 use moesaic_types::cluster::{Member, MemberState, Role};
@@ -33,19 +34,20 @@ pub struct Registration {
 }
 
 impl Registration {
-    /// Takes a place for `member` and keeps it: renewed at every third of `lease`. The member's generation is set here,
-    /// such that it is higher than that of any earlier life.
+    /// Takes a place for `member` and keeps it: renewed at every third of `lease`. The member's generation is set here
+    /// as soon as the metadata answer: it is higher than that of any earlier life, whatever the hosts' clocks say.
     pub fn start(
         metadata: Arc<dyn Metadata>,
         events: Arc<dyn EventBus>,
         mut member: Member,
         lease: Duration,
     ) -> Registration {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        member.generation = u64::try_from(now.as_micros()).unwrap_or(u64::MAX / 2);
-        let source = format!("{}.{}.{}", member.service, member.id, member.generation).into();
+        member.generation = 0;
+        // a life's own, so that it numbers its events from 1
+        let life = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
+        let source = format!("{}.{}.{life}", member.service, member.id).into();
         let subject = Subject::membership(member.service, &member.id).to_string();
-        let (key, generation) = (key(member.service, &member.id), member.generation);
+        let (key, claims) = (key(member.service, &member.id), claims(member.service, &member.id));
         let (record, wanted) = watch::channel(Record { member, load: None });
         let (told, standing) = watch::channel(Standing::Joining);
         let (stay, leave) = oneshot::channel();
@@ -54,9 +56,10 @@ impl Registration {
             events,
             lease,
             key,
+            claims,
             source,
             subject,
-            generation,
+            generation: 0,
             version: None,
             renewed: None,
             announced: None,
@@ -93,7 +96,7 @@ impl Registration {
         });
     }
 
-    /// What it says of itself. The generation is that of its start.
+    /// What it says of itself. The generation is the task's own.
     pub fn record(&self) -> Record {
         self.record.borrow().clone()
     }
@@ -123,8 +126,10 @@ struct Place {
     events: Arc<dyn EventBus>,
     lease: Duration,
     key: String,
+    claims: String,
     source: Arc<str>,
     subject: String,
+    /// 0: none yet.
     generation: u64,
     /// Of our record, where we know it.
     version: Option<u64>,
@@ -192,6 +197,9 @@ impl Place {
     /// Writes the record; false when it is another's for good.
     async fn renew(&mut self) -> Result<bool> {
         let begun = Instant::now();
+        if self.generation == 0 {
+            self.generation = self.claim().await?;
+        }
         let mut record = self.wanted.borrow_and_update().clone();
         record.member.generation = self.generation;
         let is_renewal = self.version.is_some();
@@ -225,6 +233,18 @@ impl Place {
                         return Ok(true);
                     }
                 }
+            }
+        }
+    }
+
+    /// A number above those of all earlier lives: a version of the metadata, which never comes back. Clocks would not do:
+    /// a life that was frozen past its lease would put out its successor on a host whose clock is behind.
+    async fn claim(&self) -> Result<u64> {
+        loop {
+            let found = self.metadata.get(&self.claims).await?.map(|(_, version)| version);
+            let claimed = self.metadata.compare_and_set(&self.claims, found, Bytes::new(), Some(self.lease)).await?;
+            if let Some(generation) = claimed {
+                return Ok(generation);
             }
         }
     }

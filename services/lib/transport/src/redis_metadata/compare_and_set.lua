@@ -4,13 +4,11 @@ local version = redis.call('HGET', KEYS[1], 'version') or ''
 if version ~= ARGV[2] then
   return false
 end
--- A Redis that lost its data starts above all versions that it gave before: they count microseconds at most.
-if redis.call('EXISTS', KEYS[2]) == 0 then
-  local now = redis.call('TIME')
-  redis.call('SET', KEYS[2], string.format('%.0f', now[1] * 1000000 + now[2]))
-end
-redis.call('INCR', KEYS[2])
-local next = redis.call('GET', KEYS[2])
+-- Versions count microseconds: a Redis that lost its data, or went back to older data, is above all that it gave before.
+local now = redis.call('TIME')
+local last = tonumber(redis.call('GET', KEYS[2]) or '0')
+local next = string.format('%.0f', math.max(last + 1, now[1] * 1000000 + now[2]))
+redis.call('SET', KEYS[2], next)
 redis.call('HSET', KEYS[1], 'value', ARGV[3], 'version', next)
 if ARGV[4] == '' then
   redis.call('PERSIST', KEYS[1])

@@ -71,6 +71,11 @@ impl Connection {
         }
     }
 
+    /// Where Redis is, without the password.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     fn current(&self) -> MutexGuard<'_, Current> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }

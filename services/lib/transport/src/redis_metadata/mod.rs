@@ -11,6 +11,7 @@ use futures::future::{BoxFuture, FutureExt};
 use moesaic_types::boundary::{Metadata, Versioned};
 use moesaic_types::{Error, Result};
 use redis::{Script, ScriptInvocation, cmd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -31,6 +32,8 @@ const LONGEST_EXPIRY: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 pub struct RedisMetadata {
     connection: Arc<Connection>,
     prefix: Arc<str>,
+    /// The last write was refused: leases run out unrenewed, and what is still there says little.
+    takes_no_writes: Arc<AtomicBool>,
 }
 
 impl RedisMetadata {
@@ -40,7 +43,7 @@ impl RedisMetadata {
     /// # Errors
     /// `InvalidArgument` when the URL cannot be used.
     pub fn connect(url: &str, prefix: &str) -> Result<Self> {
-        Ok(Self { connection: Arc::new(Connection::new(url)?), prefix: prefix.into() })
+        Ok(Self { connection: Arc::new(Connection::new(url)?), prefix: prefix.into(), takes_no_writes: Arc::default() })
     }
 
     /// What stands before a name in the key of its value.
@@ -57,6 +60,10 @@ impl RedisMetadata {
     }
 
     async fn list(&self, prefix: &str) -> Result<Vec<String>> {
+        if self.takes_no_writes.load(Ordering::Acquire) {
+            let message = format!("redis at {} takes no writes; what it lists is not all", self.connection.address());
+            return Err(Error::unavailable(message));
+        }
         // no byte of UTF-8 is 0xff
         let end = [b"(", prefix.as_bytes(), b"\xff"].concat();
         let (mut from, mut keys) = (format!("[{prefix}"), Vec::new());
@@ -134,8 +141,15 @@ impl Metadata for RedisMetadata {
         let expected = expected.map(|version| version.to_string()).unwrap_or_default();
         script.arg(key).arg(expected).arg(&*value).arg(millis(expires_after)).arg(self.values());
         async move {
-            let written: Option<String> = self.invoke(&script).await?;
-            written.as_deref().map(version).transpose()
+            let written = self.connection.call(async |mut connection| {
+                let written: redis::RedisResult<Option<String>> = script.invoke_async(&mut connection).await;
+                // where there is no answer, lists do not come either
+                if !written.as_ref().is_err_and(|error| error.is_io_error() || error.is_unrecoverable_error()) {
+                    self.takes_no_writes.store(written.is_err(), Ordering::Release);
+                }
+                written
+            });
+            written.await?.as_deref().map(version).transpose()
         }
         .boxed()
     }

@@ -22,6 +22,8 @@ pub struct ComputeInput {
     pub reply: WireDType,
     /// The step's trace; empty where it is not traced.
     pub traceparent: String,
+    /// The tokens were sent, and counted as load, before.
+    pub is_again: bool,
 }
 
 impl ComputeInput {
@@ -48,8 +50,8 @@ impl ComputeInput {
         routing.check(tensor.rows as usize, experts)?;
         let reply = DType::try_from(message.reply_dtype).unwrap_or_default();
         let reply = WireDType::try_from(reply).map_err(|error| Error { field: Some("reply_dtype".into()), ..error })?;
-        let (tag, epoch, traceparent) = (message.tag, message.epoch, message.traceparent);
-        Ok(Self { tag, epoch, layer, x, routing, reply, traceparent })
+        let wire::ComputeRequest { tag, epoch, traceparent, is_again, .. } = message;
+        Ok(Self { tag, epoch, layer, x, routing, reply, traceparent, is_again })
     }
 }
 
@@ -102,6 +104,7 @@ mod tests {
             x: Some(encode_tensor(x.chunks_exact(HIDDEN), HIDDEN, WireDType::F32)),
             reply_dtype: DType::Bf16.into(),
             traceparent: "00-1-2-01".into(),
+            is_again: true,
             ..Default::default()
         };
         put_routing(&mut message, &routing);
@@ -116,7 +119,8 @@ mod tests {
     fn work_survives_the_wire() {
         let (message, x, routing) = message();
         let (reply, traceparent) = (WireDType::Bf16, "00-1-2-01".into());
-        assert_eq!(read(message), Ok(ComputeInput { tag: 7, epoch: 3, layer: 1, x, routing, reply, traceparent }));
+        let input = ComputeInput { tag: 7, epoch: 3, layer: 1, x, routing, reply, traceparent, is_again: true };
+        assert_eq!(read(message), Ok(input));
     }
 
     #[test]

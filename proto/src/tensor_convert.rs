@@ -16,6 +16,17 @@ pub enum WireDType {
     Int8,
 }
 
+impl WireDType {
+    /// Bytes of a row of so many values.
+    pub fn row_bytes(self, cols: usize) -> usize {
+        match self {
+            Self::F32 => cols * 4,
+            Self::Bf16 => cols * 2,
+            Self::Int8 => cols + 4,
+        }
+    }
+}
+
 impl From<WireDType> for DType {
     fn from(dtype: WireDType) -> Self {
         match dtype {
@@ -89,11 +100,7 @@ pub fn decode_tensor(field: &str, tensor: &Tensor, cols: usize) -> Result<Vec<f3
     if tensor.cols as usize != cols {
         return Err(wrong(format!("has {} columns; {cols} are expected", tensor.cols)));
     }
-    let row_bytes = match dtype {
-        WireDType::F32 => cols * 4,
-        WireDType::Bf16 => cols * 2,
-        WireDType::Int8 => cols + 4,
-    };
+    let row_bytes = dtype.row_bytes(cols);
     if rows.checked_mul(row_bytes) != Some(tensor.data.len()) {
         let got = tensor.data.len();
         return Err(wrong(format!("has {got} bytes; {rows} rows of {row_bytes} bytes are expected")));

@@ -67,7 +67,12 @@ impl<B: Backend> ExpertShard<B> {
         Ok(self.control.ask(EndWindow, CONTROL_DEADLINE).await?)
     }
 
-    /// Runs a layer's experts and counts it.
+    /// Counts a layer's tokens as load of their experts.
+    pub(crate) fn count(&self, layer: usize, routing: &Routing) {
+        self.counters.add(layer, routing);
+    }
+
+    /// Runs a layer's experts.
     pub(crate) fn compute(
         &self,
         held: &Held<B>,
@@ -76,7 +81,6 @@ impl<B: Backend> ExpertShard<B> {
         routing: &Routing,
     ) -> moesaic_model::Result<B::Tensor> {
         let started = Instant::now();
-        self.counters.add(layer, routing);
         let output = held.experts.run(layer, x, routing);
         let label = layer.to_string();
         counter!(names::EXPERT_TOKENS_TOTAL, "layer" => label.clone()).increment(routing.experts.len() as u64);
@@ -90,6 +94,7 @@ impl<B: Backend> ExpertShard<B> {
 
 impl<B: Backend> ExpertPool<B> for ExpertShard<B> {
     fn dispatch(&self, layer: usize, x: &B::Tensor, routing: &Routing) -> moesaic_model::Result<Ticket<B>> {
+        self.count(layer, routing);
         Ok(Ticket::Ready(self.compute(&self.shelf.current(), layer, x, routing)?))
     }
 }

@@ -1,14 +1,20 @@
-//! The thread that computes what schedulers send: what waits for the same layer goes through it together.
+//! The thread that computes what schedulers send: what waits for the same layer goes through it together, and what nobody
+//! waits for any longer does not.
 use crate::app::ExpertShard;
 use crate::shelf::Held;
+use futures::Stream;
 use moesaic_model::backend::Backend;
+use moesaic_transport::pulse::{Inbox, Outbox, queue};
 use moesaic_types::{Error, Result, Routing};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
 use tracing::Span;
+
+/// Tokens that are computed at a time: many enough that weights are read once for many, few enough that the thread's
+/// pulse is felt between them on any backend.
+const PIECE: usize = 1024;
 
 /// Tokens of one layer for this shard's experts.
 pub struct Job<B: Backend> {
@@ -20,6 +26,10 @@ pub struct Job<B: Backend> {
     pub x: Vec<f32>,
     /// Which experts each token goes to.
     pub routing: Routing,
+    /// They were counted as load before.
+    pub is_again: bool,
+    /// Gone with who waits for the outcome: then there is none.
+    pub caller: Weak<()>,
     /// Open from now until the reply.
     pub span: Span,
     /// When it came.
@@ -51,7 +61,7 @@ impl<B: Backend> Job<B> {
 
 /// The way to the thread; it ends when all of them are gone.
 pub struct Executor<B: Backend> {
-    jobs: mpsc::Sender<Job<B>>,
+    jobs: Outbox<Job<B>>,
 }
 
 impl<B: Backend> Clone for Executor<B> {
@@ -67,7 +77,9 @@ impl<B: Backend> Executor<B> {
     /// # Errors
     /// `Unavailable` when the system gives no thread.
     pub fn start(shard: Arc<ExpertShard<B>>, queue: usize, max_batch_tokens: usize) -> Result<Self> {
-        let (sender, jobs) = mpsc::channel(queue);
+        let (sender, jobs) = self::queue(queue);
+        let backend = Arc::clone(shard.shelf().current().experts.backend());
+        jobs.count_too(Box::new(move || backend.advanced()));
         let work = Work { shard, jobs, waiting: VecDeque::new(), look_ahead: queue, max_batch_tokens };
         let thread = std::thread::Builder::new().name("experts".into()).spawn(move || work.serve());
         thread.map_err(|error| Error::unavailable(format!("start the experts' thread: {error}")))?;
@@ -94,6 +106,15 @@ impl<B: Backend> Executor<B> {
     pub async fn submit(&self, job: Job<B>) -> Result<()> {
         self.jobs.send(job).await.map_err(|_| gone())
     }
+
+    /// A stream of answers with the thread's pulses between them.
+    pub fn with_pulses<A: Send + 'static>(
+        &self,
+        answers: impl Stream<Item = A> + Send + 'static,
+        pulse: impl Fn() -> A + Send + 'static,
+    ) -> impl Stream<Item = A> + Send + 'static {
+        self.jobs.with_pulses(answers, pulse)
+    }
 }
 
 fn gone() -> Error {
@@ -103,7 +124,7 @@ fn gone() -> Error {
 /// The thread's state.
 struct Work<B: Backend> {
     shard: Arc<ExpertShard<B>>,
-    jobs: mpsc::Receiver<Job<B>>,
+    jobs: Inbox<Job<B>>,
     /// Taken from the queue; as many as that holds at most.
     waiting: VecDeque<Job<B>>,
     look_ahead: usize,
@@ -114,14 +135,16 @@ impl<B: Backend> Work<B> {
     fn serve(mut self) {
         loop {
             while self.waiting.len() < self.look_ahead
-                && let Ok(job) = self.jobs.try_recv()
+                && let Some(job) = self.jobs.try_next()
             {
                 self.waiting.push_back(job);
             }
-            match self.waiting.pop_front().or_else(|| self.jobs.blocking_recv()) {
+            match self.waiting.pop_front().or_else(|| self.jobs.next()) {
+                Some(job) if job.caller.strong_count() == 0 => {}
                 Some(first) => {
                     let batch = self.batch(first);
                     self.compute(batch);
+                    self.jobs.beat();
                 }
                 None => return,
             }
@@ -133,7 +156,7 @@ impl<B: Backend> Work<B> {
         let mut tokens = first.routing.tokens();
         let mut batch = vec![first];
         let mut rest = VecDeque::with_capacity(self.waiting.len());
-        for job in self.waiting.drain(..) {
+        for job in self.waiting.drain(..).filter(|job| job.caller.strong_count() > 0) {
             if batch[0].is_like(&job) && tokens + job.routing.tokens() <= self.max_batch_tokens {
                 tokens += job.routing.tokens();
                 batch.push(job);
@@ -147,6 +170,8 @@ impl<B: Backend> Work<B> {
 
     fn compute(&self, batch: Vec<Job<B>>) {
         let begun = Instant::now();
+        let counted = batch.iter().filter(|job| !job.is_again);
+        counted.for_each(|job| self.shard.count(job.layer, &job.routing));
         let (mut jobs, waiting): (Vec<_>, Vec<_>) = batch.into_iter().map(split).unzip();
         let together = if jobs.len() > 1 { self.run_together(&jobs).ok() } else { None };
         let outputs = match together {
@@ -175,12 +200,26 @@ impl<B: Backend> Work<B> {
     }
 
     fn run(&self, held: &Held<B>, layer: usize, x: Vec<f32>, routing: &Routing) -> Result<Vec<f32>> {
-        let backend = held.experts.backend();
-        let run = || {
-            let x = backend.to_device(x, self.shard.hidden())?;
+        let (backend, hidden) = (held.experts.backend(), self.shard.hidden());
+        let run = |x: Vec<f32>, routing: &Routing| {
+            let x = backend.to_device(x, hidden)?;
             backend.to_host(&self.shard.compute(held, layer, &x, routing)?)
         };
-        let output = catch_unwind(AssertUnwindSafe(run));
+        // a token's sum is the same in every batch
+        let pieces = |x: Vec<f32>| {
+            if routing.tokens() <= PIECE {
+                return run(x, routing);
+            }
+            let mut output = Vec::with_capacity(x.len());
+            for (piece, x) in x.chunks(PIECE * hidden).enumerate() {
+                let (mut of_piece, first) = (Routing::new(), piece * PIECE);
+                (first..first + x.len() / hidden).for_each(|token| of_piece.push(routing.token(token)));
+                output.extend(run(x.to_vec(), &of_piece)?);
+                self.jobs.beat();
+            }
+            Ok(output)
+        };
+        let output = catch_unwind(AssertUnwindSafe(|| pieces(x)));
         let output = output.map_err(|_| Error::internal(format!("the experts of layer {layer} panicked")))?;
         output.map_err(|error| Error::unavailable(error.to_string()))
     }
@@ -198,7 +237,7 @@ struct Input<B: Backend> {
 type Waiting = (Reply, Instant, Span);
 
 fn split<B: Backend>(job: Job<B>) -> (Input<B>, Waiting) {
-    let Job { held, layer, x, routing, span, submitted, reply } = job;
+    let Job { held, layer, x, routing, span, submitted, reply, .. } = job;
     (Input { held, layer, x, routing }, (reply, submitted, span))
 }
 

@@ -12,7 +12,7 @@ use moesaic_telemetry::propagation::traced;
 use moesaic_transport::channel::MAX_MESSAGE;
 use moesaic_types::cluster::Shares;
 use moesaic_types::{Error, Result};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::timeout_at;
@@ -130,7 +130,12 @@ fn micros(time: Duration) -> u32 {
 
 impl<B: Backend> Server<B> {
     /// Reads requests and submits them until the client ends, breaks off or stops to take answers.
-    async fn take(self: Arc<Self>, mut requests: Streaming<wire::ComputeRequest>, answers: mpsc::Sender<Answer>) {
+    async fn take(
+        self: Arc<Self>,
+        mut requests: Streaming<wire::ComputeRequest>,
+        answers: mpsc::Sender<Answer>,
+        caller: Weak<()>,
+    ) {
         loop {
             let Ok(place) = answers.clone().reserve_owned().await else { return };
             let message = tokio::select! {
@@ -166,8 +171,10 @@ impl<B: Backend> Server<B> {
                         drop(place.send((pending, outcome)));
                         drop(in_flight);
                     });
-                    let ComputeInput { layer, x, routing, .. } = input;
-                    if self.executor.submit(Job { held, layer, x, routing, span, submitted, reply }).await.is_err() {
+                    let ComputeInput { layer, x, routing, is_again, .. } = input;
+                    let caller = Weak::clone(&caller);
+                    let job = Job { held, layer, x, routing, is_again, caller, span, submitted, reply };
+                    if self.executor.submit(job).await.is_err() {
                         return;
                     }
                 }
@@ -274,9 +281,18 @@ impl<B: Backend> ExpertService for Served<B> {
         request: Request<Streaming<wire::ComputeRequest>>,
     ) -> Result<Response<Self::ComputeStream>, Status> {
         let (sender, answers) = mpsc::channel::<Answer>(IN_FLIGHT);
-        tokio::spawn(Arc::clone(&self.0).take(request.into_inner(), sender));
-        let answers = ReceiverStream::new(answers).map(|(pending, outcome)| Ok(pending.answer(outcome)));
-        Ok(Response::new(answers.boxed()))
+        // goes with the stream of answers: a client that is gone drops it
+        let caller = Arc::new(());
+        tokio::spawn(Arc::clone(&self.0).take(request.into_inner(), sender, Arc::downgrade(&caller)));
+        let answers = ReceiverStream::new(answers).map(move |(pending, outcome)| {
+            let _held = &caller;
+            Ok(pending.answer(outcome))
+        });
+        let pulse = || {
+            let outcome = Some(wire::compute_response::Outcome::Pulse(wire::Pulse {}));
+            Ok(wire::ComputeResponse { outcome, ..wire::ComputeResponse::default() })
+        };
+        Ok(Response::new(self.0.executor.with_pulses(answers, pulse).boxed()))
     }
 
     async fn describe(

@@ -123,6 +123,12 @@ pub struct Config {
     pub expert_outputs: WireDType,
     /// Longest wait for one layer's experts, in milliseconds; then the step is run again. 100..=600000.
     pub expert_timeout_ms: u64,
+    /// A shard of which nothing came for so long, neither an answer nor a pulse of its computing thread, hangs or is cut
+    /// off: experts that others hold too are asked there, in milliseconds. A pulse comes every 200 ms. 500..=60000.
+    pub expert_silence_ms: u64,
+    /// The same of a later stage, whose keys and values are lost with it: the replica's requests go on elsewhere, and it
+    /// waits for the stage; in milliseconds, 500..=60000.
+    pub stage_silence_ms: u64,
     /// Experts that do not answer are asked again until a request's deadline. A request without one fails after this
     /// time, in milliseconds; and a replica whose experts have not answered for so long is not ready.
     pub experts_patience_ms: u64,
@@ -163,6 +169,8 @@ impl Default for Config {
             expert_activations: WireDType::F32,
             expert_outputs: WireDType::F32,
             expert_timeout_ms: 30_000,
+            expert_silence_ms: 1_500,
+            stage_silence_ms: 3_000,
             experts_patience_ms: 30_000,
             restart_backoff_ms: 100,
         }
@@ -229,9 +237,15 @@ impl Config {
             let message = "stage_of is empty; name the cluster.id of the process that has stage 0";
             return Err(Error::invalid("stage_of", message));
         }
-        if !(100..=600_000).contains(&self.expert_timeout_ms) {
-            let message = format!("expert_timeout_ms is {}; use 100 to 600000", self.expert_timeout_ms);
-            return Err(Error::invalid("expert_timeout_ms", message));
+        let of_peers = [
+            ("expert_timeout_ms", self.expert_timeout_ms, 100, 600_000),
+            ("expert_silence_ms", self.expert_silence_ms, 500, 60_000),
+            ("stage_silence_ms", self.stage_silence_ms, 500, 60_000),
+        ];
+        for (key, value, least, most) in of_peers {
+            if !(least..=most).contains(&value) {
+                return Err(Error::invalid(key, format!("{key} is {value}; use {least} to {most}")));
+            }
         }
         if !(1..=128).contains(&self.replica.len()) || self.replica.contains(char::is_control) {
             return Err(Error::invalid("replica", "replica must be 1 to 128 bytes without control characters"));
@@ -313,6 +327,9 @@ mod tests {
             (Config { max_running: most, ..Config::default() }, "max_running", "65536"),
             (Config { promote_after_ms: u64::MAX, ..Config::default() }, "promote_after_ms", "31536000000"),
             (Config { grammar_timeout_ms: 0, ..Config::default() }, "grammar_timeout_ms", "from 1"),
+            (Config { expert_timeout_ms: 99, ..Config::default() }, "expert_timeout_ms", "100"),
+            (Config { expert_silence_ms: 499, ..Config::default() }, "expert_silence_ms", "500"),
+            (Config { stage_silence_ms: 60_001, ..Config::default() }, "stage_silence_ms", "60000"),
         ];
         for (config, key, limit) in cases {
             let error = config.validate().unwrap_err().to_string();

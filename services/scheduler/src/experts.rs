@@ -39,11 +39,12 @@ impl ReplicaExperts {
             activations: config.expert_activations,
             outputs: config.expert_outputs,
             timeout: Duration::from_millis(config.expert_timeout_ms),
+            silence: Duration::from_millis(config.expert_silence_ms),
             ..ExpertsOptions::default()
         };
         let placement = follow(Arc::clone(&cluster.metadata), Arc::clone(&cluster.events), found.experts);
         let shards = cluster.directory(Service::ExpertShard);
-        let experts = RemoteExperts::start(shards, placement.watch(), found.experts, options);
+        let experts = RemoteExperts::start(shards, placement.placements(), found.experts, options);
         Self::Shards { experts, placement }
     }
 
@@ -115,6 +116,10 @@ impl<B: Backend> ExpertPool<B> for RemotePool<B> {
             })?;
             backend.to_device(sums, hidden)
         })))
+    }
+
+    fn advanced(&self) -> u64 {
+        self.experts.advanced()
     }
 
     fn micro_batches(&self, tokens: usize) -> usize {

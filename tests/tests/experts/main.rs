@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails there")]
 
 mod cluster;
+mod faults;
 
 use cluster::{Cluster, Grid, on_a_thread};
 use moesaic_model::backend::TensorSlice;

@@ -70,6 +70,11 @@ impl Kernels {
         Self { pool: Pool::new(threads), isa }
     }
 
+    /// Tasks that its threads ended so far: any thread sees by it whether a long computation gets on.
+    pub fn advanced(&self) -> u64 {
+        self.pool.advanced()
+    }
+
     /// `out[m, n] = x[m, k] · Wᵀ + bias[n]`.
     ///
     /// # Panics

@@ -2,7 +2,7 @@
 //! and a worker spins for a short, bounded time before it parks, so that it is a good neighbour on shared cores.
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -28,7 +28,7 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    fn work(&self) {
+    fn work(&self, advanced: &AtomicU64) {
         loop {
             let index = self.cursor.fetch_add(1, Ordering::Relaxed);
             if index >= self.tasks {
@@ -39,6 +39,7 @@ impl Region {
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(index))) {
                 lock(&self.panic).get_or_insert(panic);
             }
+            advanced.fetch_add(1, Ordering::Relaxed);
             self.finished.fetch_add(1, Ordering::Release);
         }
     }
@@ -54,6 +55,8 @@ struct Shared {
     region: Mutex<Option<Arc<Region>>>,
     wake: Condvar,
     stop: AtomicBool,
+    /// Tasks that ended.
+    advanced: AtomicU64,
 }
 
 /// A pool of threads for one engine.
@@ -89,11 +92,19 @@ impl Pool {
         self.workers.len() + 1
     }
 
+    /// Tasks that ended so far: any thread sees by it whether a long computation gets on.
+    pub fn advanced(&self) -> u64 {
+        self.shared.advanced.load(Ordering::Relaxed)
+    }
+
     /// Calls `task` with 0..tasks, each once, on all threads. A panic in a task is raised again here, after the others
     /// have finished. Must not be called from inside a task.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         if self.workers.is_empty() || tasks <= 1 {
-            return (0..tasks).for_each(task);
+            return (0..tasks).for_each(|index| {
+                task(index);
+                self.shared.advanced.fetch_add(1, Ordering::Relaxed);
+            });
         }
         let turn = lock(&self.turn);
         // SAFETY: only the lifetime changes; the pointer is not used after this function returns (see `Region`).
@@ -112,7 +123,7 @@ impl Pool {
             self.shared.epoch.fetch_add(1, Ordering::Release);
         }
         self.shared.wake.notify_all();
-        region.work();
+        region.work(&self.shared.advanced);
         let mut spins = 0;
         while !region.is_finished() {
             spins += 1;
@@ -145,7 +156,7 @@ fn serve(shared: &Shared) {
         let current = region.clone();
         drop(region);
         if let Some(region) = current {
-            region.work();
+            region.work(&shared.advanced);
         }
     }
 }
@@ -173,9 +184,11 @@ mod tests {
         let pool = Pool::new(3);
         for tasks in [0, 1, 2, 7, 1000] {
             let counts: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+            let before = pool.advanced();
             pool.run(tasks, &|i| {
                 counts[i].fetch_add(1, Ordering::Relaxed);
             });
+            assert_eq!(pool.advanced() - before, tasks as u64);
             assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
         }
     }

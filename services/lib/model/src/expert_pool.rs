@@ -32,6 +32,10 @@ pub trait ExpertPool<B: Backend>: Send + Sync {
     /// # Errors
     /// `Experts` when some cannot be reached now, or `layer` has none.
     fn dispatch(&self, layer: usize, x: &B::Tensor, routing: &Routing) -> Result<Ticket<B>>;
+    /// Grows while a dispatched layer is waited for, where that gets on; any thread may look.
+    fn advanced(&self) -> u64 {
+        0
+    }
     /// Into how many micro-batches a step of so many tokens is worth being cut, so that attention of one runs while
     /// the experts of another compute; 1 where the experts run on the caller's thread.
     fn micro_batches(&self, _tokens: usize) -> usize {

@@ -17,6 +17,7 @@ pub mod membership;
 pub mod memory;
 pub mod nats;
 pub mod placement;
+pub mod pulse;
 pub mod redis_metadata;
 pub mod serve;
 pub mod subjects;

@@ -13,7 +13,7 @@ use moesaic_types::{Digest, Result};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 
 /// How often the metadata are read, whether or not events come.
@@ -80,10 +80,26 @@ pub async fn publish(
     Ok(written)
 }
 
+/// The placement, as those see it who are served by it.
+#[derive(Clone, Debug)]
+pub struct Placements {
+    /// The last known; `None` until the first is.
+    pub latest: watch::Receiver<Option<Arc<Placement>>>,
+    /// Told when somebody else is seen to follow a later one: then it is read at once.
+    pub outdated: Arc<Notify>,
+}
+
+impl From<watch::Receiver<Option<Arc<Placement>>>> for Placements {
+    /// Where nobody reads.
+    fn from(latest: watch::Receiver<Option<Arc<Placement>>>) -> Self {
+        Self { latest, outdated: Arc::default() }
+    }
+}
+
 /// Follows a model's placement. Ends when it is dropped.
 #[derive(Debug)]
 pub struct Follower {
-    placement: watch::Receiver<Option<Arc<Placement>>>,
+    placements: Placements,
     task: AbortHandle,
 }
 
@@ -96,21 +112,29 @@ impl Drop for Follower {
 impl Follower {
     /// The placement now; `None` until the first is known.
     pub fn placement(&self) -> Option<Arc<Placement>> {
-        self.placement.borrow().clone()
+        self.placements.latest.borrow().clone()
     }
 
     /// The same, to wait for changes.
     pub fn watch(&self) -> watch::Receiver<Option<Arc<Placement>>> {
-        self.placement.clone()
+        self.placements.latest.clone()
+    }
+
+    /// The same, for who may see that a later one is followed.
+    pub fn placements(&self) -> Placements {
+        self.placements.clone()
     }
 }
 
-/// Starts to follow a model's placement: read at once, at each event and every few seconds. The last one is kept while
+/// Starts to follow a model's placement: read at once, at each event, where somebody follows a later one, and every few
+/// seconds. The last one is kept while
 /// the metadata cannot be read.
 pub fn follow(metadata: Arc<dyn Metadata>, events: Arc<dyn EventBus>, model: Digest) -> Follower {
-    let (told, placement) = watch::channel(None);
-    let watcher = Watcher { metadata, events, model, known: Known::default(), told, was_unreadable: false };
-    Follower { placement, task: tokio::spawn(watcher.run()).abort_handle() }
+    let (told, latest) = watch::channel(None);
+    let outdated = Arc::<Notify>::default();
+    let placements = Placements { latest, outdated: Arc::clone(&outdated) };
+    let watcher = Watcher { metadata, events, model, known: Known::default(), told, outdated, was_unreadable: false };
+    Follower { placements, task: tokio::spawn(watcher.run()).abort_handle() }
 }
 
 /// What is known, and what counts as news: without a clock or a server.
@@ -149,6 +173,7 @@ struct Watcher {
     model: Digest,
     known: Known,
     told: watch::Sender<Option<Arc<Placement>>>,
+    outdated: Arc<Notify>,
     was_unreadable: bool,
 }
 
@@ -157,7 +182,11 @@ impl Watcher {
         let subject = Subject::placement(&hex(&self.model)).to_string();
         let mut cues = Cues::new(Arc::clone(&self.events), subject, POLL);
         loop {
-            cues.next().await;
+            // a cue that is lost to the other branch was one to read
+            tokio::select! {
+                _ = cues.next() => {}
+                () = self.outdated.notified() => {}
+            }
             self.poll().await;
         }
     }
@@ -186,6 +215,7 @@ impl Watcher {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{MemoryBus, MemoryMetadata};
     use std::collections::BTreeMap;
 
     fn standing(version: u64, epoch: u64) -> Option<Standing> {
@@ -219,6 +249,25 @@ mod tests {
         assert!(unaware.read(standing(11, 1)), "a higher version alone is enough");
         assert!(unaware.read(standing(3, 8)), "and so is a higher epoch, where the server's clock was set back");
         assert_eq!(epoch(&unaware), Some(8));
+    }
+
+    #[tokio::test]
+    async fn it_is_read_at_once_where_somebody_follows_a_later_one() {
+        let (metadata, events) = (Arc::new(MemoryMetadata::new()), Arc::new(MemoryBus::new()));
+        let follower = follow(metadata.clone(), events, Digest::default());
+        let mut latest = follower.watch();
+        // nobody hears the events of this bus
+        let silent = MemoryBus::new();
+        let placement = |epoch| standing(1, epoch).and_then(|standing| standing.placement).expect("it has one");
+        let first = publish(&*metadata, &silent, "r0", &placement(1), None).await.expect("it is there");
+        tokio::time::timeout(2 * POLL, latest.changed()).await.expect("it is time to read").expect("it goes on");
+        publish(&*metadata, &silent, "r0", &placement(2), first)
+            .await
+            .expect("it is there")
+            .expect("nobody else writes");
+        follower.placements().outdated.notify_one();
+        tokio::time::timeout(POLL / 2, latest.changed()).await.expect("it does not wait").expect("it goes on");
+        assert_eq!(follower.placement().map(|placement| placement.epoch), Some(2));
     }
 
     #[test]

@@ -129,6 +129,11 @@ pub trait Backend: Loader + Send + Sync + Sized + 'static {
     /// `native` or `candle`.
     fn name(&self) -> &'static str;
 
+    /// Grows while a long operation gets on, where the device tells; any thread may look.
+    fn advanced(&self) -> u64 {
+        0
+    }
+
     /// Gathers a layer's experts.
     fn gather_experts(&self, experts: Vec<Option<Self::Ffn>>, hidden: usize) -> Result<Self::Experts>;
 

@@ -158,6 +158,10 @@ impl Backend for NativeBackend {
         "native"
     }
 
+    fn advanced(&self) -> u64 {
+        self.kernels.advanced()
+    }
+
     fn gather_experts(&self, experts: Vec<Option<Ffn>>, hidden: usize) -> Result<Experts> {
         let mut activation = Activation::Silu;
         let weights = experts.into_iter().map(|expert| match expert {

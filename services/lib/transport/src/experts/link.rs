@@ -1,6 +1,8 @@
-//! One stream to one shard, opened again whenever it breaks.
-use crate::channel::MAX_MESSAGE;
+//! One stream to one shard, opened again whenever it breaks or its shard hangs.
+use super::ExpertsOptions;
 use crate::grpc::explain;
+use crate::pulse::heard;
+use moesaic_proto::expert::v1::compute_response::Outcome;
 use moesaic_proto::expert::v1::expert_service_client::ExpertServiceClient;
 use moesaic_proto::expert::v1::{ComputeRequest, ComputeResponse};
 use moesaic_types::{Error, Result};
@@ -11,8 +13,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
 use tonic::transport::Channel;
+use tonic::{Status, Streaming};
 
 /// Pauses between attempts to open the stream.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
@@ -69,14 +71,21 @@ impl Drop for Link {
 }
 
 impl Link {
-    /// Begins to open a stream behind a channel; `peer` names the shard in errors.
-    pub(super) fn open(peer: Arc<str>, channel: Channel, changes: watch::Sender<u64>) -> Self {
+    /// Begins to open a stream behind a channel; `peer` names the shard in errors. It is given up when nothing came of
+    /// the shard for a while, and is open again with the shard's first pulse.
+    pub(super) fn open(
+        peer: Arc<str>,
+        channel: Channel,
+        options: &ExpertsOptions,
+        changes: watch::Sender<u64>,
+    ) -> Self {
         let reason = Error::unavailable(format!("{peer} is not connected yet"));
         let state = State { outgoing: None, reason, waiting: HashMap::new(), next_tag: 0, behind: None };
         let shared = Arc::new(Shared { state: Mutex::new(state), changes });
         let client = ExpertServiceClient::new(channel);
-        let client = client.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
-        let task = tokio::spawn(keep(Arc::clone(&peer), client, Arc::clone(&shared))).abort_handle();
+        let client = client.max_decoding_message_size(options.max_message);
+        let client = client.max_encoding_message_size(options.max_message);
+        let task = tokio::spawn(keep(Arc::clone(&peer), client, options.silence, Arc::clone(&shared))).abort_handle();
         Self { peer, shared, task }
     }
 
@@ -155,7 +164,7 @@ impl Shared {
 }
 
 /// Opens the stream and reads it, again and again.
-async fn keep(peer: Arc<str>, client: ExpertServiceClient<Channel>, shared: Arc<Shared>) {
+async fn keep(peer: Arc<str>, client: ExpertServiceClient<Channel>, silence: Duration, shared: Arc<Shared>) {
     let mut pause = FIRST_PAUSE;
     loop {
         let (sender, outgoing) = mpsc::channel(OUTGOING);
@@ -165,13 +174,12 @@ async fn keep(peer: Arc<str>, client: ExpertServiceClient<Channel>, shared: Arc<
             Err(_) => Error::unavailable(format!("{peer} did not answer within {OPEN_TIMEOUT:?}")),
             Ok(Err(status)) => explain(&peer, &status),
             Ok(Ok(answers)) => {
-                tracing::info!(%peer, "connected");
-                shared.set_open(sender);
-                let (has_answered, reason) = read(&peer, answers.into_inner(), &shared).await;
-                if has_answered {
+                let mut stream = Stream { peer: &peer, answers: answers.into_inner(), silence, outgoing: Some(sender) };
+                let reason = stream.read(&shared).await;
+                if stream.outgoing.is_none() {
                     pause = FIRST_PAUSE;
+                    tracing::warn!(%peer, %reason, "the connection broke");
                 }
-                tracing::warn!(%peer, %reason, "the connection broke");
                 reason
             }
         };
@@ -181,17 +189,32 @@ async fn keep(peer: Arc<str>, client: ExpertServiceClient<Channel>, shared: Arc<
     }
 }
 
-/// Hands answers to who waits for them; whether any came, and why no more do.
-async fn read(peer: &str, mut answers: Streaming<ComputeResponse>, shared: &Shared) -> (bool, Error) {
-    let mut has_answered = false;
-    loop {
-        match answers.message().await {
-            Ok(Some(response)) => {
-                has_answered = true;
+/// A stream that is being read.
+struct Stream<'a> {
+    peer: &'a str,
+    answers: Streaming<ComputeResponse>,
+    silence: Duration,
+    /// Where requests go, until the shard's first message shows that its thread takes them.
+    outgoing: Option<mpsc::Sender<ComputeRequest>>,
+}
+
+impl Stream<'_> {
+    /// Hands answers to who waits for them; why no more come.
+    async fn read(&mut self, shared: &Shared) -> Error {
+        loop {
+            let why = |status: &Status| explain(self.peer, status);
+            let response = match heard(&mut self.answers, self.peer, self.silence, why).await {
+                Ok(Some(response)) => response,
+                Ok(None) => return Error::unavailable(format!("{} ended the stream", self.peer)),
+                Err(error) => return error,
+            };
+            if let Some(outgoing) = self.outgoing.take() {
+                tracing::info!(peer = self.peer, "connected");
+                shared.set_open(outgoing);
+            }
+            if !matches!(response.outcome, Some(Outcome::Pulse(_))) {
                 shared.answer(response);
             }
-            Ok(None) => return (has_answered, Error::unavailable(format!("{peer} ended the stream"))),
-            Err(status) => return (has_answered, explain(peer, &status)),
         }
     }
 }

@@ -5,20 +5,24 @@ mod link;
 mod plan;
 mod view;
 
+use crate::channel::MAX_MESSAGE;
 use crate::membership::Directory;
+use crate::placement::Placements;
+use crate::pulse::PULSE_EVERY;
 use link::Link;
 use metrics::{counter, histogram};
 use moesaic_proto::expert::v1::compute_response::Outcome;
 use moesaic_proto::expert::v1::{ComputeRequest, ComputeResponse};
 use moesaic_proto::{WireDType, decode_tensor, encode_tensor, put_routing};
 use moesaic_telemetry::metrics as names;
-use moesaic_types::cluster::Placement;
 use moesaic_types::{Digest, Error, ErrorCode, Result, Routing};
 use plan::Part;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 use view::{Reach, View};
 
@@ -31,14 +35,20 @@ pub struct ExpertsOptions {
     pub outputs: WireDType,
     /// Longest wait for a layer.
     pub timeout: Duration,
+    /// A shard of which nothing came for so long hangs or is cut off: its copies are asked. Some times
+    /// [`PULSE_EVERY`](crate::pulse::PULSE_EVERY).
+    pub silence: Duration,
+    /// The largest message, in bytes: what is longer is sent as several.
+    pub max_message: usize,
     /// Longest wait for a placement that a shard follows already, or for a lost shard's replica.
     pub patience: Duration,
 }
 
 impl Default for ExpertsOptions {
     fn default() -> Self {
-        let (timeout, patience) = (Duration::from_secs(30), Duration::from_secs(1));
-        Self { activations: WireDType::F32, outputs: WireDType::F32, timeout, patience }
+        let (timeout, silence) = (Duration::from_secs(30), Duration::from_millis(1500));
+        let (activations, outputs) = (WireDType::F32, WireDType::F32);
+        Self { activations, outputs, timeout, silence, max_message: MAX_MESSAGE, patience: Duration::from_secs(1) }
     }
 }
 
@@ -46,11 +56,15 @@ impl Default for ExpertsOptions {
 #[derive(Debug)]
 pub struct RemoteExperts {
     options: ExpertsOptions,
+    /// Tells who follows the placement that a shard is at a later one.
+    outdated: Arc<Notify>,
     view: watch::Receiver<Arc<View>>,
     /// Counts changes of the view and of its streams.
     changes: watch::Receiver<u64>,
     runtime: Handle,
     task: AbortHandle,
+    /// Grows while somebody waits, for not longer than may be waited.
+    waits: AtomicU64,
 }
 
 impl Drop for RemoteExperts {
@@ -61,16 +75,13 @@ impl Drop for RemoteExperts {
 
 impl RemoteExperts {
     /// Follows the shards of `model` that the directory shows, and the placement. Call it in a runtime.
-    pub fn start(
-        directory: Directory,
-        placement: watch::Receiver<Option<Arc<Placement>>>,
-        model: Digest,
-        options: ExpertsOptions,
-    ) -> Arc<Self> {
+    pub fn start(directory: Directory, placement: Placements, model: Digest, options: ExpertsOptions) -> Arc<Self> {
         let (changed, changes) = watch::channel(0);
         let (told, view) = watch::channel(Arc::default());
-        let task = tokio::spawn(view::follow(directory, placement, model, changed, told)).abort_handle();
-        Arc::new(Self { options, view, changes, runtime: Handle::current(), task })
+        let Placements { latest, outdated } = placement;
+        let following = view::follow(directory, latest, model, options.clone(), changed, told);
+        let task = tokio::spawn(following).abort_handle();
+        Arc::new(Self { options, outdated, view, changes, runtime: Handle::current(), task, waits: AtomicU64::new(0) })
     }
 
     /// Whether every expert of the placement can be asked now.
@@ -89,6 +100,11 @@ impl RemoteExperts {
         Ok(())
     }
 
+    /// Grows while layers are waited for: who waits does not hang, since each wait has an end.
+    pub fn advanced(&self) -> u64 {
+        self.waits.load(Ordering::Relaxed)
+    }
+
     /// Waits until every expert can be asked. Cancel-safe.
     pub async fn reached(&self) {
         let mut changes = self.changes.clone();
@@ -105,31 +121,33 @@ impl RemoteExperts {
     pub fn dispatch(self: &Arc<Self>, layer: usize, x: Vec<f32>, hidden: usize, routing: &Routing) -> Dispatched {
         let tokens = Tokens { layer, x, hidden, routing: routing.clone() };
         let traceparent = moesaic_telemetry::propagation::current_traceparent().unwrap_or_default();
-        let attempt = self.attempt(&tokens, &traceparent);
+        let attempt = self.attempt(&tokens, &traceparent, false);
         Dispatched { experts: Arc::clone(self), tokens, traceparent, attempt, begun: Instant::now() }
     }
 
     /// Sends every part.
-    fn attempt(&self, tokens: &Tokens, traceparent: &str) -> Attempt {
+    fn attempt(&self, tokens: &Tokens, traceparent: &str, is_again: bool) -> Attempt {
         let changes = *self.changes.borrow();
-        Attempt { changes, sent: self.send(tokens, traceparent) }
+        Attempt { changes, sent: self.send(tokens, traceparent, is_again) }
     }
 
-    fn send(&self, tokens: &Tokens, traceparent: &str) -> Result<Sent> {
+    fn send(&self, tokens: &Tokens, traceparent: &str, is_again: bool) -> Result<Sent> {
         let view = self.view.borrow().clone();
         let placement = view.placement.as_ref().ok_or_else(no_placement)?;
         let holders = placement.layers.get(&tokens.layer).ok_or_else(|| {
             Error::unavailable(format!("placement {} does not have layer {}", placement.epoch, tokens.layer))
         })?;
         let reach = view.reach();
-        let parts = plan::cut(&tokens.routing, holders, |group| reach.has(group)).map_err(|expert| {
+        let cut = plan::cut(&tokens.routing, holders, |group| reach.has(group)).map_err(|expert| {
             let groups = holders.get(expert as usize).map_or(&[][..], |groups| groups);
             unreached(tokens.layer, expert as usize, groups, &reach)
         })?;
+        let parts = self.fit(cut, tokens.hidden);
         let (sender, answers) = mpsc::channel();
         let mut replies = Vec::new();
         for (at, part) in parts.iter().enumerate() {
             let request = self.request(tokens, part, placement.epoch, traceparent);
+            let request = ComputeRequest { is_again, ..request };
             for link in reach.group(part.group)? {
                 let (sender, place) = (sender.clone(), replies.len());
                 replies.push((at, Arc::clone(link)));
@@ -139,6 +157,14 @@ impl RemoteExperts {
             }
         }
         Ok(Sent { parts, epoch: placement.epoch, replies, answers })
+    }
+
+    /// Cuts parts whose request or answer would be above the limit of a message.
+    fn fit(&self, parts: Vec<Part>, hidden: usize) -> Vec<Part> {
+        let room = self.options.max_message - self.options.max_message / 16;
+        let row = self.options.activations.row_bytes(hidden).max(self.options.outputs.row_bytes(hidden));
+        let (offset, choice) = (size_of::<u32>(), size_of::<u32>() + size_of::<f32>());
+        parts.into_iter().flat_map(|part| plan::fit(part, room, row + offset, choice)).collect()
     }
 
     fn request(&self, tokens: &Tokens, part: &Part, epoch: u64, traceparent: &str) -> ComputeRequest {
@@ -161,8 +187,17 @@ impl RemoteExperts {
     /// Waits until the view is another than that of `attempt`, or `patience` is over; whether it is.
     fn changed(&self, since: u64, patience: Duration) -> bool {
         let mut changes = self.changes.clone();
-        let changed = async { tokio::time::timeout(patience, changes.wait_for(|count| *count != since)).await };
-        matches!(self.runtime.block_on(changed), Ok(Ok(_)))
+        let ends = Instant::now() + patience;
+        loop {
+            self.waits.fetch_add(1, Ordering::Relaxed);
+            let pause = ends.saturating_duration_since(Instant::now()).min(PULSE_EVERY);
+            let changed = async { tokio::time::timeout(pause, changes.wait_for(|count| *count != since)).await };
+            match self.runtime.block_on(changed) {
+                Ok(changed) => return changed.is_ok(),
+                Err(_) if Instant::now() >= ends => return false,
+                Err(_) => {}
+            }
+        }
     }
 }
 
@@ -239,7 +274,7 @@ impl Dispatched {
         let deadline = self.begun + self.experts.options.timeout;
         for attempt in 1.. {
             let failure = match self.attempt.sent {
-                Ok(sent) => match sent.collect(&self.tokens, deadline) {
+                Ok(sent) => match sent.collect(&self.tokens, deadline, &self.experts) {
                     Ok(output) => {
                         histogram!(names::EXPERT_ROUND_TRIP_SECONDS).record(self.begun.elapsed().as_secs_f64());
                         return Ok(output);
@@ -255,7 +290,7 @@ impl Dispatched {
             }
             counter!(names::EXPERT_RETRIES_TOTAL).increment(1);
             tracing::debug!(error = %failure.error, "send a layer again");
-            self.attempt = self.experts.attempt(&self.tokens, &self.traceparent);
+            self.attempt = self.experts.attempt(&self.tokens, &self.traceparent, true);
         }
         unreachable!("the last attempt returns")
     }
@@ -263,15 +298,18 @@ impl Dispatched {
 
 impl Sent {
     /// Awaits all answers and adds them up.
-    fn collect(self, tokens: &Tokens, deadline: Instant) -> Result<Vec<f32>, Failure> {
+    fn collect(self, tokens: &Tokens, deadline: Instant, experts: &RemoteExperts) -> Result<Vec<f32>, Failure> {
         let mut outputs: Vec<Option<Vec<f32>>> = vec![None; self.replies.len()];
         for _ in 0..self.replies.len() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let (place, answer) = self.answers.recv_timeout(left).map_err(|_| {
+            let (place, answer) = self.next(deadline, &experts.waits).ok_or_else(|| {
                 Error::unavailable(format!("the experts of layer {} did not answer in time", tokens.layer))
             })?;
             let (at, link) = &self.replies[place];
-            outputs[place] = Some(self.open(answer?, &self.parts[*at], link, tokens.hidden)?);
+            let answer = answer?;
+            if answer.epoch > self.epoch {
+                experts.outdated.notify_one();
+            }
+            outputs[place] = Some(self.open(answer, &self.parts[*at], link, tokens.hidden)?);
         }
         let mut sums = vec![0.0; tokens.x.len()];
         for (output, (at, _)) in outputs.into_iter().flatten().zip(&self.replies) {
@@ -281,6 +319,18 @@ impl Sent {
             }
         }
         Ok(sums)
+    }
+
+    /// The next answer by the deadline.
+    fn next(&self, deadline: Instant, waits: &AtomicU64) -> Option<(usize, Result<ComputeResponse>)> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.answers.recv_timeout(left.min(PULSE_EVERY)) {
+                Ok(answer) => return Some(answer),
+                Err(RecvTimeoutError::Timeout) if !left.is_zero() => waits.fetch_add(1, Ordering::Relaxed),
+                Err(_) => return None,
+            };
+        }
     }
 
     fn open(&self, answer: ComputeResponse, part: &Part, link: &Link, hidden: usize) -> Result<Vec<f32>, Failure> {
@@ -301,7 +351,7 @@ impl Sent {
                 }
                 Err(Failure { error: error.into(), is_behind })
             }
-            None => Err(Error::internal("a shard's answer has no outcome").into()),
+            Some(Outcome::Pulse(_)) | None => Err(Error::internal("a shard's answer has no outcome").into()),
         }
     }
 }

@@ -40,6 +40,29 @@ pub(super) fn cut(routing: &Routing, holders: &[Vec<usize>], lives: impl Fn(usiz
     Ok(parts.into_values().collect())
 }
 
+/// Cuts a part where it is above the limit of a message: `room` are the bytes for its tokens, of which each takes
+/// `token` and `choice` for each of its experts. A token that is above it alone is alone.
+pub(super) fn fit(part: Part, room: usize, token: usize, choice: usize) -> Vec<Part> {
+    let size = |experts: usize| token + choice * experts;
+    if part.tokens.len() * token + part.routing.experts.len() * choice <= room {
+        return vec![part];
+    }
+    let (mut pieces, mut left): (Vec<Part>, usize) = (Vec::new(), 0);
+    for (at, number) in part.tokens.iter().enumerate() {
+        let own = part.routing.token(at);
+        let needed = size(own.clone().count());
+        if needed > left || pieces.is_empty() {
+            pieces.push(Part { group: part.group, tokens: Vec::new(), routing: Routing::new() });
+            left = room;
+        }
+        let piece = pieces.last_mut().expect("one was pushed");
+        piece.tokens.push(*number);
+        piece.routing.push(own);
+        left = left.saturating_sub(needed);
+    }
+    pieces
+}
+
 /// The group of each of a token's experts.
 fn choose(
     experts: impl Iterator<Item = (u32, f32)> + Clone,
@@ -152,6 +175,26 @@ mod tests {
                 prop_assert_eq!(together.iter().filter_map(of_token).collect::<Vec<_>>(), expected);
             }
         }
+    }
+
+    #[test]
+    fn a_part_above_the_limit_is_cut_between_tokens() {
+        let part =
+            || Part { group: 3, tokens: vec![1, 4, 5, 9], routing: routing(&[vec![0], vec![1, 2], vec![3], vec![]]) };
+        let tokens = |room: usize| -> Vec<Vec<u32>> {
+            let pieces = fit(part(), room, 10, 1);
+            let whole: Vec<_> = (0..4).map(|at| part().routing.token(at).collect::<Vec<_>>()).collect();
+            let cut = pieces
+                .iter()
+                .flat_map(|piece| (0..piece.tokens.len()).map(|at| piece.routing.token(at).collect::<Vec<_>>()));
+            assert_eq!(cut.collect::<Vec<_>>(), whole);
+            assert!(pieces.iter().all(|piece| piece.group == 3));
+            pieces.into_iter().map(|piece| piece.tokens).collect()
+        };
+        assert_eq!(tokens(44), [vec![1, 4, 5, 9]], "it fits");
+        assert_eq!(tokens(43), [vec![1, 4, 5], vec![9]]);
+        assert_eq!(tokens(23), [vec![1, 4], vec![5, 9]]);
+        assert_eq!(tokens(1), [[1], [4], [5], [9]]);
     }
 
     #[test]

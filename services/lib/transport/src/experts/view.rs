@@ -1,4 +1,5 @@
 //! The placement that is followed and the streams to its shards.
+use super::ExpertsOptions;
 use super::link::Link;
 use crate::channel::bulk_channel;
 use crate::membership::{Directory, Peers, View as Members};
@@ -99,6 +100,7 @@ pub(super) async fn follow(
     directory: Directory,
     mut placement: watch::Receiver<Option<Arc<Placement>>>,
     model: Digest,
+    options: ExpertsOptions,
     changes: watch::Sender<u64>,
     told: watch::Sender<Arc<View>>,
 ) {
@@ -112,7 +114,7 @@ pub(super) async fn follow(
             .filter(|record| matches!(&record.member.role, Role::Shard(shard) if shard.model == model));
         peers.follow(shards, |member| {
             let peer = format!("{} {}", member.service, member.id).into();
-            Ok(Arc::new(Link::open(peer, bulk_channel(member)?, changes.clone())))
+            Ok(Arc::new(Link::open(peer, bulk_channel(member)?, &options, changes.clone())))
         });
         told.send_replace(Arc::new(View::of(placed, &now, &peers, model)));
         changes.send_modify(|count| *count += 1);

@@ -46,7 +46,8 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// Loads the model through `runner_factory` and starts the engine; returns when it takes requests.
+    /// Loads the model through `runner_factory` and starts the engine; returns when it takes requests. Waits while a part
+    /// of the model in another process is away.
     ///
     /// `runner_factory` is called again whenever the engine crashed. Must be called on a tokio runtime, which must
     /// outlive the scheduler.
@@ -89,7 +90,7 @@ impl Scheduler {
         let control = Supervised::spawn("engine-control", 64, move || {
             EngineControl::new(Arc::clone(&for_parts), Arc::clone(&for_slot))
         });
-        let first = status.wait_for(|status| *status != Status::Starting).await;
+        let first = status.wait_for(|status| matches!(status, Status::Ready(_) | Status::Failed(_))).await;
         let first = first.map(|status| status.clone()).unwrap_or(Status::Starting);
         if let Status::Failed(error) = first {
             control.stop();
@@ -129,7 +130,7 @@ impl Scheduler {
         match &*self.status.borrow() {
             Status::Ready(info) => Ok(*info),
             Status::Starting => Err(Error::unavailable("the engine is starting")),
-            Status::Failed(error) => Err(error.clone()),
+            Status::Waiting(error) | Status::Failed(error) => Err(error.clone()),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The model behind a replica: how an engine loads it, and loads it again after a crash.
 use crate::engine::RunnerFactory;
-use crate::pipeline::{RemoteStages, StageFactory, Stages};
+use crate::pipeline::{StageFactory, Stages};
 use moesaic_model::backend::candle::CandleBackend;
 use moesaic_model::backend::native::NativeBackend;
 use moesaic_model::backend::{Backend, BackendKind};
@@ -63,10 +63,10 @@ pub struct Source {
 
 /// Loads the model anew at each call: a crashed engine starts from the files. Where there are later stages the engine
 /// has the first layers, and what is before the first and after the last.
-pub fn runner_factory(from: Source, experts: impl Experts, later: Option<Stages>) -> RunnerFactory {
+pub fn runner_factory(from: Source, experts: impl Experts, later: Option<Arc<Stages>>) -> RunnerFactory {
     Arc::new(move || match from.config.backend {
-        BackendKind::Native => runner(&from, NativeBackend::new(from.config.threads()), &experts, later.as_ref()),
-        BackendKind::Candle => runner(&from, CandleBackend::new(from.config.threads())?, &experts, later.as_ref()),
+        BackendKind::Native => runner(&from, NativeBackend::new(from.config.threads()), &experts, later.as_deref()),
+        BackendKind::Candle => runner(&from, CandleBackend::new(from.config.threads())?, &experts, later.as_deref()),
     })
 }
 
@@ -80,15 +80,14 @@ fn runner<B: Backend>(
     let spec = spec::read(&from.path, &*source)?;
     let (backend, options) = (Arc::new(backend), from.options());
     let layers = later.map_or(spec.layers.len(), Stages::first);
-    // asked before weights are loaded in vain
-    let peers = later.map(Stages::peers).transpose();
-    let peers = peers.map_err(|error| moesaic_model::Error::Stage { reason: error.message })?;
+    // before weights are loaded in vain
+    let stages = later.map(|later| later.connect(spec.hidden)).transpose();
+    let stages = stages.map_err(|error| moesaic_model::Error::Stage { reason: error.message })?;
     let pool = experts.pool(&*source, &spec, backend.clone(), &options, 0..layers)?;
-    let (Some(later), Some(peers)) = (later, peers) else {
+    let Some(later) = stages else {
         return Ok(Box::new(load_decoder(&*source, spec, backend, &options, pool)?));
     };
-    let later = Box::new(RemoteStages::new(peers, spec.hidden, later.runtime.clone()));
-    Ok(Box::new(load_first_stage(&*source, spec, backend, &options, pool, layers, later)?))
+    Ok(Box::new(load_first_stage(&*source, spec, backend, &options, pool, layers, Box::new(later))?))
 }
 
 /// Loads a later stage's layers.

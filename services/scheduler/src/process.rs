@@ -3,7 +3,7 @@ use crate::app::Scheduler;
 use crate::config::Config;
 use crate::experts::ReplicaExperts;
 use crate::model::{Source, runner_factory, stage_factory};
-use crate::pipeline::{LateStage, StageServer, Stages, stage_service};
+use crate::pipeline::{LateStage, StageOptions, StageServer, Stages, stage_service};
 use crate::vocabulary::Vocabulary;
 use futures::future::{BoxFuture, FutureExt};
 use moesaic_model::ModelConfig;
@@ -71,6 +71,8 @@ pub struct SchedulerProcess {
     /// In place of the replica, in a process that has later layers of another's.
     stage: Arc<LateStage>,
     experts: OnceLock<Arc<ReplicaExperts>>,
+    /// Of a replica in stages.
+    later: OnceLock<Arc<Stages>>,
     loading: watch::Sender<Option<Progress>>,
 }
 
@@ -105,8 +107,8 @@ impl Process for SchedulerProcess {
     type Settings = Settings;
 
     async fn new(settings: Settings, cluster: Cluster) -> Result<Self> {
-        let (replica, stage, experts) = (Arc::default(), Arc::default(), OnceLock::new());
-        Ok(Self { settings, cluster, replica, stage, experts, loading: watch::Sender::default() })
+        let (replica, stage, loading) = (Arc::default(), Arc::default(), watch::Sender::default());
+        Ok(Self { settings, cluster, replica, stage, experts: OnceLock::new(), later: OnceLock::new(), loading })
     }
 
     async fn serve(self: Arc<Self>, doors: Doors, stop: watch::Receiver<bool>) -> Result<()> {
@@ -142,7 +144,11 @@ impl Process for SchedulerProcess {
         let later = (config.stages > 1).then(|| {
             let (id, served) = (Arc::clone(&self.cluster.id), found.served_as.clone());
             let directory = self.cluster.directory(Service::Scheduler);
-            Stages::new(directory, id, served, found.spec.layers.len(), config.stages)
+            let silence = Duration::from_millis(config.stage_silence_ms);
+            let options = StageOptions { silence, ..StageOptions::default() };
+            let ranges = split_layers(found.spec.layers.len(), config.stages);
+            let stages = Stages::new(directory, id, served, ranges, options);
+            Arc::clone(self.later.get_or_init(|| Arc::new(stages)))
         });
         if let Some(later) = &later {
             later.reached().await;
@@ -169,7 +175,10 @@ impl Process for SchedulerProcess {
             None => {
                 let far = how_far(*self.loading.borrow());
                 let missing = self.experts.get().and_then(|experts| experts.ready().err());
-                Err(Error::unavailable(missing.map_or(far.clone(), |error| format!("{far}; experts: {error}"))))
+                let mut reasons = vec![far];
+                reasons.extend(missing.map(|error| format!("experts: {error}")));
+                reasons.extend(self.later.get().and_then(|later| later.peers().err()).map(|error| error.message));
+                Err(Error::unavailable(reasons.join("; ")))
             }
         }
     }
@@ -208,7 +217,8 @@ impl SchedulerProcess {
     ) -> Result<Role> {
         let ranges = split_layers(found.spec.layers.len(), config.stages);
         let layers = ranges[config.stage].clone();
-        let server = StageServer::start(layers.clone(), stage_factory(source, Arc::clone(&experts), layers))?;
+        let server =
+            StageServer::start(layers.clone(), &config.stage_of, stage_factory(source, Arc::clone(&experts), layers))?;
         self.stage.set(Arc::clone(&server));
         server.loaded().await?;
         experts.reached().await;

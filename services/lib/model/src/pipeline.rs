@@ -32,6 +32,10 @@ pub struct StageSequence {
 pub trait LaterStages: Send {
     /// How many there are; at least 1.
     fn stages(&self) -> usize;
+    /// Rows that a micro-batch has at most; at least 1.
+    fn max_rows(&self) -> usize {
+        usize::MAX
+    }
     /// Makes their KV pools, and begins a new life: what was sent and not received is forgotten.
     ///
     /// # Errors
@@ -61,12 +65,17 @@ pub trait LaterStages: Send {
     fn import_block(&mut self, block: BlockIndex, bytes: &[u8]) -> Result<()>;
 }
 
+/// Grows while a computation gets on; read on any thread.
+pub type Advanced = Box<dyn Fn() -> u64 + Send + Sync>;
+
 /// Consecutive layers that end no sooner than the model's; what [`Stage`](crate::decoder::Stage) is on any backend.
 pub trait StageRunner: Send {
     /// Bytes of its part of a KV block.
     fn block_bytes(&self) -> usize;
     /// Columns of its rows.
     fn hidden(&self) -> usize;
+    /// How far [`Self::run`] is.
+    fn advanced(&self) -> Advanced;
     /// Makes its KV pool.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Owns the engine's life: starts it, notices its end, starts it again with growing pauses.
 //!
 //! Requests reach the engine through [`Slot`], not through the actor: it only decides which engine is there.
-use crate::engine::{Command, Engine, Info, Parts};
+use crate::engine::{Command, End, Engine, Info, Parts};
 use actix::{Actor, AsyncContext, Context, Handler, Message};
 use moesaic_telemetry::metrics::ENGINE_RESTARTS_TOTAL;
 use moesaic_types::{Error, Result};
@@ -14,6 +14,8 @@ use tokio::sync::watch;
 
 /// The longest pause before a restart.
 const MAX_PAUSE: Duration = Duration::from_secs(30);
+/// The same while a part of the model is away.
+const MAX_WAITING_PAUSE: Duration = Duration::from_secs(1);
 /// An engine that lived this long starts the pauses anew.
 const HEALTHY: Duration = Duration::from_secs(60);
 /// Commands beyond one per waiting and two per running request.
@@ -26,6 +28,8 @@ pub enum Status {
     Starting,
     /// Takes requests.
     Ready(Info),
+    /// A part of the model in another process is away; the next engine waits for it.
+    Waiting(Error),
     /// Ended; started again after a pause.
     Failed(Error),
 }
@@ -92,6 +96,7 @@ impl Slot {
 struct Ended {
     life: u64,
     reason: String,
+    is_passing: bool,
     lived: Duration,
 }
 
@@ -133,15 +138,16 @@ impl EngineControl {
             // The engine is dropped in here, so every request in flight sees its end.
             let end = catch_unwind(AssertUnwindSafe(|| live(&parts, &slot, commands, sender, &stop)));
             parts.pulse.stop();
-            let reason = match end {
+            let (reason, is_passing) = match end {
                 Ok(Ok(())) => return,
-                Ok(Err(error)) => error.message,
-                Err(panic) => format!("the engine panicked: {}", panic_message(&*panic)),
+                Ok(Err(End { error, is_passing })) => (error.message, is_passing),
+                Err(panic) => (format!("the engine panicked: {}", panic_message(&*panic)), false),
             };
             parts.snapshot.send_modify(|snapshot| snapshot.ready = false);
             drop(one);
-            slot.tell(&stop, Status::Failed(Error::unavailable(reason.clone())));
-            let ended = Ended { life, reason, lived: born.elapsed() };
+            let error = Error::unavailable(reason.clone());
+            slot.tell(&stop, if is_passing { Status::Waiting(error) } else { Status::Failed(error) });
+            let ended = Ended { life, reason, is_passing, lived: born.elapsed() };
             runtime.spawn(async move {
                 // A closed mailbox means that the actor is gone; its successor starts an engine of its own.
                 let _ = address.send(ended).await;
@@ -159,7 +165,7 @@ fn live(
     commands: std::sync::mpsc::Receiver<Command>,
     replies: SyncSender<Command>,
     stop: &Arc<AtomicBool>,
-) -> Result<()> {
+) -> Result<(), End> {
     if stop.load(Ordering::Acquire) {
         return Ok(());
     }
@@ -198,9 +204,15 @@ impl Handler<Ended> for EngineControl {
         if ended.lived >= HEALTHY {
             self.pause = first;
         }
-        let pause = self.pause;
-        self.pause = (self.pause * 2).clamp(first, MAX_PAUSE);
-        tracing::error!(reason = ended.reason, pause_ms = pause.as_millis(), "the engine ended; starting it again");
+        // one that waits for a stage costs little, and should be there soon after it
+        let most = if ended.is_passing { MAX_WAITING_PAUSE } else { MAX_PAUSE };
+        let (pause, reason) = (self.pause.min(most), ended.reason);
+        self.pause = (pause * 2).min(most).max(first);
+        if ended.is_passing {
+            tracing::warn!(reason, pause_ms = pause.as_millis(), "the engine waits for a part of its model");
+        } else {
+            tracing::error!(reason, pause_ms = pause.as_millis(), "the engine ended; starting it again");
+        }
         context.run_later(pause, |control, context| {
             let replica = control.parts.config.replica.clone();
             metrics::counter!(ENGINE_RESTARTS_TOTAL, "replica" => replica).increment(1);

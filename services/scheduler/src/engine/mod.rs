@@ -136,6 +136,21 @@ pub enum Command {
     Panic,
 }
 
+/// Why an engine ended.
+#[derive(Debug)]
+pub struct End {
+    /// What went wrong.
+    pub error: Error,
+    /// A pipeline stage is away, and comes back: the next engine waits for it.
+    pub is_passing: bool,
+}
+
+impl From<Error> for End {
+    fn from(error: Error) -> Self {
+        Self { error, is_passing: false }
+    }
+}
+
 /// One life of the engine.
 pub struct Engine {
     parts: Arc<Parts>,
@@ -166,13 +181,19 @@ pub struct Engine {
 
 impl Engine {
     /// Builds the model and its pool.
+    ///
+    /// # Errors
+    /// What went wrong, and whether it is a stage that is away.
     pub fn new(
         parts: Arc<Parts>,
         commands: Receiver<Command>,
         replies: SyncSender<Command>,
         stop: Arc<AtomicBool>,
-    ) -> Result<Self> {
-        let failed = |what: &str, error: moesaic_model::Error| Error::unavailable(format!("{what}: {error}"));
+    ) -> Result<Self, End> {
+        let failed = |what: &str, error: moesaic_model::Error| End {
+            is_passing: matches!(error, moesaic_model::Error::Stage { .. }),
+            error: Error::unavailable(format!("{what}: {error}")),
+        };
         let mut runner = (parts.runner_factory)().map_err(|error| failed("load the model", error))?;
         let (block_bytes, model_context) = (runner.kv_block_bytes(), runner.spec().max_context);
         let kv_blocks = parts.config.blocks(block_bytes, model_context, Memory::now())?;
@@ -227,8 +248,8 @@ impl Engine {
     /// Runs until it is told to stop.
     ///
     /// # Errors
-    /// `Unavailable` when a part of the model is lost, with its keys and values.
-    pub fn run(&mut self) -> Result<()> {
+    /// When a stage of the model is lost, with its keys and values.
+    pub fn run(&mut self) -> Result<(), End> {
         self.publish();
         while !self.stop.load(Ordering::Acquire) && self.lost.is_none() {
             self.parts.pulse.begin();
@@ -255,7 +276,7 @@ impl Engine {
         let keys: Vec<u64> = self.sequences.keys().copied().collect();
         keys.into_iter().for_each(|key| self.fail(key, error.clone()));
         self.publish();
-        self.lost.take().map_or(Ok(()), Err)
+        self.lost.take().map_or(Ok(()), |error| Err(End { error, is_passing: true }))
     }
 
     /// All keys and values are worth nothing any longer: every request ends, and then this life.

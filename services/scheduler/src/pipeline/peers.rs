@@ -1,6 +1,5 @@
 //! Where a replica's later stages are, as the directory of schedulers shows them.
-use super::client::StagePeer;
-use moesaic_model::pipeline::split_layers;
+use super::client::{RemoteStages, StageOptions, StageOwner, StagePeer};
 use moesaic_transport::Directory;
 use moesaic_transport::channel::bulk_channel;
 use moesaic_transport::membership::View;
@@ -8,7 +7,12 @@ use moesaic_types::cluster::{Member, Role, ServedAs, StageInfo};
 use moesaic_types::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 use tokio::runtime::Handle;
+
+/// How long an engine that starts waits for stages that are away before it says so and tries again.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A replica's later stages.
 pub struct Stages {
@@ -16,15 +20,43 @@ pub struct Stages {
     replica: Arc<str>,
     model: ServedAs,
     ranges: Vec<Range<usize>>,
+    options: StageOptions,
+    /// Lives of the replica's engine in this process.
+    lives: Arc<AtomicU64>,
     /// Where their streams are served.
-    pub(crate) runtime: Handle,
+    runtime: Handle,
 }
 
 impl Stages {
-    /// Those that are part of `replica`, of a model of so many layers in `stages` stages. Call it in a runtime.
-    pub fn new(directory: Directory, replica: Arc<str>, model: ServedAs, layers: usize, stages: usize) -> Self {
-        let ranges = split_layers(layers, stages);
-        Self { directory, replica, model, ranges, runtime: Handle::current() }
+    /// Those that are part of `replica`, of a model whose layers are in these stages. Call it in a runtime.
+    pub fn new(
+        directory: Directory,
+        replica: Arc<str>,
+        model: ServedAs,
+        ranges: Vec<Range<usize>>,
+        options: StageOptions,
+    ) -> Self {
+        Self { directory, replica, model, ranges, options, lives: Arc::default(), runtime: Handle::current() }
+    }
+
+    /// The way to all of them, for one life of the engine; waits a while for those that are away, on a thread that is
+    /// not the runtime's.
+    ///
+    /// # Errors
+    /// `Unavailable` naming the first that is missing or takes no stream.
+    pub(crate) fn connect(&self, hidden: usize) -> Result<RemoteStages> {
+        let reached = async { tokio::time::timeout(PATIENCE, self.reached()).await };
+        // what is missing is told below
+        let _ = self.runtime.block_on(reached);
+        let stages = RemoteStages::new(self.peers()?, hidden, self.owner()?, self.options, self.runtime.clone());
+        stages.knock().map(|()| stages)
+    }
+
+    fn owner(&self) -> Result<StageOwner> {
+        let (replica, view) = (Arc::clone(&self.replica), self.directory.view());
+        let own = view.members.get(&self.replica);
+        let own = own.ok_or_else(|| Error::unavailable(format!("replica {replica} is not registered yet")))?;
+        Ok(StageOwner { replica, generation: own.member.generation, lives: Arc::clone(&self.lives) })
     }
 
     /// Layers of the first stage.

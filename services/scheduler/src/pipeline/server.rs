@@ -1,4 +1,5 @@
 //! A stage's side: one thread that owns its layers, fed by the stream that is open.
+use super::fence::{Fence, Life};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use moesaic_model::pipeline::{StageInput, StageRunner, StageSequence};
@@ -9,11 +10,11 @@ use moesaic_proto::stage::v1::stage_service_server::{StageService as Service, St
 use moesaic_proto::{WireDType, decode_tensor, encode_tensor, into_status};
 use moesaic_telemetry::propagation::traced;
 use moesaic_transport::channel::MAX_MESSAGE;
+use moesaic_transport::pulse::{Inbox, Outbox, queue};
 use moesaic_types::{Error, ErrorCode, Result};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -26,32 +27,37 @@ pub type StageFactory = Box<dyn FnOnce() -> moesaic_model::Result<Box<dyn StageR
 
 /// A stage's thread.
 pub struct StageServer {
-    jobs: mpsc::Sender<Job>,
-    /// The stream that has the stage.
-    life: AtomicU64,
+    jobs: Outbox<Job>,
+    fence: Arc<Fence>,
     state: watch::Receiver<Option<Result<()>>>,
 }
 
 struct Job {
-    life: u64,
+    life: Life,
     ask: Ask,
-    answer: mpsc::OwnedPermit<wire::RunResponse>,
+    answer: mpsc::OwnedPermit<Answer>,
+    /// Gone with the stream.
+    caller: Weak<()>,
 }
 
+type Answer = Result<wire::RunResponse, Status>;
+
 impl StageServer {
-    /// Starts the thread, which first builds the layers `layers`.
+    /// Starts the thread, which first builds the layers `layers` of the replica that has this id.
     ///
     /// # Errors
     /// `Unavailable` when the system gives no thread.
-    pub fn start(layers: Range<usize>, factory: StageFactory) -> Result<Arc<Self>> {
-        let (jobs, queue) = mpsc::channel(AHEAD);
+    pub fn start(layers: Range<usize>, replica: &str, factory: StageFactory) -> Result<Arc<Self>> {
+        let (jobs, inbox) = queue(AHEAD);
         let (told, state) = watch::channel(None);
-        let server = Arc::new(Self { jobs, life: AtomicU64::new(0), state });
+        let fence = Arc::new(Fence::new(replica.into(), layers));
+        let server = Arc::new(Self { jobs, fence: Arc::clone(&fence), state });
         let work = move || match factory() {
             Ok(runner) => {
+                inbox.count_too(runner.advanced());
                 told.send_replace(Some(Ok(())));
                 // a panic ends the thread: its stage is lost, and so is readiness
-                let served = catch_unwind(AssertUnwindSafe(|| serve(runner, queue, &layers)));
+                let served = catch_unwind(AssertUnwindSafe(|| serve(runner, inbox, &fence)));
                 let reason = if served.is_ok() { "the stage ended" } else { "the stage panicked; restart the process" };
                 told.send_replace(Some(Err(Error::unavailable(reason))));
             }
@@ -75,7 +81,7 @@ impl StageServer {
     /// # Errors
     /// `Unavailable` when it has ended: the process must be restarted.
     pub fn live(&self) -> Result<()> {
-        if self.jobs.is_closed() { self.ready() } else { Ok(()) }
+        if self.jobs.is_closed() { self.ready().and_then(|()| Err(ended())) } else { Ok(()) }
     }
 
     /// Waits until the layers are loaded, or could not be.
@@ -89,65 +95,85 @@ impl StageServer {
         self.ready()
     }
 
-    /// Feeds a stream's requests to the thread as long as it is the newest.
+    /// Answers a stream: a life of the replica's engine.
+    fn answer(self: &Arc<Self>, requests: Streaming<wire::RunRequest>) -> BoxStream<'static, Answer> {
+        let (sender, answers) = mpsc::channel(AHEAD);
+        // goes with the stream of answers: a replica that is gone drops it
+        let caller = Arc::new(());
+        let (server, called_by) = (Arc::clone(self), Arc::downgrade(&caller));
+        tokio::spawn(async move {
+            if let Err(error) = server.feed(requests, &sender, called_by).await {
+                // the stream's last word; who is gone needs none
+                let _ = sender.send(Err(into_status(error))).await;
+            }
+        });
+        let answers = ReceiverStream::new(answers).inspect(move |_| {
+            let _held = &caller;
+        });
+        let pulse = || Ok(wire::RunResponse { outcome: Some(Outcome::Pulse(wire::Pulse {})) });
+        self.jobs.with_pulses(answers, pulse).boxed()
+    }
+
+    /// Feeds a stream's requests to the thread as long as its life has the stage.
+    ///
+    /// # Errors
+    /// Why no more are taken, where it is not the client that ends.
     async fn feed(
         &self,
-        life: u64,
         mut requests: Streaming<wire::RunRequest>,
-        answers: mpsc::Sender<wire::RunResponse>,
-    ) {
-        let mut is_open = false;
+        answers: &mpsc::Sender<Answer>,
+        caller: Weak<()>,
+    ) -> Result<()> {
+        let mut life = None;
         loop {
+            // all are cancel-safe
             let message = tokio::select! {
                 message = requests.message() => message,
-                () = answers.closed() => return,
-                // the thread ended: so does the stream, and its replica hears it
-                () = self.jobs.closed() => return,
+                () = answers.closed() => return Ok(()),
+                error = self.fence.lost(life) => return Err(error),
+                () = self.jobs.closed() => return Err(ended()),
             };
-            let Ok(Some(message)) = message else { return };
-            let Ok(place) = answers.clone().reserve_owned().await else { return };
-            let refused = |error: Error| wire::RunResponse { outcome: Some(Outcome::Error(error.into())) };
-            let ask = match message.request {
-                Some(ask) if is_open || matches!(ask, Ask::Open(_)) => ask,
-                Some(_) => {
-                    return drop(place.send(refused(Error::invalid("request", "request: open the stream first"))));
+            let Ok(Some(wire::RunRequest { request })) = message else { return Ok(()) };
+            let ask = request.ok_or_else(|| Error::invalid("request", "request is not given"))?;
+            let of_life = match (&ask, life) {
+                (Ask::Open(open), None) => self.fence.take(open)?,
+                (Ask::Open(_), Some(_)) => {
+                    return Err(Error::invalid("request", "request: the stream is open already"));
                 }
-                None => return drop(place.send(refused(Error::invalid("request", "request is not given")))),
+                (_, Some(life)) => life,
+                (_, None) => return Err(Error::invalid("request", "request: open the stream first")),
             };
-            is_open = true;
-            if self.life.load(Ordering::Acquire) != life {
-                return drop(place.send(refused(Error::unavailable("another stream has taken this stage over"))));
-            }
-            if self.jobs.send(Job { life, ask, answer: place }).await.is_err() {
-                return;
+            life = Some(of_life);
+            let Ok(answer) = answers.clone().reserve_owned().await else { return Ok(()) };
+            let job = Job { life: of_life, ask, answer, caller: Weak::clone(&caller) };
+            if self.jobs.send(job).await.is_err() {
+                return Err(ended());
             }
         }
     }
 }
 
-/// Does what is asked, in order. Requests of a life that is over are refused.
-fn serve(mut runner: Box<dyn StageRunner>, mut queue: mpsc::Receiver<Job>, layers: &Range<usize>) {
-    let mut newest = 0;
-    while let Some(Job { life, ask, answer }) = queue.blocking_recv() {
-        if life < newest {
-            let error = Error::unavailable("another stream has taken this stage over");
-            drop(answer.send(wire::RunResponse { outcome: Some(Outcome::Error(error.into())) }));
+fn ended() -> Error {
+    Error::unavailable("the stage's thread has ended; restart the process")
+}
+
+/// Does what is asked, in order; not what nobody waits for, nor what an older life asked for.
+fn serve(mut runner: Box<dyn StageRunner>, mut jobs: Inbox<Job>, fence: &Fence) {
+    let mut taken = Vec::new();
+    while let Some(Job { life, ask, answer, caller }) = jobs.next() {
+        if !fence.holds(life) || caller.strong_count() == 0 {
             continue;
         }
-        newest = life;
-        let outcome = carry_out(&mut *runner, ask, layers).unwrap_or_else(|error| Outcome::Error(error.into()));
-        drop(answer.send(wire::RunResponse { outcome: Some(outcome) }));
+        let outcome = carry_out(&mut *runner, ask, &mut taken).unwrap_or_else(|error| Outcome::Error(error.into()));
+        drop(answer.send(Ok(wire::RunResponse { outcome: Some(outcome) })));
     }
 }
 
-fn carry_out(runner: &mut dyn StageRunner, ask: Ask, layers: &Range<usize>) -> Result<Outcome> {
+/// `taken` has the first bytes of a block of which more come.
+fn carry_out(runner: &mut dyn StageRunner, ask: Ask, taken: &mut Vec<u8>) -> Result<Outcome> {
     match ask {
-        Ask::Open(wire::Open { blocks, first_layer, end_layer }) => {
-            let wanted = first_layer as usize..end_layer as usize;
-            if wanted != *layers {
-                let message = format!("first_layer: layers {wanted:?} are expected here; this stage has {layers:?}");
-                return Err(Error::invalid("first_layer", message));
-            }
+        Ask::Open(wire::Open { blocks, .. }) => {
+            taken.clear();
             runner.allocate_kv(blocks as usize).map_err(failed)?;
             Ok(Outcome::Opened(wire::Opened { block_bytes: runner.block_bytes() as u64 }))
         }
@@ -158,11 +184,26 @@ fn carry_out(runner: &mut dyn StageRunner, ask: Ask, layers: &Range<usize>) -> R
             let rows = runner.run(&read(compute, cols)?).map_err(failed)?;
             Ok(Outcome::Rows(encode_tensor(rows.chunks_exact(cols), cols, WireDType::F32)))
         }
-        Ask::Export(wire::Export { block }) => {
-            runner.export_block(block).map(|b| Outcome::Block(b.into())).map_err(failed)
+        Ask::Export(wire::Export { block, start, length }) => {
+            let bytes = bytes::Bytes::from(runner.export_block(block).map_err(failed)?);
+            let start = (start as usize).min(bytes.len());
+            let end = start.saturating_add(length as usize).min(bytes.len());
+            Ok(Outcome::Block(bytes.slice(start..end)))
         }
-        Ask::Import(wire::Import { block, bytes }) => {
-            runner.import_block(block, &bytes).map_err(failed)?;
+        Ask::Import(wire::Import { block, bytes, goes_on }) => {
+            if !goes_on && taken.is_empty() {
+                runner.import_block(block, &bytes).map_err(failed)?;
+                return Ok(Outcome::Imported(wire::Imported {}));
+            }
+            if taken.len() + bytes.len() > runner.block_bytes() {
+                taken.clear();
+                return Err(Error::invalid("bytes", "bytes: a block is longer than this stage's part of it"));
+            }
+            taken.extend_from_slice(&bytes);
+            if !goes_on {
+                let whole = std::mem::take(taken);
+                runner.import_block(block, &whole).map_err(failed)?;
+            }
             Ok(Outcome::Imported(wire::Imported {}))
         }
     }
@@ -215,9 +256,6 @@ impl Service for LateStage {
         let none = || into_status(Error::unavailable("this scheduler is no later stage, or looks at its model yet"));
         let server = self.get().map(Arc::clone).ok_or_else(none)?;
         server.ready().map_err(into_status)?;
-        let life = server.life.fetch_add(1, Ordering::AcqRel) + 1;
-        let (sender, answers) = mpsc::channel(AHEAD);
-        tokio::spawn(async move { server.feed(life, request.into_inner(), sender).await });
-        Ok(Response::new(ReceiverStream::new(answers).map(Ok).boxed()))
+        Ok(Response::new(server.answer(request.into_inner())))
     }
 }

@@ -73,7 +73,7 @@ impl Gate {
     }
 
     /// Waits, on a blocking thread, until somebody is held.
-    fn wait(&self) {
+    pub fn wait(&self) {
         let held = self.held.lock().unwrap();
         let (held, timeout) = self.changed.wait_timeout_while(held, PATIENCE, |held| !held.stuck).unwrap();
         assert!(held.stuck && !timeout.timed_out(), "nobody was held");
@@ -84,7 +84,8 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    fn pass(&self) {
+    /// Held here, if it is to be.
+    pub fn pass(&self) {
         let mut held = self.held.lock().unwrap();
         if held.hold {
             held.stuck = true;

@@ -97,6 +97,27 @@ pub(super) fn cut<'a>(batch: &[SequenceChunk<'a>], count: usize) -> Vec<Vec<Sequ
     parts
 }
 
+/// The same for sequences' rows of a micro-batch that is under way.
+pub(super) fn cut_rows<'a>(sequences: &[AttentionSequence<'a>], count: usize) -> Vec<Vec<AttentionSequence<'a>>> {
+    let rows: usize = sequences.iter().map(|sequence| sequence.rows).sum();
+    let size = rows.div_ceil(count.max(1)).max(1);
+    let (mut parts, mut room) = (vec![Vec::new()], size);
+    for sequence in sequences {
+        let mut rest = *sequence;
+        while rest.rows > 0 {
+            if room == 0 {
+                parts.push(Vec::new());
+                room = size;
+            }
+            let taken = AttentionSequence { rows: rest.rows.min(room), ..rest };
+            parts.last_mut().expect("there is always a part").push(taken);
+            rest = AttentionSequence { start: rest.start + taken.rows, rows: rest.rows - taken.rows, ..rest };
+            room -= taken.rows;
+        }
+    }
+    parts
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

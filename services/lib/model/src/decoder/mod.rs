@@ -229,21 +229,29 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Micro-batches go through the first layers one after another, while those before are in later stages.
+    /// Micro-batches go through the first layers one after another, while those before are in later stages. Each is cut
+    /// again, so that its experts and attention overlap as well.
     fn run_stages(&mut self, parts: &[Vec<SequenceChunk<'_>>], logits: &mut Vec<f32>) -> Result<()> {
         for part in parts {
-            let mut micro_batches = [self.embed(part)?];
+            let rows = part.iter().map(|chunk| chunk.tokens.len()).sum();
+            let halves = micro_batch::cut(part, self.stack.pool.micro_batches(rows));
+            let mut micro_batches = halves.iter().map(|half| self.embed(half)).collect::<Result<Vec<_>>>()?;
             let mut record = self.record_routing.then_some(&mut self.routing);
             self.stack.run(&mut micro_batches, record.as_deref_mut())?;
-            let [mut micro_batch] = micro_batches;
-            let x = self.stack.backend.to_host(&micro_batch.end(&self.stack.backend, record)?)?;
+            let (mut x, mut wanted, mut first) = (Vec::with_capacity(rows * self.spec.hidden), Vec::new(), 0);
+            for mut micro_batch in micro_batches {
+                let ended = micro_batch.end(&self.stack.backend, record.as_deref_mut())?;
+                x.append(&mut self.stack.backend.to_host(&ended)?);
+                wanted.extend(micro_batch.wanted.iter().map(|row| first + row));
+                first += micro_batch.rows as u32;
+            }
             let sequences = part.iter().map(sequence);
             let sequences = sequences.map(|AttentionSequence { blocks, start, rows }| StageSequence {
                 blocks: blocks.to_vec(),
                 start,
                 rows,
             });
-            let input = StageInput { x, sequences: sequences.collect(), wanted: micro_batch.wanted };
+            let input = StageInput { x, sequences: sequences.collect(), wanted };
             self.later().send(input)?;
         }
         for _ in parts {
@@ -290,11 +298,12 @@ impl<B: Backend> Runner for Decoder<B> {
         }
         self.check(batch)?;
         self.routing.clear();
-        let rows = batch.iter().map(|chunk| chunk.tokens.len()).sum();
+        let rows: usize = batch.iter().map(|chunk| chunk.tokens.len()).sum();
         match &self.later {
             None => self.run_layers(&micro_batch::cut(batch, self.stack.pool.micro_batches(rows)), logits),
             Some(later) => {
-                let parts = micro_batch::cut(batch, later.stages() + 1);
+                let count = (later.stages() + 1).max(rows.div_ceil(later.max_rows()));
+                let parts = micro_batch::cut(batch, count);
                 self.run_stages(&parts, logits).inspect_err(|_| self.later().forget())
             }
         }

@@ -10,6 +10,7 @@ use crate::spec::{LayerSpec, ModelSpec, Rope};
 use moesaic_types::{BLOCK_TOKENS, KvFormat};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Layers on a backend; their experts are behind an [`ExpertPool`].
 pub(super) struct Stack<B: Backend> {
@@ -23,6 +24,8 @@ pub(super) struct Stack<B: Backend> {
     ropes: Vec<Rope>,
     kv_format: KvFormat,
     kv: Option<(B::Kv, usize)>,
+    /// Layers that micro-batches went through.
+    pub(super) advanced: Arc<AtomicU64>,
 }
 
 /// Layers `range` and their distinct rotations; `progress(layers done, layers in all)`.
@@ -62,7 +65,8 @@ impl<B: Backend> Stack<B> {
         kv_format: KvFormat,
     ) -> Self {
         let specs = spec.layers[range.clone()].to_vec();
-        Self { backend, pool, first: range.start, specs, layers, ropes, kv_format, kv: None }
+        let advanced = Arc::default();
+        Self { backend, pool, first: range.start, specs, layers, ropes, kv_format, kv: None, advanced }
     }
 
     pub(super) fn kv_format(&self) -> KvFormat {
@@ -131,6 +135,7 @@ impl<B: Backend> Stack<B> {
                 let (sequences, rotations) = (&micro_batch.sequences, &micro_batch.rotations);
                 let mut step = Step { backend, pool, sequences, rotations, kv: &mut *kv, first };
                 micro_batch.stream = Stream::Begun(first + at, layer.begin(&mut step, first + at, spec, x)?);
+                self.advanced.fetch_add(1, Ordering::Relaxed);
             }
         }
         Ok(())

@@ -1,16 +1,18 @@
 //! A later pipeline stage: consecutive layers of a model.
+use super::micro_batch::cut_rows;
 use super::stack::{Stack, load_layers};
 use super::weights::Weights;
 use super::{LoadOptions, Part};
 use crate::backend::{AttentionSequence, Backend};
 use crate::expert_pool::ExpertPool;
-use crate::pipeline::{StageInput, StageRunner, StageSequence};
+use crate::pipeline::{Advanced, StageInput, StageRunner, StageSequence};
 use crate::runner::BlockIndex;
 use crate::source::WeightSource;
 use crate::spec::ModelSpec;
 use crate::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Layers on a backend.
 pub struct Stage<B: Backend> {
@@ -79,6 +81,12 @@ impl<B: Backend> StageRunner for Stage<B> {
         self.hidden
     }
 
+    fn advanced(&self) -> Advanced {
+        let (backend, pool) = (Arc::clone(&self.stack.backend), Arc::clone(&self.stack.pool));
+        let layers = Arc::clone(&self.stack.advanced);
+        Box::new(move || layers.load(Ordering::Relaxed).wrapping_add(backend.advanced()).wrapping_add(pool.advanced()))
+    }
+
     fn allocate_kv(&mut self, blocks: usize) -> Result<()> {
         self.stack.allocate_kv(blocks)
     }
@@ -88,18 +96,28 @@ impl<B: Backend> StageRunner for Stage<B> {
         let sequences: Vec<_> = input.sequences.iter().map(attention).collect();
         sequences.iter().try_for_each(|sequence| self.stack.check(sequence))?;
         let backend = Arc::clone(&self.stack.backend);
-        let x = backend.to_device(input.x.clone(), self.hidden)?;
-        let mut micro_batches = [self.stack.enter(sequences, x, input.wanted.clone())?];
-        self.stack.run(&mut micro_batches, None)?;
-        let [mut micro_batch] = micro_batches;
-        let x = micro_batch.end(&backend, None)?;
-        if self.is_last && micro_batch.wanted.len() < micro_batch.rows {
-            if micro_batch.wanted.is_empty() {
-                return Ok(Vec::new());
-            }
-            return backend.to_host(&backend.rows(&x, &micro_batch.wanted)?);
+        // experts of one half compute while the other is at its attention
+        let parts = cut_rows(&sequences, self.stack.pool.micro_batches(input.x.len() / self.hidden));
+        let (mut micro_batches, mut first) = (Vec::with_capacity(parts.len()), 0);
+        for part in parts {
+            let rows: usize = part.iter().map(|sequence| sequence.rows).sum();
+            let x = input.x[first * self.hidden..][..rows * self.hidden].to_vec();
+            let inside = |row: &&u32| (first..first + rows).contains(&(**row as usize));
+            let wanted = input.wanted.iter().filter(inside).map(|row| row - first as u32).collect();
+            micro_batches.push(self.stack.enter(part, backend.to_device(x, self.hidden)?, wanted)?);
+            first += rows;
         }
-        backend.to_host(&x)
+        self.stack.run(&mut micro_batches, None)?;
+        let mut output = Vec::new();
+        for mut micro_batch in micro_batches {
+            let x = micro_batch.end(&backend, None)?;
+            match micro_batch.wanted.len() {
+                count if !self.is_last || count == micro_batch.rows => output.extend(backend.to_host(&x)?),
+                0 => {}
+                _ => output.extend(backend.to_host(&backend.rows(&x, &micro_batch.wanted)?)?),
+            }
+        }
+        Ok(output)
     }
 
     fn export_block(&self, block: BlockIndex) -> Result<Vec<u8>> {

@@ -124,6 +124,25 @@ fn a_lost_group_s_experts_go_to_the_others() {
 }
 
 #[test]
+fn a_shard_that_is_told_to_stop_hands_its_experts_over_first() {
+    let mut cluster = Cluster::start_with_shards(1, 2, 1, "").unwrap();
+    let want = undisturbed(LONG);
+    let before = cluster.router.metric(EPOCH).unwrap();
+    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
+    stream.read(20).unwrap();
+    let leaving = &mut cluster.shards[1];
+    leaving.terminate().unwrap();
+    assert!(leaving.ended().unwrap().success(), "{}", leaving.log());
+    assert!(!leaving.log().contains("nobody took the experts"), "{}", leaving.log());
+    until("its experts went to the other", || Ok(cluster.router.metric(EPOCH)? > before)).unwrap();
+    stream.finish().unwrap();
+    assert_eq!(stream.text, want);
+    let retries = cluster.schedulers[0].metric("moesaic_step_retries_total").unwrap();
+    assert_eq!(retries, 0.0, "its experts were missing for a while: {}", cluster.schedulers[0].log());
+    assert_eq!(cluster.complete(PROMPT, LONG).unwrap(), want);
+}
+
+#[test]
 fn a_replica_in_two_stages_answers_as_one_process_does_and_outlives_a_lost_stage() {
     let model = "weights = \"f32\"\nkv = \"f32\"\n[scheduler]\nstages = 2";
     let mut cluster = Cluster::launch(1, model, servers::redis(), servers::nats()).unwrap();

@@ -9,6 +9,7 @@ mod app;
 pub mod config;
 pub mod executor;
 pub mod grpc;
+mod leaving;
 pub mod library;
 pub mod load;
 mod process;

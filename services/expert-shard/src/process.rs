@@ -3,6 +3,7 @@ use crate::app::ExpertShard;
 use crate::config::Config;
 use crate::executor::Executor;
 use crate::grpc::{Shard, ShardServer, expert_service};
+use crate::leaving;
 use crate::library::Library;
 use moesaic_model::backend::candle::CandleBackend;
 use moesaic_model::backend::native::NativeBackend;
@@ -16,7 +17,7 @@ use moesaic_transport::{ClusterConfig, serve, stopped};
 use moesaic_types::cluster::{Role, Service, ShardInfo};
 use moesaic_types::{Error, Result};
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tonic::service::Routes;
@@ -61,15 +62,17 @@ impl moesaic_service::Settings for Settings {
 /// A shard's process.
 pub struct ShardProcess {
     settings: Settings,
+    cluster: Cluster,
     shard: Arc<Shard>,
+    info: OnceLock<ShardInfo>,
 }
 
 impl Process for ShardProcess {
     const SERVICE: Service = Service::ExpertShard;
     type Settings = Settings;
 
-    async fn new(settings: Settings, _cluster: Cluster) -> Result<Self> {
-        Ok(Self { settings, shard: Arc::default() })
+    async fn new(settings: Settings, cluster: Cluster) -> Result<Self> {
+        Ok(Self { settings, cluster, shard: Arc::default(), info: OnceLock::new() })
     }
 
     async fn serve(self: Arc<Self>, doors: Doors, stop: watch::Receiver<bool>) -> Result<()> {
@@ -87,6 +90,7 @@ impl Process for ShardProcess {
         let opened = tokio::task::spawn_blocking(move || open(&model, &expert_shard)).await;
         let (info, shard) = opened.map_err(|error| Error::internal(format!("open the model: {error}")))??;
         self.shard.set(shard);
+        self.info.get_or_init(|| info.clone());
         Ok(Role::Shard(info))
     }
 
@@ -101,12 +105,15 @@ impl Process for ShardProcess {
         self.shard.get().map_or(Ok(()), |shard| shard.live())
     }
 
-    /// Schedulers see that it leaves and ask its experts' replicas; what they wait for is computed.
+    /// The router that leads sees that it leaves, and moves what nobody else has; schedulers ask the others then. What
+    /// they wait for here is computed.
     async fn drain(&self, deadline: Instant) -> bool {
-        match self.shard.get() {
-            Ok(shard) => shard.idle_by(deadline).await,
-            Err(_) => true,
+        let (Ok(shard), Some(info)) = (self.shard.get(), self.info.get()) else { return true };
+        let leaving = leaving::handed_over(&self.cluster, info);
+        if tokio::time::timeout_at(deadline.into(), leaving).await.is_err() {
+            tracing::warn!("nobody took the experts that only this shard has");
         }
+        shard.idle_by(deadline).await
     }
 }
 

@@ -77,7 +77,8 @@ impl Ground {
         if let Err(error) = &report {
             tracing::debug!(shard = &*member.id, %error, "ask a shard");
         }
-        Seen { id: Arc::clone(&member.id), generation: member.generation, info: info.clone(), report }
+        let leaves = member.state == MemberState::Draining;
+        Seen { id: Arc::clone(&member.id), generation: member.generation, info: info.clone(), leaves, report }
     }
 
     fn shard(&self, id: &str) -> Result<Shard> {
@@ -178,11 +179,10 @@ fn gone(id: &str) -> Error {
 /// Slices of a group at most: a record with more is none of a shard of ours.
 const MOST_RANKS: usize = 1024;
 
-/// A shard that is here to stay.
+/// A member that is a shard.
 fn shard_of(record: &Record) -> Option<(&Record, &ShardInfo)> {
     let Role::Shard(info) = &record.member.role else { return None };
-    let is_shard = info.rank < info.ranks && info.ranks <= MOST_RANKS;
-    (is_shard && record.member.state != MemberState::Draining).then_some((record, info))
+    (info.rank < info.ranks && info.ranks <= MOST_RANKS).then_some((record, info))
 }
 
 #[cfg(test)]
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shard_that_leaves_or_is_none_is_not_placed_on() {
+    fn what_is_no_shard_is_not_asked() {
         let record = |state, role| {
             let member = Member {
                 service: Service::ExpertShard,
@@ -276,8 +276,8 @@ mod tests {
         let shard = |rank, ranks| Role::Shard(ShardInfo { model: Digest::default(), group: 0, rank, ranks });
         assert!(shard_of(&record(MemberState::Starting, shard(1, 2))).is_some());
         assert!(shard_of(&record(MemberState::Ready, shard(0, 1))).is_some());
+        assert!(shard_of(&record(MemberState::Draining, shard(0, 1))).is_some());
         for (state, role) in [
-            (MemberState::Draining, shard(0, 1)),
             (MemberState::Ready, shard(2, 2)),
             (MemberState::Ready, shard(0, usize::MAX)),
             (MemberState::Ready, Role::Plain),

@@ -15,6 +15,8 @@ pub struct Seen {
     pub generation: u64,
     /// Its place in the grid.
     pub info: ShardInfo,
+    /// It is about to stop: what only it holds goes to others.
+    pub leaves: bool,
     /// What it says of itself.
     pub report: Result<Report>,
 }
@@ -25,7 +27,7 @@ pub(super) fn answers(shards: &[Seen]) -> impl Iterator<Item = (&Seen, &Report)>
 }
 
 /// By group, by rank: the answers of its shards. A rank that nobody has, or whose shards do not answer, is empty.
-fn grid(shards: &[Seen]) -> BTreeMap<usize, Vec<Vec<&Report>>> {
+fn grid<'a>(shards: impl IntoIterator<Item = &'a Seen>) -> BTreeMap<usize, Vec<Vec<&'a Report>>> {
     let mut grid = BTreeMap::<usize, Vec<Vec<&Report>>>::new();
     for seen in shards {
         let ranks = grid.entry(seen.info.group).or_default();
@@ -36,11 +38,17 @@ fn grid(shards: &[Seen]) -> BTreeMap<usize, Vec<Vec<&Report>>> {
     grid
 }
 
-/// The groups of which every rank answered.
+/// The groups of which every rank answered, and stays.
 pub(super) fn whole(shards: &[Seen]) -> BTreeSet<usize> {
     let is_whole =
         |(group, ranks): (usize, Vec<Vec<&Report>>)| ranks.iter().all(|rank| !rank.is_empty()).then_some(group);
-    grid(shards).into_iter().filter_map(is_whole).collect()
+    grid(shards.iter().filter(|seen| !seen.leaves)).into_iter().filter_map(is_whole).collect()
+}
+
+/// The groups that a shard leaves without another in its place.
+pub(super) fn left(shards: &[Seen], whole: &BTreeSet<usize>) -> BTreeSet<usize> {
+    let leaving = shards.iter().filter(|seen| seen.leaves).map(|seen| seen.info.group);
+    leaving.filter(|group| !whole.contains(group)).collect()
 }
 
 /// The load of each expert over all groups. Shards of one group see the same tokens: they are counted once.

@@ -1,7 +1,7 @@
 //! What the router that leads knows of one model's shards, and what it does next: plain data, and the caller's clock.
 use super::config::Config;
 use super::plan::{self, Layers, Load};
-use super::seen::{Seen, answers, gathered, lacks, load, whole};
+use super::seen::{Seen, answers, gathered, lacks, left, load, whole};
 use moesaic_transport::placement::Standing;
 use moesaic_types::cluster::{Placement, Shares};
 use moesaic_types::{Error, Result};
@@ -193,14 +193,16 @@ impl Model {
             Some(stands) => self.is_due && lacks(&shards, stands),
             None => true,
         };
-        let (is_planned, is_renumbered) = self.wants(now, config, &whole, present.as_ref(), &load);
+        let left = left(&shards, &whole);
+        let (is_planned, is_renumbered) = self.wants(now, config, (&whole, &left), present.as_ref(), &load);
         let is_renumbered = is_renumbered && must_renumber;
         let holders = present.as_ref().map(holders).unwrap_or_default();
         let refuses = |group: &usize| self.refused.get(group).is_some_and(|retry| !retry.allows(now));
         let usable: BTreeSet<usize> =
             whole.into_iter().filter(|group| holders.contains(group) || !refuses(group)).collect();
         let is_asked = |group: usize| usable.contains(&group) || holders.contains(&group);
-        let asked = answers(&shards).filter(|(seen, _)| is_asked(seen.info.group));
+        // one that leaves serves those who do not follow the next placement yet
+        let asked = answers(&shards).filter(|(seen, _)| !seen.leaves && is_asked(seen.info.group));
         let asked = asked.map(|(seen, _)| (Arc::clone(&seen.id), seen.info.group)).collect();
         let change = (is_planned || is_renumbered).then_some(Change {
             groups: usable,
@@ -301,7 +303,7 @@ impl Model {
         &mut self,
         now: Instant,
         config: &Config,
-        whole: &BTreeSet<usize>,
+        (whole, left): (&BTreeSet<usize>, &BTreeSet<usize>),
         present: Option<&Layers>,
         load: &Load,
     ) -> (bool, bool) {
@@ -309,12 +311,14 @@ impl Model {
             |layers: &Layers| load.iter().all(|(index, counts)| layers.get(index).map(Vec::len) == Some(counts.len()));
         let is_whole = present.is_some_and(|layers| is_complete(layers) && has_shape(layers));
         let holders = present.map(holders).unwrap_or_default();
-        let mut missing = Vec::new();
+        let (mut awaited, mut lost) = (Vec::new(), Vec::new());
         for group in holders.difference(whole) {
-            missing.push(now.saturating_duration_since(*self.whole_at.entry(*group).or_insert(now)));
+            let missed = now.saturating_duration_since(*self.whole_at.entry(*group).or_insert(now));
+            // nobody waits for one that leaves with what nobody else has
+            let is_lost = left.contains(group) && present.is_some_and(|present| is_needed(present, *group, whole));
+            let list = if is_lost || missed >= config.lost_after.get() { &mut lost } else { &mut awaited };
+            list.push(*group);
         }
-        let (awaited, lost): (Vec<_>, Vec<_>) =
-            missing.into_iter().partition(|missed| *missed < config.lost_after.get());
         if self.is_changing || !self.retry.allows(now) || whole.is_empty() {
             return (false, false);
         }
@@ -333,7 +337,7 @@ impl Model {
     /// Shards that are behind.
     fn mends(&mut self, now: Instant, shards: &[Seen], stands: &Placement) -> Vec<Mend> {
         let mut mends = Vec::new();
-        for (seen, _) in answers(shards).filter(|(_, report)| report.epoch < stands.epoch) {
+        for (seen, _) in answers(shards).filter(|(seen, report)| !seen.leaves && report.epoch < stands.epoch) {
             let (generation, group) = (seen.generation, seen.info.group);
             let fresh = Mending { generation, group, is_running: false, retry: Retry::default(), failing_since: None };
             let mending = self.mending.entry(Arc::clone(&seen.id)).or_insert(fresh);
@@ -351,6 +355,12 @@ impl Model {
 /// The groups that hold something.
 fn holders(layers: &Layers) -> BTreeSet<usize> {
     layers.values().flatten().flatten().copied().collect()
+}
+
+/// Whether a group has experts that none of `others` has.
+fn is_needed(layers: &Layers, group: usize, others: &BTreeSet<usize>) -> bool {
+    let only_it = |groups: &Vec<usize>| groups.contains(&group) && !groups.iter().any(|group| others.contains(group));
+    layers.values().flatten().any(only_it)
 }
 
 fn is_complete(layers: &Layers) -> bool {

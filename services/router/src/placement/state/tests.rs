@@ -14,7 +14,7 @@ fn config() -> Config {
 fn seen(group: usize, epoch: u64, experts: &[u32]) -> Seen {
     let report = Report { epoch, held: Shares::from([(0, experts.to_vec())]), load: Load::from([(0, vec![1; 4])]) };
     let info = ShardInfo { model: Digest::default(), group, rank: 0, ranks: 1 };
-    Seen { id: format!("s{group}").into(), generation: 1, info, report: Ok(report) }
+    Seen { id: format!("s{group}").into(), generation: 1, info, leaves: false, report: Ok(report) }
 }
 
 fn silent(group: usize) -> Seen {
@@ -114,6 +114,46 @@ fn a_group_that_is_lost_for_long_is_given_up() {
     let back = later + config.retry_pause.get();
     assert_eq!(model.next(back, &config, found(&both(7), Some(7))), Steps::default());
     assert_eq!(model.next(back + SECOND, &config, found(&alone, Some(7))), Steps::default());
+}
+
+#[test]
+fn what_only_a_group_has_that_leaves_goes_to_the_others_at_once() {
+    let (mut model, now, config) = (Model::new(None), Instant::now(), config());
+    model.next(now, &config, found(&both(7), Some(7)));
+    let leaves = |seen: &Seen| Seen { leaves: true, ..seen.clone() };
+    let leaving = [both(7)[0].clone(), leaves(&both(7)[1])];
+    let change = model.next(now, &config, found(&leaving, Some(7))).change.expect("it does not wait until it is gone");
+    assert_eq!((change.is_planned, &change.groups), (true, &BTreeSet::from([0])));
+    assert_eq!(change.shards, [("s0".into(), 0)], "the one that leaves goes on as it is");
+    assert_eq!(change.load, Load::from([(0, vec![2; 4])]), "what it measured counts");
+    // it is not taken to the next placement
+    model.changed(now, &config, Ok(Some(placement(8))));
+    let moved = [seen(0, 8, &[0, 1, 2, 3]), leaves(&seen(1, 7, &[2, 3]))];
+    let mut standing = found(&moved, Some(8));
+    let layers = Layers::from([(0, vec![vec![0]; 4])]);
+    standing.standing = standing.standing.map(|standing| Standing {
+        placement: standing.placement.map(|placement| Placement { layers: layers.clone(), ..placement }),
+        ..standing
+    });
+    assert_eq!(model.next(now, &config, standing), Steps::default());
+
+    // others have all that it has, or it is replaced: nothing moves for a restart
+    let copied = |shards: &[Seen]| {
+        let mut found = found(shards, Some(7));
+        let layers = Layers::from([(0, vec![vec![0], vec![0], vec![0, 1], vec![0, 1]])]);
+        found.standing = found.standing.map(|standing| Standing {
+            placement: standing.placement.map(|placement| Placement { layers: layers.clone(), ..placement }),
+            ..standing
+        });
+        found
+    };
+    let mut model = Model::new(None);
+    assert_eq!(model.next(now, &config, copied(&leaving)), Steps::default());
+    let replaced = [both(7)[0].clone(), leaves(&both(7)[1]), Seen { id: "new".into(), ..both(7)[1].clone() }];
+    assert_eq!(Model::new(None).next(now, &config, found(&replaced, Some(7))), Steps::default());
+    // and where all leave there is nobody to move to
+    let all = [leaves(&both(7)[0]), leaves(&both(7)[1])];
+    assert_eq!(Model::new(None).next(now, &config, found(&all, Some(7))), Steps::default());
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! The command line.
-use clap::{Args as ClapArgs, Parser, Subcommand};
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use moesaic_model::BackendKind;
 use moesaic_service::SettingsArgs;
 use moesaic_types::{KvFormat, WeightFormat};
@@ -17,8 +17,14 @@ pub struct Args {
 /// The tools.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Serve a model: all services in one process (the demo model where none is named).
+    /// Serve a model: all services in one process, or with --cluster as processes of their own (the demo model where none
+    /// is named).
     Up(Up),
+    /// Run one service of a cluster, as the programs moesaic-gateway, moesaic-router and so on do.
+    Service(Service),
+    /// Run a program that ends when standard input does.
+    #[command(hide = true)]
+    Keep(Keep),
     /// Answer one message in the terminal.
     Chat(Chat),
     /// Compare a model's outputs with reference outputs; exit status 1 beyond tolerance.
@@ -48,7 +54,7 @@ pub struct ModelArgs {
     /// Format of cached keys and values: f32, bf16 or int8.
     #[arg(long)]
     pub kv: Option<KvFormat>,
-    /// Threads of the maths; all cores where not given.
+    /// Threads of the maths, with --cluster of all processes together; all cores where not given.
     #[arg(long, value_parser = threads)]
     pub threads: Option<usize>,
 }
@@ -144,9 +150,85 @@ pub struct Up {
     /// gRPC address, `127.0.0.1:9000` by default.
     #[arg(long, value_name = "ADDR:PORT")]
     pub grpc: Option<String>,
+    /// Run gateway, router, schedulers, expert-shards and kv-stores as processes of their own on this host, as
+    /// docker-compose.yml does, on free ports of the loopback interface. This program is all of them; Redis and NATS
+    /// are those of REDIS_URL and NATS_URL, or else its own, of the redis-server and nats-server on PATH. What ends by
+    /// itself is started again; SIGTERM and ctrl-c let answers finish, and a second one does not wait.
+    #[arg(long)]
+    pub cluster: bool,
     /// Print the effective configuration and exit.
     #[arg(long)]
     pub dump_config: bool,
+    #[command(flatten)]
+    pub counts: Counts,
+}
+
+/// How many processes `moesaic up --cluster` starts.
+#[derive(Clone, Debug, PartialEq, Eq, ClapArgs)]
+#[command(next_help_heading = "With --cluster")]
+pub struct Counts {
+    /// Replicas of the model, of one scheduler each; 1 to 64.
+    #[arg(long, value_name = "N", default_value_t = 2, requires = "cluster", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub replicas: u16,
+    /// Pipeline stages of each replica, one more scheduler each; 1 to 64.
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "cluster", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub stages: u16,
+    /// Groups of shards that the experts are spread over (expert parallel); 0 to 64. With 0, schedulers have the
+    /// experts themselves.
+    #[arg(long, value_name = "N", default_value_t = 2, requires = "cluster", value_parser = clap::value_parser!(u16).range(0..=64))]
+    pub expert_groups: u16,
+    /// Shards of each group, with a slice of each expert (tensor parallel); 1 to 64.
+    #[arg(long, value_name = "N", default_value_t = 2, requires = "cluster", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub expert_ranks: u16,
+    /// Stores of prefix blocks; 0 to 64. They keep blocks in RAM, and with kv_store.disk_folder in a folder of that.
+    #[arg(long, value_name = "N", default_value_t = 2, requires = "cluster", value_parser = clap::value_parser!(u16).range(0..=64))]
+    pub kv_stores: u16,
+    /// Routers; 1 to 8.
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "cluster", value_parser = clap::value_parser!(u16).range(1..=8))]
+    pub routers: u16,
+    /// A folder for the processes' logs, which stays; without one, they are in a temporary folder that is removed at
+    /// the end unless something failed.
+    #[arg(long, value_name = "DIR", requires = "cluster")]
+    pub logs: Option<PathBuf>,
+}
+
+/// `moesaic service`.
+#[derive(Debug, ClapArgs)]
+pub struct Service {
+    /// Which one.
+    #[arg(value_enum)]
+    pub name: ServiceName,
+    #[command(flatten)]
+    pub settings: SettingsArgs,
+    /// Print the effective configuration and exit.
+    #[arg(long)]
+    pub dump_config: bool,
+    /// End at once when standard input ends: with a pipe, this process does not outlive who started it.
+    #[arg(long)]
+    pub end_with_stdin: bool,
+}
+
+/// The services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ServiceName {
+    /// The only door: HTTP as OpenAI's clients speak it, and gRPC.
+    Gateway,
+    /// Decides where requests and experts go.
+    Router,
+    /// A replica of the model.
+    Scheduler,
+    /// Executes experts.
+    ExpertShard,
+    /// Keeps prefix blocks.
+    KvStore,
+}
+
+/// `moesaic keep`.
+#[derive(Debug, ClapArgs)]
+pub struct Keep {
+    /// The program and its arguments.
+    #[arg(required = true, last = true)]
+    pub program: Vec<std::ffi::OsString>,
 }
 
 /// `moesaic chat`.

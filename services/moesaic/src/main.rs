@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line program speaks to its terminal")]
 
 mod args;
+mod cluster;
 mod commands;
 mod config;
 mod embedded;

@@ -17,5 +17,5 @@ pub use args::{Args, SettingsArgs};
 pub use cluster::Cluster;
 pub use doors::Doors;
 pub use process::{Process, Settings};
-pub use run::main;
+pub use run::{main, run};
 pub use settings::{SECTIONS, UNSET, check_drain, load};

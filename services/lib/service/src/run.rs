@@ -30,8 +30,15 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// later or a second signal cut its work off.
 pub fn main<P: Process>(name: &'static str, about: &'static str) -> ExitCode {
     let matches = Args::command().name(name).about(about).get_matches();
-    let ended = Args::from_arg_matches(&matches).map_err(|error| Failure::Start(Error::internal(error.to_string())));
-    match ended.and_then(|args| start::<P>(name, &args)) {
+    match Args::from_arg_matches(&matches) {
+        Ok(args) => run::<P>(name, &args),
+        Err(error) => error.exit(),
+    }
+}
+
+/// The same with arguments that were read already.
+pub fn run<P: Process>(name: &'static str, args: &Args) -> ExitCode {
+    match start::<P>(name, args) {
         Ok(code) => code,
         Err(failure) => {
             let (error, code) = match failure {
@@ -67,7 +74,7 @@ fn start<P: Process>(name: &'static str, args: &Args) -> Result<ExitCode, Failur
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Error::internal(format!("start the runtime: {error}")))?;
-    let ended = runtime.block_on(run::<P>(name, settings));
+    let ended = runtime.block_on(life::<P>(name, settings));
     // a model that is being loaded is not waited for
     runtime.shutdown_background();
     ended
@@ -81,7 +88,7 @@ enum End {
     Failed(Failure),
 }
 
-async fn run<P: Process>(name: &'static str, settings: P::Settings) -> Result<ExitCode, Failure> {
+async fn life<P: Process>(name: &'static str, settings: P::Settings) -> Result<ExitCode, Failure> {
     let internal = |what: &str, error: &dyn std::fmt::Display| Error::internal(format!("{what}: {error}"));
     let own_name = settings.telemetry().service_name.clone().filter(|name| !name.is_empty());
     let telemetry =

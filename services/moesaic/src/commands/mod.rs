@@ -4,7 +4,9 @@ mod chat;
 mod check;
 mod config;
 mod eval;
+mod keep;
 mod quantize;
+mod service;
 mod up;
 
 use crate::args::{Args, Command, ModelArgs};
@@ -17,6 +19,8 @@ use std::process::ExitCode;
 pub fn run(args: Args) -> Result<ExitCode> {
     match args.command {
         Command::Up(args) => up::run(args),
+        Command::Service(args) => Ok(service::run(args)),
+        Command::Keep(args) => keep::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Check(args) => check::run(args),
         Command::Bench(args) => bench::run(args),

@@ -1,5 +1,5 @@
-//! `moesaic up`: all services in one process.
-use crate::{args, config, embedded};
+//! `moesaic up`: all services in one process, or in processes of their own.
+use crate::{args, cluster, config, embedded};
 use anyhow::{Context, Result};
 use moesaic_gateway::Gateway;
 use std::process::ExitCode;
@@ -15,6 +15,9 @@ pub fn run(args: args::Up) -> Result<ExitCode> {
     if args.dump_config {
         print!("{}", super::config::dump(&config, None)?);
         return Ok(ExitCode::SUCCESS);
+    }
+    if args.cluster {
+        return cluster::run(config, args.counts);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     let ended = runtime.block_on(serve(config));

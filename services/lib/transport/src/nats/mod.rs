@@ -62,6 +62,11 @@ impl Nats {
             .subscription_capacity(MESSAGES)
             .reconnect_delay_callback(pause)
             .event_callback(tell);
+        // the client itself passes over those of the URL
+        let options = match credentials(&servers) {
+            Some((user, password)) => options.user_and_password(user, password),
+            None => options,
+        };
         let refused = |error: async_nats::ConnectError| invalid(&error.kind().to_string());
         let client = options.connect(servers).await.map_err(refused)?;
         Ok(Self { client, address: hosts.join(",").into() })
@@ -122,6 +127,24 @@ fn servers(url: &str) -> Result<Vec<ServerAddr>> {
     url.split(',').map(parse).collect()
 }
 
+/// User and password of the first server that has them: the servers of one URL are one cluster.
+fn credentials(servers: &[ServerAddr]) -> Option<(String, String)> {
+    servers.iter().find_map(|server| Some((decoded(server.username()?), decoded(server.password()?))))
+}
+
+/// A part of a URL, in which `%40` stands for `@`, and so on.
+fn decoded(part: &str) -> String {
+    let mut bytes = Vec::with_capacity(part.len());
+    let mut rest = part.as_bytes();
+    while let [first, after @ ..] = rest {
+        let code = after.get(..2).and_then(|code| u8::from_str_radix(std::str::from_utf8(code).ok()?, 16).ok());
+        let code = code.filter(|_| *first == b'%');
+        bytes.push(code.unwrap_or(*first));
+        rest = if code.is_some() { &after[2..] } else { after };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
 /// The pause before an attempt to connect: it doubles from 50 milliseconds to 2 seconds, and up to half of it is left
 /// out at random, so that not all services come at once.
 fn pause(attempts: usize) -> Duration {
@@ -167,6 +190,14 @@ mod tests {
             assert_eq!((error.code, error.field.as_deref()), (ErrorCode::InvalidArgument, Some("cluster.nats_url")));
             assert!(!error.message.contains("hunter2"), "{error}");
         }
+    }
+
+    #[test]
+    fn user_and_password_are_read_from_the_url() {
+        let found = |url: &str| credentials(&servers(url).unwrap());
+        assert_eq!(found("nats://a,nats://u:p%40s%3A%25x@b"), Some(("u".into(), "p@s:%x".into())));
+        assert_eq!(found("nats://a"), None);
+        assert_eq!(decoded("100%"), "100%");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-/// Longest wait for a byte.
+/// Longest wait for a byte, or for the connection.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A response whose head is read; the body comes as it is sent.
@@ -22,8 +22,22 @@ pub struct Response {
 /// # Errors
 /// When the connection fails or the answer is not HTTP.
 pub fn send(address: SocketAddr, method: &str, path: &str, body: Option<&[u8]>) -> Result<Response> {
-    let mut stream = TcpStream::connect(address).context("connect")?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
+    send_within(address, method, path, body, TIMEOUT)
+}
+
+/// The same with another longest wait for a byte, and for the connection.
+///
+/// # Errors
+/// As [`send`].
+pub fn send_within(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    body: Option<&[u8]>,
+    patience: Duration,
+) -> Result<Response> {
+    let mut stream = TcpStream::connect_timeout(&address, patience).context("connect")?;
+    stream.set_read_timeout(Some(patience))?;
     let body = body.unwrap_or_default();
     let head = format!(
         "{method} {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-type: application/json\r\n\

@@ -38,17 +38,20 @@ impl Process {
     /// # Errors
     /// When it cannot be started.
     pub fn start(name: &str, arguments: &[OsString], folder: &Path, log_name: &str) -> Result<Self> {
+        let mut command = Command::new(program(name)?);
+        command.args(arguments);
+        Self::spawn(command, folder, log_name).with_context(|| format!("start {name}"))
+    }
+
+    /// The same with a command of the caller's.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(mut command: Command, folder: &Path, log_name: &str) -> Result<Self> {
         let log = folder.join(log_name);
         let file = File::options().create(true).append(true).open(&log)?;
-        let child = Command::new(program(name)?)
-            .args(arguments)
-            .current_dir(folder)
-            .stdin(Stdio::null())
-            .stdout(file.try_clone()?)
-            .stderr(file)
-            .spawn()
-            .with_context(|| format!("start {name}"))?;
-        Ok(Self { child, log })
+        command.current_dir(folder).stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        Ok(Self { child: command.spawn()?, log })
     }
 
     /// What it wrote, in this life and those before under the same name.

@@ -1,0 +1,251 @@
+//! Hosts for processes: each has an address of its own and, where the system lets us, a network namespace, joined with
+//! the others by a bridge, so that packets between two of them can be lost without either being told.
+use anyhow::{Context, Result, bail};
+use std::net::{IpAddr, Ipv4Addr};
+use std::process::Command;
+
+/// A host, by its place in [`Hosts`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Host(usize);
+
+/// All hosts of a cluster. Gone with their namespaces when they are dropped.
+pub struct Hosts {
+    names: Vec<String>,
+    network: Network,
+}
+
+enum Network {
+    /// Addresses of the loopback interface: faults of the network cannot be made.
+    Loopback { octet: u8 },
+    /// Namespaces whose names start with `prefix`.
+    Namespaces { prefix: String, octets: [u8; 2] },
+}
+
+/// What all names of ours in the system start with; the process's id follows.
+const PREFIX: &str = "mchaos";
+
+/// The rate of a slow link: a tenth of what one stream of activations of the demo model wants.
+const SLOW_RATE: &str = "2mbit";
+
+/// What a slow link holds back before it loses packets, and the share that it loses at random.
+const SLOW_QUEUE: &str = "200ms";
+const SLOW_LOSS: &str = "0.02";
+
+impl Hosts {
+    /// The loopback interface: for faults of processes.
+    pub fn loopback() -> Self {
+        let octet = u8::try_from(std::process::id() % 199).unwrap_or(0) + 2;
+        Self { names: Vec::new(), network: Network::Loopback { octet } }
+    }
+
+    /// A network of namespaces; an error says why there is none, where the system has none for us.
+    ///
+    /// # Errors
+    /// When a command fails.
+    pub fn namespaces() -> Result<Result<Self, String>> {
+        if let Err(error) = try_out() {
+            return Ok(Err(format!("{error:#}")));
+        }
+        remove_left_over()?;
+        let id = std::process::id();
+        let prefix = format!("{PREFIX}{id}");
+        // 198.18.0.0/15 is for tests of networks (RFC 2544)
+        let octets = [18 + u8::try_from(id / 256 % 2)?, u8::try_from(id % 256)?];
+        let hosts = Self { names: Vec::new(), network: Network::Namespaces { prefix: prefix.clone(), octets } };
+        let switch = format!("{prefix}-switch");
+        ip(&["netns", "add", &switch])?;
+        ip(&["-n", &switch, "link", "add", "bridge", "type", "bridge"])?;
+        ip(&["-n", &switch, "link", "set", "bridge", "up"])?;
+        // this process is a host as well
+        ip(&["-n", &switch, "link", "add", "test", "type", "veth", "peer", "name", &prefix, "netns", &id.to_string()])?;
+        ip(&["-n", &switch, "link", "set", "test", "master", "bridge", "up"])?;
+        ip(&["addr", "add", &format!("{}/24", address(octets, 1)), "dev", &prefix])?;
+        ip(&["link", "set", &prefix, "up"])?;
+        Ok(Ok(hosts))
+    }
+
+    /// Whether faults of the network can be made.
+    pub fn are_apart(&self) -> bool {
+        matches!(self.network, Network::Namespaces { .. })
+    }
+
+    /// Makes a host; `name` has 10 letters at most.
+    ///
+    /// # Errors
+    /// When a command fails.
+    pub fn add(&mut self, name: &str) -> Result<Host> {
+        let host = Host(self.names.len());
+        self.names.push(name.to_owned());
+        if let (Some(namespace), Some(switch)) = (self.namespace(host), self.switch()) {
+            ip(&["netns", "add", &namespace])?;
+            ip(&["-n", &switch, "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", &namespace])?;
+            ip(&["-n", &switch, "link", "set", name, "master", "bridge", "up"])?;
+            ip(&["-n", &namespace, "addr", "add", &format!("{}/24", self.address(host)), "dev", "eth0"])?;
+            ip(&["-n", &namespace, "link", "set", "eth0", "up"])?;
+            ip(&["-n", &namespace, "link", "set", "lo", "up"])?;
+        }
+        Ok(host)
+    }
+
+    /// A host's address.
+    pub fn address(&self, host: Host) -> IpAddr {
+        let number = u8::try_from(host.0 + 10).unwrap_or(u8::MAX);
+        match self.network {
+            Network::Loopback { octet } => Ipv4Addr::new(127, 77, octet, number).into(),
+            Network::Namespaces { octets, .. } => address(octets, number),
+        }
+    }
+
+    /// A command that will run on a host.
+    pub fn command(&self, host: Host, program: &std::path::Path) -> Command {
+        match self.namespace(host) {
+            None => Command::new(program),
+            Some(namespace) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", &namespace]).arg(program);
+                command
+            }
+        }
+    }
+
+    /// Loses all packets between two hosts, without a word to either.
+    ///
+    /// # Errors
+    /// When a command fails.
+    pub fn cut(&self, one: Host, other: Host) -> Result<()> {
+        self.lose(one, other)?;
+        self.lose(other, one)
+    }
+
+    /// Loses what one host sends to another; the way back stays open.
+    ///
+    /// # Errors
+    /// When a command fails.
+    pub fn lose(&self, from: Host, to: Host) -> Result<()> {
+        self.on(to, &["iptables", "-w", "-A", "INPUT", "-s", &self.address(from).to_string(), "-j", "DROP"])
+    }
+
+    /// Pulls a host's plug: it reaches nobody, and nobody reaches it.
+    ///
+    /// # Errors
+    /// When a command fails.
+    pub fn unplug(&self, host: Host) -> Result<()> {
+        let switch = self.switch().context("no network")?;
+        ip(&["-n", &switch, "link", "set", &self.names[host.0], "down"])
+    }
+
+    /// Puts it in again.
+    ///
+    /// # Errors
+    /// When a command fails.
+    pub fn plug_in(&self, host: Host) -> Result<()> {
+        let switch = self.switch().context("no network")?;
+        ip(&["-n", &switch, "link", "set", &self.names[host.0], "up"])
+    }
+
+    /// Makes a host's link slow and lossy, in both directions.
+    ///
+    /// # Errors
+    /// When a command fails.
+    pub fn slow(&self, host: Host) -> Result<()> {
+        let (switch, namespace) = self.switch().zip(self.namespace(host)).context("no network")?;
+        for (at, device) in [(&namespace, "eth0"), (&switch, self.names[host.0].as_str())] {
+            let limit = ["rate", SLOW_RATE, "burst", "8kb", "latency", SLOW_QUEUE];
+            let to = ["-n", at.as_str(), "qdisc", "add", "dev", device, "root", "tbf"];
+            run("tc", &[&to[..], &limit[..]].concat())?;
+        }
+        let at_random = ["-m", "statistic", "--mode", "random", "--probability", SLOW_LOSS, "-j", "DROP"];
+        self.on(host, &[&["iptables", "-w", "-A", "INPUT"][..], &at_random[..]].concat())
+    }
+
+    /// Ends what [`Self::cut`], [`Self::lose`] and [`Self::slow`] did.
+    ///
+    /// # Errors
+    /// When a command fails.
+    pub fn heal(&self) -> Result<()> {
+        let switch = self.switch().context("no network")?;
+        for (number, name) in self.names.iter().enumerate() {
+            let host = Host(number);
+            self.on(host, &["iptables", "-w", "-F", "INPUT"])?;
+            for (at, device) in [(self.namespace(host).as_ref(), "eth0"), (Some(&switch), name.as_str())] {
+                // most links are not slow, which is an error here
+                let _ = run("tc", &["-n", at.context("no network")?, "qdisc", "del", "dev", device, "root"]);
+            }
+        }
+        Ok(())
+    }
+
+    fn on(&self, host: Host, command: &[&str]) -> Result<()> {
+        let namespace = self.namespace(host).context("no network")?;
+        run("ip", &[&["netns", "exec", &namespace][..], command].concat())
+    }
+
+    fn namespace(&self, host: Host) -> Option<String> {
+        match &self.network {
+            Network::Loopback { .. } => None,
+            Network::Namespaces { prefix, .. } => Some(format!("{prefix}-{}", self.names[host.0])),
+        }
+    }
+
+    fn switch(&self) -> Option<String> {
+        match &self.network {
+            Network::Loopback { .. } => None,
+            Network::Namespaces { prefix, .. } => Some(format!("{prefix}-switch")),
+        }
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        let hosts = (0..self.names.len()).filter_map(|number| self.namespace(Host(number)));
+        for namespace in hosts.chain(self.switch()).collect::<Vec<_>>() {
+            // what is left is removed by the next run
+            let _ = ip(&["netns", "del", &namespace]);
+        }
+    }
+}
+
+fn address([second, third]: [u8; 2], last: u8) -> IpAddr {
+    Ipv4Addr::new(198, second, third, last).into()
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    run("ip", arguments)
+}
+
+fn run(program: &str, arguments: &[&str]) -> Result<()> {
+    let shown = || format!("{program} {}", arguments.join(" "));
+    let output = Command::new(program).args(arguments).output().with_context(shown)?;
+    if !output.status.success() {
+        bail!("{}: {}", shown(), String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
+
+/// Makes one of everything that is needed.
+fn try_out() -> Result<()> {
+    let name = format!("{PREFIX}{}-probe", std::process::id());
+    ip(&["netns", "add", &name])?;
+    let tried = (|| {
+        ip(&["-n", &name, "link", "add", "bridge", "type", "bridge"])?;
+        ip(&["-n", &name, "link", "add", "one", "type", "veth", "peer", "name", "two"])?;
+        run("ip", &["netns", "exec", &name, "iptables", "-w", "-A", "INPUT", "-s", "198.18.0.1", "-j", "DROP"])?;
+        run("tc", &["-n", &name, "qdisc", "add", "dev", "one", "root", "tbf", "rate", "1mbit", "burst", "8kb", "latency", "1ms"])
+    })();
+    ip(&["netns", "del", &name])?;
+    tried
+}
+
+/// Removes namespaces of tests that were killed.
+fn remove_left_over() -> Result<()> {
+    let output = Command::new("ip").args(["netns", "list"]).output()?;
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        let name = line.split_whitespace().next().unwrap_or_default();
+        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+        let is_over = owner.is_some_and(|id| !std::path::Path::new("/proc").join(id).exists());
+        if is_over {
+            ip(&["netns", "del", name])?;
+        }
+    }
+    Ok(())
+}

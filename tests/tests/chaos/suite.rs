@@ -1,0 +1,148 @@
+//! One fault after another on a running cluster under load: made, ended, and looked at.
+use crate::cluster::Cluster;
+use crate::load::{Ended, Load, Outcome};
+use crate::report::Report;
+use anyhow::{Context, Result, bail};
+use moesaic_tests::until;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+/// How long a fault lasts where nothing else is said: longer than a lease, and than it takes to notice a silent peer.
+const LASTS: Duration = Duration::from_secs(5);
+
+/// Whether a request may end in this way, other than with the undisturbed answer.
+type Allows = Box<dyn Fn(&Ended) -> bool>;
+
+/// A fault to be made, and what is expected of it.
+pub struct Fault {
+    name: String,
+    expected: &'static str,
+    lasts: Duration,
+    allows: Allows,
+    works_again: Vec<(&'static str, &'static str)>,
+}
+
+impl Fault {
+    /// A fault after which every request ends as in an undisturbed run.
+    pub fn new(name: impl Into<String>, expected: &'static str) -> Self {
+        let allows = Box::new(|_: &Ended| false);
+        Self { name: name.into(), expected, lasts: LASTS, allows, works_again: Vec::new() }
+    }
+
+    /// How long it lasts.
+    pub fn lasting(self, lasts: Duration) -> Self {
+        Self { lasts, ..self }
+    }
+
+    /// Other ends of requests that are right.
+    pub fn allowing(self, allows: impl Fn(&Ended) -> bool + 'static) -> Self {
+        Self { allows: Box::new(allows), ..self }
+    }
+
+    /// Requests at this door may be refused, and its connections may break: clients go to another.
+    pub fn losing(self, door: SocketAddr) -> Self {
+        self.allowing(move |ended| {
+            ended.door == door && matches!(ended.outcome, Outcome::Refused { .. } | Outcome::Cut { .. })
+        })
+    }
+
+    /// A member that works again afterwards: this metric of its grows.
+    pub fn then_works(mut self, member: &'static str, metric: &'static str) -> Self {
+        self.works_again.push((member, metric));
+        self
+    }
+}
+
+/// A cluster under load.
+pub struct Suite {
+    pub cluster: Cluster,
+    load: Load,
+    report: Report,
+    /// It did not recover: what would come next would say nothing.
+    is_broken: bool,
+}
+
+impl Suite {
+    /// Waits for the cluster and begins the load.
+    ///
+    /// # Errors
+    /// When the cluster does not become whole, or does not answer.
+    pub fn start(family: &'static str, cluster: Cluster) -> Result<Self> {
+        let report = Report::new(family);
+        let started = cluster.becomes_whole().and_then(|()| Load::start(cluster.doors()));
+        if started.is_err() {
+            cluster.keep_logs(&report.logs()?)?;
+        }
+        let load = started?;
+        load.all_answered(Instant::now())?;
+        Ok(Self { cluster, load, report, is_broken: false })
+    }
+
+    /// Makes a fault with `begin` and ends it with `end`.
+    pub fn fault(
+        &mut self,
+        fault: Fault,
+        begin: impl FnOnce(&mut Cluster) -> Result<()>,
+        end: impl FnOnce(&mut Cluster) -> Result<()>,
+    ) {
+        if self.is_broken {
+            return self.report.skip(&fault.name, "the cluster did not recover from an earlier fault");
+        }
+        self.load.begin();
+        let mut ended_at = Instant::now();
+        let recovered = (|| {
+            begin(&mut self.cluster).context("begin")?;
+            // the load goes on meanwhile; how long it lasts is a part of the fault
+            std::thread::sleep(fault.lasts);
+            end(&mut self.cluster).context("end")?;
+            ended_at = Instant::now();
+            self.cluster.becomes_whole()
+        })();
+        let ready = ended_at.elapsed();
+        self.is_broken = recovered.is_err();
+        let recovered = recovered.and_then(|()| self.works_again(&fault)).and_then(|()| self.load.all_answered(ended_at));
+        let window = self.load.take();
+        let outcome = recovered.and_then(|()| check(&fault, &window.ended));
+        self.report.add(&fault.name, fault.expected, &window, ready, outcome);
+    }
+
+    /// Notes a fault that cannot be made here.
+    pub fn skip(&mut self, fault: &str, why: &str) {
+        self.report.skip(fault, why);
+    }
+
+    fn works_again(&self, fault: &Fault) -> Result<()> {
+        for (name, metric) in &fault.works_again {
+            let member = self.cluster.member(name);
+            let before = member.metric(metric)?;
+            until(&format!("{name} works again"), || Ok(member.metric(metric)? > before))?;
+        }
+        Ok(())
+    }
+
+    /// Writes the table.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    ///
+    /// # Panics
+    /// When something was not as expected.
+    pub fn finish(self) -> Result<()> {
+        if self.report.has_failures() {
+            self.cluster.keep_logs(&self.report.logs()?)?;
+        }
+        drop(self.load);
+        self.report.finish()
+    }
+}
+
+/// Whether each request ended as it should.
+fn check(fault: &Fault, ended: &[Ended]) -> Result<()> {
+    let is_right = |ended: &&Ended| ended.outcome == Outcome::Equal || (fault.allows)(ended);
+    let wrong: Vec<&Ended> = ended.iter().filter(|ended| !is_right(ended)).collect();
+    if !wrong.is_empty() {
+        let shown: String = wrong.iter().take(5).map(|ended| format!("\n  {ended:?}")).collect();
+        bail!("{} of {} requests did not end as expected:{shown}", wrong.len(), ended.len());
+    }
+    Ok(())
+}

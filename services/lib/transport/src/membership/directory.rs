@@ -116,22 +116,24 @@ impl Watcher {
         records.map_ok(|record| (Arc::clone(&record.member.id), record)).try_collect().await
     }
 
-    /// Takes an event in. What the metadata say counts for more than the event, which may be old.
+    /// Takes an event in. The metadata know of a later life than an event that is old. Where they have no record, the
+    /// member may be cut off from them; where they cannot be read, they are not waited for at each event.
     async fn hear(&mut self, event: &Event) {
         let is_ours = Subject::parse(&event.subject).is_some_and(|subject| subject.service == self.service.name());
         let Some(heard) = MembershipEvent::read(&event.payload).filter(|_| is_ours) else { return };
-        if heard.change == Change::Left {
-            self.known.told(heard);
+        if heard.change == Change::Left || self.known.is_stale() {
+            self.known.told(Instant::now(), heard);
             return;
         }
         match self.metadata.get(&key(self.service, &heard.record.member.id)).await {
             Ok(Some((bytes, _))) => {
-                if let Some(record) = Record::read(&bytes) {
+                let record = Record::read(&bytes);
+                self.known.told(Instant::now(), heard);
+                if let Some(record) = record {
                     self.known.set(record);
                 }
             }
-            Ok(None) => {}
-            Err(_) => self.known.told(heard),
+            Ok(None) | Err(_) => self.known.told(Instant::now(), heard),
         }
     }
 }

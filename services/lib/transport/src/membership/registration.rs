@@ -63,6 +63,7 @@ impl Registration {
             version: None,
             renewed: None,
             announced: None,
+            told_at: None,
             wanted,
             standing: told,
         };
@@ -137,6 +138,8 @@ struct Place {
     renewed: Option<Instant>,
     /// What others were told.
     announced: Option<Record>,
+    /// When they were.
+    told_at: Option<Instant>,
     wanted: watch::Receiver<Record>,
     standing: watch::Sender<Standing>,
 }
@@ -157,7 +160,7 @@ impl Place {
                     }
                     was_refused = true;
                     self.notice_loss();
-                    self.tell_changes().await;
+                    self.tell_presence().await;
                     self.lease / 10
                 }
             };
@@ -181,14 +184,14 @@ impl Place {
         }
     }
 
-    /// Tells by events what cannot be written: those who cannot read it either listen to them.
-    async fn tell_changes(&mut self) {
+    /// Tells by events what cannot be written: changes at once, and again and again that it is there. Those who can read
+    /// the metadata would else take it for dead when its lease has run out.
+    async fn tell_presence(&mut self) {
         let mut record = self.wanted.borrow().clone();
         record.member.generation = self.generation;
-        let is_change = self.announced.as_ref().is_some_and(|announced| {
-            announced.member.state != record.member.state || announced.member.role != record.member.role
-        });
-        if is_change {
+        let Some(announced) = &self.announced else { return };
+        let is_change = announced.member.state != record.member.state || announced.member.role != record.member.role;
+        if is_change || self.told_at.is_none_or(|told| told.elapsed() >= self.lease / 3) {
             self.announced = Some(record.clone());
             self.publish(MembershipEvent { change: Change::Changed, record }).await;
         }
@@ -275,7 +278,8 @@ impl Place {
         self.publish(MembershipEvent { change: Change::Left, record }).await;
     }
 
-    async fn publish(&self, event: MembershipEvent) {
+    async fn publish(&mut self, event: MembershipEvent) {
+        self.told_at = Some(Instant::now());
         // a lost event is no loss: who watches asks the metadata as well
         if let Err(error) = self.events.publish(&self.source, &self.subject, event.to_bytes()).await {
             tracing::debug!(%error, subject = self.subject, "publish a membership event");

@@ -51,7 +51,12 @@ struct Entry {
     record: Record,
     /// It was not found, and is kept until then.
     doubted_until: Option<Instant>,
+    /// It told of itself, and is there until then, whatever is found: it may not reach the metadata.
+    heard_until: Option<Instant>,
 }
+
+/// A member that cannot renew its lease speaks after each attempt, and each may take a second.
+const ATTEMPT: Duration = Duration::from_secs(1);
 
 impl Known {
     /// Nothing is known. A member that is not found any longer and did not say that it left is kept for `grace`: the
@@ -73,28 +78,40 @@ impl Known {
     /// All records were read.
     pub fn read(&mut self, now: Instant, found: BTreeMap<Arc<str>, Record>) {
         let grace = self.grace;
-        self.members
-            .retain(|id, entry| found.contains_key(id) || now < *entry.doubted_until.get_or_insert(now + grace));
+        self.members.retain(|id, entry| {
+            let doubted_until = *entry.doubted_until.get_or_insert(now + grace);
+            found.contains_key(id) || now < entry.heard_until.map_or(doubted_until, |heard| heard.max(doubted_until))
+        });
         for (_, record) in found {
             self.set(record);
         }
         self.is_stale = false;
     }
 
+    /// Whether the metadata could not be read when that was last tried.
+    pub fn is_stale(&self) -> bool {
+        self.is_stale
+    }
+
     /// One record was read.
     pub fn set(&mut self, record: Record) {
-        self.members.insert(Arc::clone(&record.member.id), Entry { record, doubted_until: None });
+        let heard_until = self.members.get(&record.member.id).and_then(|entry| entry.heard_until);
+        self.members.insert(Arc::clone(&record.member.id), Entry { record, doubted_until: None, heard_until });
     }
 
     /// A member told of itself. Earlier lives are not listened to.
-    pub fn told(&mut self, event: MembershipEvent) {
+    pub fn told(&mut self, now: Instant, event: MembershipEvent) {
         let id = &event.record.member.id;
         let known = self.members.get(id).map_or(0, |entry| entry.record.member.generation);
         if event.record.member.generation < known {
             return;
         }
         match event.change {
-            Change::Joined | Change::Changed => self.set(event.record),
+            Change::Joined | Change::Changed => {
+                let heard_until = Some(now + self.grace + ATTEMPT);
+                let entry = Entry { record: event.record, doubted_until: None, heard_until };
+                self.members.insert(Arc::clone(&entry.record.member.id), entry);
+            }
             Change::Left => {
                 self.members.remove(id);
             }
@@ -181,15 +198,30 @@ mod tests {
 
     #[test]
     fn a_member_s_word_counts_unless_a_later_life_spoke() {
-        let mut known = Known::new(GRACE);
+        let (now, mut known) = (Instant::now(), Known::new(GRACE));
         let event = |change, generation| MembershipEvent { change, record: record("a", generation) };
-        known.told(event(Change::Joined, 5));
-        known.told(event(Change::Left, 4));
+        known.told(now, event(Change::Joined, 5));
+        known.told(now, event(Change::Left, 4));
         assert_eq!(ids(&known), names(&["a"]), "an earlier life's end is not this one's");
-        known.told(event(Change::Changed, 4));
+        known.told(now, event(Change::Changed, 4));
         assert_eq!(known.view().get("a").map(|a| a.member.generation), Some(5));
-        known.told(event(Change::Left, 5));
+        known.told(now, event(Change::Left, 5));
         assert_eq!(ids(&known), names(&[]));
+    }
+
+    #[test]
+    fn one_that_does_not_reach_the_metadata_is_there_as_long_as_it_is_heard() {
+        let (now, mut known) = (Instant::now(), Known::new(GRACE));
+        known.read(now, found(&["a", "b"]));
+        let word = || MembershipEvent { change: Change::Changed, record: record("a", 1) };
+        known.told(now, word());
+        known.read(now + GRACE, found(&["b"]));
+        assert_eq!(ids(&known), names(&["a", "b"]));
+        known.told(now + GRACE, word());
+        known.read(now + 2 * GRACE, found(&["b"]));
+        assert_eq!(ids(&known), names(&["a", "b"]));
+        known.read(now + 3 * GRACE, found(&["b"]));
+        assert_eq!(ids(&known), names(&["b"]), "it has fallen silent");
     }
 
     #[test]

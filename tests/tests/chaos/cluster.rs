@@ -5,7 +5,7 @@ use moesaic_testkit::servers;
 use moesaic_tests::process::{Process, metric, program};
 use moesaic_tests::{http, root, until};
 use serde_json::Value;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -50,9 +50,8 @@ pub struct Member {
     pub host: Host,
     /// Where it answers: its HTTP door, its gRPC port, or the server's own.
     pub address: SocketAddr,
+    /// `{data}` in them is where it keeps what it stores.
     settings: Vec<String>,
-    /// Variables of its environment.
-    pub environment: Vec<(String, String)>,
     process: Option<Process>,
 }
 
@@ -62,14 +61,16 @@ pub struct Cluster {
     pub hosts: Hosts,
     folder: TempDir,
     file: PathBuf,
+    /// libfaketime, by which each service's process has a clock of its own.
+    clocks: Option<PathBuf>,
 }
 
 impl Cluster {
-    /// Nobody yet. `shared` are settings that all services have.
+    /// Redis and NATS, and nobody else yet. `clocks` is libfaketime, where clocks are to be set.
     ///
     /// # Errors
     /// When a host or a file cannot be made.
-    pub fn new(mut hosts: Hosts, shared: &str) -> Result<Self> {
+    pub fn new(mut hosts: Hosts, clocks: Option<PathBuf>) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let (redis, nats) = (hosts.add("redis")?, hosts.add("nats")?);
         let file = folder.path().join("shared.toml");
@@ -80,14 +81,14 @@ impl Cluster {
             &file,
             format!(
                 "[model]\npath = {model:?}\nthreads = 1\nweights = \"f32\"\nkv = \"f32\"\n[cluster]\n{servers}\n\
-                 lease = \"2s\"\n{shared}\n"
+                 lease = \"2s\"\n"
             ),
         )?;
-        let mut cluster = Self { members: Vec::new(), hosts, folder, file };
+        let mut cluster = Self { members: Vec::new(), hosts, folder, file, clocks };
         for (name, kind, host, port) in [("redis", Kind::Redis, redis, REDIS), ("nats", Kind::Nats, nats, NATS)] {
             let address = SocketAddr::new(cluster.hosts.address(host), port);
-            let (settings, environment) = (Vec::new(), Vec::new());
-            cluster.members.push(Member { name, kind, host, address, settings, environment, process: None });
+            let settings = Vec::new();
+            cluster.members.push(Member { name, kind, host, address, settings, process: None });
             cluster.start(name)?;
         }
         Ok(cluster)
@@ -103,8 +104,7 @@ impl Cluster {
         let port = if kind == Kind::Gateway { HTTP } else { port };
         let address = SocketAddr::new(self.hosts.address(host), port);
         let settings = settings.iter().map(|&setting| setting.to_owned()).collect();
-        let environment = Vec::new();
-        self.members.push(Member { name, kind, host, address, settings, environment, process: None });
+        self.members.push(Member { name, kind, host, address, settings, process: None });
         self.start(name)
     }
 
@@ -149,6 +149,18 @@ impl Cluster {
         self.folder.path().join(format!("{name}.data"))
     }
 
+    fn clock(&self, name: &str) -> PathBuf {
+        self.folder.path().join(format!("{name}.clock"))
+    }
+
+    /// Sets a member's clock to so many seconds before or after the right time; it is read again within a second.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn set_clock(&self, name: &str, offset_s: i64) -> Result<()> {
+        Ok(std::fs::write(self.clock(name), format!("{offset_s:+}"))?)
+    }
+
     /// Starts a member's process, with what its folder has.
     ///
     /// # Errors
@@ -167,13 +179,21 @@ impl Cluster {
                 }
                 command.arg("--config").arg(&self.file);
                 for setting in own.iter().chain(&member.settings) {
-                    command.args(["--set", setting]);
+                    command.args(["--set", &setting.replace("{data}", &data.display().to_string())]);
                 }
                 command
             }
             None => self.server(member, &data)?,
         };
-        command.envs(member.environment.iter().map(|(name, value)| (name, value)));
+        if let (Some(library), Some(_)) = (&self.clocks, self.member(name).kind.service()) {
+            let clock = self.clock(name);
+            if !clock.exists() {
+                std::fs::write(&clock, "+0")?;
+            }
+            command.env("LD_PRELOAD", library).env("FAKETIME_TIMESTAMP_FILE", clock);
+            // read again each second; no clock that only goes forward is changed
+            command.env("FAKETIME_CACHE_DURATION", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        }
         let process = Process::spawn(command, self.folder.path(), &format!("{name}.log"))?;
         self.member_mut(name).process = Some(process);
         if self.member(name).kind.service().is_none() {
@@ -239,6 +259,19 @@ impl Cluster {
         self.start(name)
     }
 
+    /// The hour and minute, in minutes, of the last line that a service logged.
+    ///
+    /// # Errors
+    /// When its log's last line has no time.
+    pub fn last_logged(&self, name: &str) -> Result<i64> {
+        let log = std::fs::read_to_string(self.folder.path().join(format!("{name}.log")))?;
+        let line = log.lines().last().unwrap_or_default();
+        let time = line.split_once('T').map(|(_, time)| time.split(':').map(str::parse::<i64>));
+        let mut parts = time.with_context(|| format!("no time in {line:?}"))?;
+        let (hour, minute) = (parts.next().context("no hour")??, parts.next().context("no minute")??);
+        Ok(hour * 60 + minute)
+    }
+
     fn process(&mut self, name: &str) -> Result<&mut Process> {
         self.member_mut(name).process.as_mut().with_context(|| format!("{name} was not started"))
     }
@@ -299,6 +332,19 @@ impl Member {
         let mut answer = http::send_within(admin, "GET", "/ready", None, LOOK)?;
         let text = answer.text()?;
         Ok(Some((answer.status, serde_json::from_str(&text)?)))
+    }
+
+    /// Runs a Lua script, without double quotes in it, in Redis.
+    ///
+    /// # Errors
+    /// When Redis does not answer, or with an error.
+    pub fn evaluate(&self, script: &str) -> Result<()> {
+        let mut stream = TcpStream::connect_timeout(&self.address, LOOK)?;
+        stream.set_read_timeout(Some(LOOK))?;
+        stream.write_all(format!("EVAL \"{script}\" 0\r\n").as_bytes())?;
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer)?;
+        if answer.starts_with('-') { bail!("{script}: {answer}") } else { Ok(()) }
     }
 
     /// A metric's value, 0 where it is not there yet.

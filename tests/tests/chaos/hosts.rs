@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail};
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A host, by its place in [`Hosts`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +13,8 @@ pub struct Host(usize);
 pub struct Hosts {
     names: Vec<String>,
     network: Network,
+    /// Those whose network is not as it was.
+    touched: Vec<Host>,
 }
 
 enum Network {
@@ -24,6 +27,12 @@ enum Network {
 /// What all names of ours in the system start with; the process's id follows.
 const PREFIX: &str = "mchaos";
 
+/// Counts the networks of this process.
+fn next() -> u32 {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    COUNT.fetch_add(1, Ordering::Relaxed)
+}
+
 /// The rate of a slow link: a tenth of what one stream of activations of the demo model wants.
 const SLOW_RATE: &str = "2mbit";
 
@@ -34,8 +43,8 @@ const SLOW_LOSS: &str = "0.02";
 impl Hosts {
     /// The loopback interface: for faults of processes.
     pub fn loopback() -> Self {
-        let octet = u8::try_from(std::process::id() % 199).unwrap_or(0) + 2;
-        Self { names: Vec::new(), network: Network::Loopback { octet } }
+        let octet = u8::try_from((std::process::id() + next()) % 199).unwrap_or(0) + 2;
+        Self { names: Vec::new(), touched: Vec::new(), network: Network::Loopback { octet } }
     }
 
     /// A network of namespaces; an error says why there is none, where the system has none for us.
@@ -47,11 +56,15 @@ impl Hosts {
             return Ok(Err(format!("{error:#}")));
         }
         remove_left_over()?;
-        let id = std::process::id();
-        let prefix = format!("{PREFIX}{id}");
+        let (id, number) = (std::process::id(), next());
+        let prefix = format!("{PREFIX}{id}x{number}");
         // 198.18.0.0/15 is for tests of networks (RFC 2544)
-        let octets = [18 + u8::try_from(id / 256 % 2)?, u8::try_from(id % 256)?];
-        let hosts = Self { names: Vec::new(), network: Network::Namespaces { prefix: prefix.clone(), octets } };
+        let octets = [18 + u8::try_from(id / 256 % 2)?, u8::try_from((id + number) % 256)?];
+        let hosts = Self {
+            names: Vec::new(),
+            touched: Vec::new(),
+            network: Network::Namespaces { prefix: prefix.clone(), octets },
+        };
         let switch = format!("{prefix}-switch");
         ip(&["netns", "add", &switch])?;
         ip(&["-n", &switch, "link", "add", "bridge", "type", "bridge"])?;
@@ -62,11 +75,6 @@ impl Hosts {
         ip(&["addr", "add", &format!("{}/24", address(octets, 1)), "dev", &prefix])?;
         ip(&["link", "set", &prefix, "up"])?;
         Ok(Ok(hosts))
-    }
-
-    /// Whether faults of the network can be made.
-    pub fn are_apart(&self) -> bool {
-        matches!(self.network, Network::Namespaces { .. })
     }
 
     /// Makes a host; `name` has 10 letters at most.
@@ -112,7 +120,7 @@ impl Hosts {
     ///
     /// # Errors
     /// When a command fails.
-    pub fn cut(&self, one: Host, other: Host) -> Result<()> {
+    pub fn cut(&mut self, one: Host, other: Host) -> Result<()> {
         self.lose(one, other)?;
         self.lose(other, one)
     }
@@ -121,7 +129,8 @@ impl Hosts {
     ///
     /// # Errors
     /// When a command fails.
-    pub fn lose(&self, from: Host, to: Host) -> Result<()> {
+    pub fn lose(&mut self, from: Host, to: Host) -> Result<()> {
+        self.touched.push(to);
         self.on(to, &["iptables", "-w", "-A", "INPUT", "-s", &self.address(from).to_string(), "-j", "DROP"])
     }
 
@@ -147,7 +156,8 @@ impl Hosts {
     ///
     /// # Errors
     /// When a command fails.
-    pub fn slow(&self, host: Host) -> Result<()> {
+    pub fn slow(&mut self, host: Host) -> Result<()> {
+        self.touched.push(host);
         let (switch, namespace) = self.switch().zip(self.namespace(host)).context("no network")?;
         for (at, device) in [(&namespace, "eth0"), (&switch, self.names[host.0].as_str())] {
             let limit = ["rate", SLOW_RATE, "burst", "8kb", "latency", SLOW_QUEUE];
@@ -162,12 +172,11 @@ impl Hosts {
     ///
     /// # Errors
     /// When a command fails.
-    pub fn heal(&self) -> Result<()> {
+    pub fn heal(&mut self) -> Result<()> {
         let switch = self.switch().context("no network")?;
-        for (number, name) in self.names.iter().enumerate() {
-            let host = Host(number);
+        for host in std::mem::take(&mut self.touched) {
             self.on(host, &["iptables", "-w", "-F", "INPUT"])?;
-            for (at, device) in [(self.namespace(host).as_ref(), "eth0"), (Some(&switch), name.as_str())] {
+            for (at, device) in [(self.namespace(host).as_ref(), "eth0"), (Some(&switch), &self.names[host.0])] {
                 // most links are not slow, which is an error here
                 let _ = run("tc", &["-n", at.context("no network")?, "qdisc", "del", "dev", device, "root"]);
             }
@@ -224,13 +233,19 @@ fn run(program: &str, arguments: &[&str]) -> Result<()> {
 
 /// Makes one of everything that is needed.
 fn try_out() -> Result<()> {
-    let name = format!("{PREFIX}{}-probe", std::process::id());
+    let name = format!("{PREFIX}{}x{}-probe", std::process::id(), next());
     ip(&["netns", "add", &name])?;
     let tried = (|| {
         ip(&["-n", &name, "link", "add", "bridge", "type", "bridge"])?;
         ip(&["-n", &name, "link", "add", "one", "type", "veth", "peer", "name", "two"])?;
         run("ip", &["netns", "exec", &name, "iptables", "-w", "-A", "INPUT", "-s", "198.18.0.1", "-j", "DROP"])?;
-        run("tc", &["-n", &name, "qdisc", "add", "dev", "one", "root", "tbf", "rate", "1mbit", "burst", "8kb", "latency", "1ms"])
+        run(
+            "tc",
+            &[
+                "-n", &name, "qdisc", "add", "dev", "one", "root", "tbf", "rate", "1mbit", "burst", "8kb", "latency",
+                "1ms",
+            ],
+        )
     })();
     ip(&["netns", "del", &name])?;
     tried
@@ -241,7 +256,7 @@ fn remove_left_over() -> Result<()> {
     let output = Command::new("ip").args(["netns", "list"]).output()?;
     for line in String::from_utf8_lossy(&output.stdout).lines() {
         let name = line.split_whitespace().next().unwrap_or_default();
-        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split(['x', '-']).next());
         let is_over = owner.is_some_and(|id| !std::path::Path::new("/proc").join(id).exists());
         if is_over {
             ip(&["netns", "del", name])?;

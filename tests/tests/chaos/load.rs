@@ -97,27 +97,32 @@ pub struct Window {
     pub gap_of_one: Duration,
 }
 
-/// A text that several prompts begin with, longer than some KV blocks.
-fn shared_prefix() -> String {
-    (0..60).map(|number| format!("Note {number}: the {} town has {} wells. ", number * 7 % 13, number * 3 % 11)).collect()
+/// A text that several prompts begin with, of about a dozen KV blocks.
+fn prefix(name: &str) -> String {
+    let note = |number: usize| format!("{name} {number}: the town has {} wells. ", number * 7 % 13);
+    (0..40).map(note).collect()
 }
 
-/// What the clients ask: greedy, sampled with a seed, under a grammar, and behind a long prefix that several share.
+/// What the clients ask: greedy, sampled with a seed, under a grammar, and behind long prefixes that several share and
+/// that a scheduler has no room for all at once.
 fn questions() -> Vec<Value> {
     let schema = json!({"type": "object", "additionalProperties": false, "required": ["name", "tags", "size"],
-        "properties": {"name": {"type": "string", "maxLength": 40}, "size": {"type": "integer"},
-            "tags": {"type": "array", "minItems": 3, "maxItems": 6, "items": {"type": "string", "maxLength": 12}}}});
+        "properties": {"name": {"type": "string", "maxLength": 20}, "size": {"type": "integer"},
+            "tags": {"type": "array", "minItems": 3, "maxItems": 5, "items": {"type": "string", "maxLength": 8}}}});
     let format = json!({"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}});
-    let prefix = shared_prefix();
+    let greedy = |prompt: String, max_tokens: usize| json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true});
     vec![
-        json!({"prompt": "Once upon a time", "max_tokens": 160, "temperature": 0, "ignore_eos": true}),
-        json!({"prompt": format!("{prefix}The first town"), "max_tokens": 60, "temperature": 0, "ignore_eos": true}),
-        json!({"prompt": "The capital of", "max_tokens": 140, "temperature": 0.8, "seed": 7, "ignore_eos": true}),
-        json!({"prompt": "A thing as JSON:", "max_tokens": 150, "temperature": 0, "response_format": format}),
-        json!({"prompt": format!("{prefix}The last well"), "max_tokens": 50, "temperature": 0, "ignore_eos": true}),
-        json!({"prompt": "Two things as JSON:", "max_tokens": 150, "temperature": 0.9, "seed": 11,
+        greedy("Once upon a time".into(), 120),
+        greedy(prefix("Note") + "The first town", 40),
+        json!({"prompt": "The capital of", "max_tokens": 100, "temperature": 0.8, "seed": 7, "ignore_eos": true}),
+        greedy(prefix("Page") + "The second town", 40),
+        json!({"prompt": "A thing as JSON:", "max_tokens": 120, "temperature": 0, "response_format": format}),
+        greedy(prefix("Note") + "The last well", 40),
+        json!({"prompt": prefix("Line") + "A town", "max_tokens": 40, "temperature": 0.7, "seed": 5,
+            "ignore_eos": true}),
+        json!({"prompt": "Two things as JSON:", "max_tokens": 120, "temperature": 0.9, "seed": 11,
             "response_format": format}),
-        json!({"prompt": "def fibonacci(n):", "max_tokens": 120, "temperature": 0, "ignore_eos": true,
+        json!({"prompt": prefix("Word") + "No town", "max_tokens": 40, "temperature": 0, "ignore_eos": true,
             "repetition_penalty": 1.1}),
     ]
 }
@@ -156,7 +161,8 @@ impl Load {
             gap: Duration::ZERO,
             gap_of_one: Duration::ZERO,
         };
-        let shared = Arc::new(Shared { doors, questions: known, is_over: AtomicBool::new(false), seen: Mutex::new(seen) });
+        let shared =
+            Arc::new(Shared { doors, questions: known, is_over: AtomicBool::new(false), seen: Mutex::new(seen) });
         let clients = (0..CLIENTS).map(|client| {
             let shared = Arc::clone(&shared);
             std::thread::spawn(move || shared.ask_on_and_on(client))
@@ -198,7 +204,10 @@ impl Load {
         };
         until("each client gets a whole answer", || Ok((0..CLIENTS).all(answered))).with_context(|| {
             let waits: Vec<usize> = (0..CLIENTS).filter(|client| !answered(*client)).collect();
-            format!("clients {waits:?} got none; the latest ends: {:?}", self.shared.seen().ended.iter().rev().take(6).collect::<Vec<_>>())
+            format!(
+                "clients {waits:?} got none; the latest ends: {:?}",
+                self.shared.seen().ended.iter().rev().take(6).collect::<Vec<_>>()
+            )
         })
     }
 }

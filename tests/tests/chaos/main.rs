@@ -6,9 +6,13 @@
 //! make network namespaces; where these are missing they are skipped, and the table says so.
 #![allow(clippy::unwrap_used, reason = "a test fails there")]
 #![allow(clippy::print_stdout, reason = "the table is shown as it grows")]
+mod clocks;
 mod cluster;
+mod copies;
+mod disks;
 mod hosts;
 mod load;
+mod network;
 mod processes;
 mod report;
 mod suite;

@@ -1,5 +1,5 @@
 //! One fault after another on a running cluster under load: made, ended, and looked at.
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Kind};
 use crate::load::{Ended, Load, Outcome};
 use crate::report::Report;
 use anyhow::{Context, Result, bail};
@@ -8,7 +8,29 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// How long a fault lasts where nothing else is said: longer than a lease, and than it takes to notice a silent peer.
-const LASTS: Duration = Duration::from_secs(5);
+const LASTS: Duration = Duration::from_secs(4);
+
+/// Metrics that grow as long as a scheduler, a shard, a router, or a kv-store works.
+pub const GENERATED: &str = "vllm:generation_tokens_total";
+pub const EXPERT_TOKENS: &str = "moesaic_expert_tokens_total";
+pub const PLACED: &str = "moesaic_router_placements_total";
+pub const FOUND: &str = "moesaic_kv_store_hits_total";
+
+const LEADER: &str = "moesaic_placement_leader";
+
+/// The router that leads the placement of experts.
+///
+/// # Errors
+/// When none does, in time.
+pub fn leader(cluster: &Cluster) -> Result<&'static str> {
+    let mut found = None;
+    until("a router leads", || {
+        let leads = |name: &&'static str| cluster.member(name).metric(LEADER).is_ok_and(|leads| leads > 0.0);
+        found = cluster.names(Kind::Router).into_iter().find(leads);
+        Ok(found.is_some())
+    })?;
+    found.context("a router leads")
+}
 
 /// Whether a request may end in this way, other than with the undisturbed answer.
 type Allows = Box<dyn Fn(&Ended) -> bool>;
@@ -100,7 +122,8 @@ impl Suite {
         })();
         let ready = ended_at.elapsed();
         self.is_broken = recovered.is_err();
-        let recovered = recovered.and_then(|()| self.works_again(&fault)).and_then(|()| self.load.all_answered(ended_at));
+        let recovered =
+            recovered.and_then(|()| self.works_again(&fault)).and_then(|()| self.load.all_answered(ended_at));
         let window = self.load.take();
         let outcome = recovered.and_then(|()| check(&fault, &window.ended));
         self.report.add(&fault.name, fault.expected, &window, ready, outcome);
@@ -109,6 +132,16 @@ impl Suite {
     /// Notes a fault that cannot be made here.
     pub fn skip(&mut self, fault: &str, why: &str) {
         self.report.skip(fault, why);
+    }
+
+    /// Notes that a family's faults cannot be made here.
+    ///
+    /// # Errors
+    /// When the table cannot be written.
+    pub fn skip_all(family: &'static str, faults: &str, why: &str) -> Result<()> {
+        let mut report = Report::new(family);
+        report.skip(faults, why);
+        report.finish()
     }
 
     fn works_again(&self, fault: &Fault) -> Result<()> {
@@ -141,7 +174,11 @@ fn check(fault: &Fault, ended: &[Ended]) -> Result<()> {
     let is_right = |ended: &&Ended| ended.outcome == Outcome::Equal || (fault.allows)(ended);
     let wrong: Vec<&Ended> = ended.iter().filter(|ended| !is_right(ended)).collect();
     if !wrong.is_empty() {
-        let shown: String = wrong.iter().take(5).map(|ended| format!("\n  {ended:?}")).collect();
+        let show = |ended: &&Ended| {
+            let Ended { client, door, took, outcome, .. } = ended;
+            format!("\n  client {client} at {door} after {took:?}: {outcome:?}")
+        };
+        let shown: String = wrong.iter().take(5).map(show).collect();
         bail!("{} of {} requests did not end as expected:{shown}", wrong.len(), ended.len());
     }
     Ok(())

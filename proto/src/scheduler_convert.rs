@@ -222,6 +222,7 @@ impl From<ReplicaLoad> for wire::GetLoadResponse {
             kv_blocks_total: count(load.kv_blocks_total),
             kv_blocks_used: count(load.kv_blocks_used),
             max_context: count(load.max_context),
+            max_running: count(load.max_running),
         }
     }
 }
@@ -234,6 +235,7 @@ impl From<wire::GetLoadResponse> for ReplicaLoad {
             kv_blocks_total: load.kv_blocks_total as usize,
             kv_blocks_used: load.kv_blocks_used as usize,
             max_context: load.max_context as usize,
+            max_running: load.max_running as usize,
         }
     }
 }
@@ -316,7 +318,14 @@ mod tests {
 
     #[test]
     fn load_survives_the_wire() {
-        let load = ReplicaLoad { running: 1, waiting: 2, kv_blocks_total: 3, kv_blocks_used: 4, max_context: 5 };
+        let load = ReplicaLoad {
+            running: 1,
+            waiting: 2,
+            kv_blocks_total: 3,
+            kv_blocks_used: 4,
+            max_context: 5,
+            max_running: 6,
+        };
         assert_eq!(ReplicaLoad::from(wire::GetLoadResponse::from(load.clone())), load);
     }
 }

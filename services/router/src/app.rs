@@ -1,20 +1,25 @@
-//! Composition: the two actors, the events' way into the index, and the `Placer` boundary.
-use crate::actors::prefix_index::{Apply, Forget, IndexActor, Overlap};
-use crate::actors::replica_table::{Choose, Ready, Refresh, Registered, Registrations, ReplicaTable, Status, Statuses};
+//! Composition: the two actors, the events' ways into them and out, and the `Placer` boundary.
+use crate::actors::prefix_index::{Forget, IndexActor, Overlap, Size};
+use crate::actors::replica_table::{
+    Choose, Chosen, InLine, Parts, Ready, Refresh, Registered, Registrations, ReplicaTable, Status, Statuses,
+};
 use crate::config::Config;
+use crate::feeds::Feeds;
+use crate::index::Owner;
+use futures::FutureExt;
 use futures::future::BoxFuture;
-use futures::{FutureExt, StreamExt};
-use moesaic_actors::{Handle, Supervised, WeakHandle};
-use moesaic_transport::subjects::Plane;
+use moesaic_actors::{Handle, Supervised};
+use moesaic_transport::kv::Tier;
 use moesaic_types::boundary::{EventBus, PlaceRequest, Placed, Placer, Replica};
-use moesaic_types::{Digest, ReplicaId, Result};
-use std::collections::HashMap;
+use moesaic_types::{Digest, Error, ReplicaId, Result};
 use std::sync::Arc;
-use std::time::Duration;
-use tokio::task::JoinHandle;
+use tokio::sync::mpsc;
 
-/// Pause before the bus is tried again.
-const RESUBSCRIBE_AFTER: Duration = Duration::from_millis(500);
+/// Events that wait to be published.
+const OUTBOX: usize = 1024;
+
+/// How often a request asks again whose line was lost with the actor that kept it.
+const LIVES: usize = 3;
 
 /// A router in this process.
 pub struct Router {
@@ -22,12 +27,12 @@ pub struct Router {
     registrations: Registrations,
     table: Handle<ReplicaTable>,
     index: Handle<IndexActor>,
-    feed: JoinHandle<()>,
+    _feeds: Feeds,
 }
 
 impl Router {
     /// Starts a router that knows no replica yet, on the current tokio runtime. Without events (a bus that fails) it
-    /// places by load alone.
+    /// places by polled load alone.
     ///
     /// # Errors
     /// `InvalidArgument` when the configuration is out of bounds.
@@ -35,14 +40,16 @@ impl Router {
         config.validate()?;
         let config = Arc::new(config.clone());
         let registrations = Registrations::default();
-        let table = Supervised::spawn("replica_table", config.mailbox, {
-            let (config, registrations) = (Arc::clone(&config), registrations.clone());
-            move || ReplicaTable::new(Arc::clone(&config), registrations.clone())
-        });
+        let ((news, told), (questions, asked)) = (mpsc::channel(OUTBOX), mpsc::channel(OUTBOX));
         let entries = config.index_entries;
-        let index = Supervised::spawn("prefix_index", config.mailbox, move || IndexActor::new(entries));
-        let feed = tokio::spawn(feed(events, index.downgrade()));
-        Ok(Arc::new(Self { config, registrations, table, index, feed }))
+        let new_index = move || IndexActor::new(entries, questions.clone());
+        let index = Supervised::spawn("prefix_index", config.mailbox, new_index);
+        let parts =
+            Parts { config: Arc::clone(&config), registrations: registrations.clone(), index: index.clone(), news };
+        let new_table = move || ReplicaTable::new(parts.clone());
+        let table = Supervised::spawn("replica_table", config.mailbox, new_table);
+        let feeds = Feeds::start(events, &index, &table, told, asked);
+        Ok(Arc::new(Self { config, registrations, table, index, _feeds: feeds }))
     }
 
     /// Adds a replica, or replaces the one with this id. Requests may go there at once.
@@ -64,8 +71,15 @@ impl Router {
 
     /// Takes a replica out; whether it was there.
     pub fn deregister(&self, id: &ReplicaId) -> bool {
-        let _ = self.index.try_tell(Forget(id.clone()));
+        let _ = self.index.try_tell(Forget(Owner::Replica(id.clone())));
         self.registrations.remove(id)
+    }
+
+    /// Forgets what a kv-store had.
+    pub fn forget_store(&self, id: &Arc<str>) {
+        for tier in [Tier::Ram, Tier::Disk] {
+            let _ = self.index.try_tell(Forget(Owner::Store(Arc::clone(id), tier)));
+        }
     }
 
     /// A registered replica.
@@ -81,24 +95,47 @@ impl Router {
         Ok(self.table.ask(Statuses, self.config.decision_timeout.get()).await?)
     }
 
+    /// Requests that wait for a replica with room.
+    ///
+    /// # Errors
+    /// As [`Self::replicas`].
+    pub async fn waiting(&self) -> Result<usize> {
+        Ok(self.table.ask(InLine, self.config.decision_timeout.get()).await?)
+    }
+
+    /// Entries of the prefix index: a block at an owner each.
+    ///
+    /// # Errors
+    /// As [`Self::replicas`].
+    pub async fn indexed(&self) -> Result<usize> {
+        Ok(self.index.ask(Size, self.config.decision_timeout.get()).await?)
+    }
+
     async fn decide(&self, request: PlaceRequest) -> Result<Placed> {
+        let request = Arc::new(request);
+        for life in 0..LIVES {
+            match self.choose(&request, life == 0).await? {
+                Chosen::Now(placed) => return Ok(placed),
+                Chosen::Later(later) => {
+                    if let Ok(answer) = later.await {
+                        return answer;
+                    }
+                }
+            }
+        }
+        Err(Error::unavailable("the router lost its line; send the request again"))
+    }
+
+    async fn choose(&self, request: &Arc<PlaceRequest>, is_first: bool) -> Result<Chosen> {
         let deadline = self.config.decision_timeout.get();
-        let overlap = match self.index.ask(Overlap(request.blocks), deadline).await {
-            Ok(overlap) => overlap,
+        let prefixes = match self.index.ask(Overlap(Arc::clone(request)), deadline).await {
+            Ok(prefixes) => prefixes,
             Err(error) => {
                 tracing::warn!(request = %request.id, %error, "place without prefixes");
-                HashMap::new()
+                Default::default()
             }
         };
-        let PlaceRequest { prompt_tokens, max_tokens, exclude, latest_was_full, model, .. } = request;
-        let choose = Choose { prompt_tokens, max_tokens, exclude, latest_was_full, model, overlap };
-        self.table.ask(choose, deadline).await?
-    }
-}
-
-impl Drop for Router {
-    fn drop(&mut self) {
-        self.feed.abort();
+        self.table.ask(Choose { request: Arc::clone(request), is_first, prefixes }, deadline).await?
     }
 }
 
@@ -109,48 +146,5 @@ impl Placer for Router {
 
     fn ready(&self) -> BoxFuture<'_, Result<Vec<ReplicaId>>> {
         self.table.ask(Ready, self.config.decision_timeout.get()).map(|ready| ready?).boxed()
-    }
-}
-
-/// Feeds the index from the bus until the router is dropped. An event that the index does not take in time is lost,
-/// as on the bus: the next one shows the gap.
-async fn feed(events: Arc<dyn EventBus>, index: WeakHandle<IndexActor>) {
-    const PATIENCE: Duration = Duration::from_secs(5);
-    loop {
-        match events.subscribe(&Plane::Kv.prefix()).await {
-            Ok(mut stream) => {
-                while let Some(event) = stream.next().await {
-                    let Some(index) = index.upgrade() else { return };
-                    if let Err((Apply(event), _)) = index.try_tell(Apply(event)) {
-                        // Full: wait for room, while the bus holds what comes.
-                        if let Err(error) = wait_for_room(&index, event, PATIENCE).await {
-                            tracing::debug!(%error, "a kv event is lost");
-                        }
-                    }
-                }
-                tracing::warn!("kv events ended, subscribing again");
-            }
-            Err(error) => tracing::warn!(%error, "subscribe to kv events"),
-        }
-        tokio::time::sleep(RESUBSCRIBE_AFTER).await;
-    }
-}
-
-/// Tries again, with growing pauses, until the index takes the event.
-async fn wait_for_room(
-    index: &Handle<IndexActor>,
-    mut event: moesaic_types::boundary::Event,
-    patience: Duration,
-) -> Result<(), moesaic_actors::AskError> {
-    let give_up = tokio::time::Instant::now() + patience;
-    let mut pause = Duration::from_micros(200);
-    loop {
-        tokio::time::sleep(pause).await;
-        match index.try_tell(Apply(event)) {
-            Ok(()) => return Ok(()),
-            Err((_, error)) if tokio::time::Instant::now() >= give_up => return Err(error),
-            Err((Apply(again), _)) => event = again,
-        }
-        pause = (pause * 2).min(Duration::from_millis(50));
     }
 }

@@ -39,6 +39,14 @@ impl Breaker {
         }
     }
 
+    /// The replica failed at something that nothing excuses: it is left alone at once.
+    pub fn trip(&mut self, now: Instant) {
+        if self.allows(now) {
+            self.failures = self.failures.max(self.threshold.saturating_sub(1));
+            self.failed(now);
+        }
+    }
+
     /// The replica answered. Failures are forgotten once it was asked for the longest pause without one, so that a
     /// replica that answers polls and fails requests is still caught.
     pub fn succeeded(&mut self, now: Instant) {
@@ -53,6 +61,17 @@ impl Breaker {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_trip_opens_at_once() {
+        let (second, now) = (Duration::from_secs(1), Instant::now());
+        let mut breaker = Breaker::new(3, second);
+        breaker.trip(now);
+        assert!(!breaker.allows(now) && breaker.allows(now + second));
+        breaker.trip(now);
+        breaker.failed(now + second);
+        assert!(!breaker.allows(now + second * 2) && breaker.allows(now + second * 3), "as after failures in a row");
+    }
 
     #[test]
     fn opens_longer_each_time_and_forgets_after_a_quiet_time() {

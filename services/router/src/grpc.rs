@@ -56,6 +56,28 @@ async fn keep(router: Weak<Router>, directory: Directory) {
     }
 }
 
+/// Forgets what the kv-stores had that leave a directory.
+pub fn forget_lost_stores(router: &Arc<Router>, directory: Directory) -> Following {
+    Following(tokio::spawn(forget(Arc::downgrade(router), directory)).abort_handle())
+}
+
+async fn forget(router: Weak<Router>, directory: Directory) {
+    let mut views = directory.watch();
+    let mut known: Vec<Arc<str>> = Vec::new();
+    loop {
+        let view = Arc::clone(&views.borrow_and_update());
+        let Some(router) = router.upgrade() else { return };
+        for gone in known.iter().filter(|id| view.get(id).is_none()) {
+            router.forget_store(gone);
+        }
+        drop(router);
+        known = view.members.keys().cloned().collect();
+        if views.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 /// Members that requests may go to: a later stage of a pipeline takes none.
 fn takers(view: &View) -> impl Iterator<Item = &Record> {
     view.ready().filter(|record| matches!(record.member.role, Role::Replica(_)))

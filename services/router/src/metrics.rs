@@ -1,9 +1,11 @@
 //! What the router records; the names stand in `moesaic-telemetry`.
-use metrics::{counter, gauge};
+use crate::canary::Outcome;
+use metrics::{counter, gauge, histogram};
 use moesaic_telemetry::metrics as names;
-use moesaic_types::Digest;
 use moesaic_types::boundary::Placed;
 use moesaic_types::cluster::Placement;
+use moesaic_types::{Digest, Error};
+use std::time::Duration;
 
 pub(crate) fn placed(placed: &Placed) {
     counter!(names::ROUTER_PLACEMENTS_TOTAL, "replica" => placed.replica.to_string()).increment(1);
@@ -12,6 +14,34 @@ pub(crate) fn placed(placed: &Placed) {
 
 pub(crate) fn refused() {
     counter!(names::ROUTER_REFUSALS_TOTAL).increment(1);
+}
+
+/// Requests stand in line.
+pub(crate) fn line(count: usize) {
+    gauge!(names::ROUTER_QUEUE_WAITING).set(count as f64);
+}
+
+/// A request was taken out of the line after so long.
+pub(crate) fn waited(time: Duration) {
+    histogram!(names::ROUTER_QUEUE_SECONDS).record(time.as_secs_f64());
+}
+
+/// A request found the line full, or its time in line ended.
+pub(crate) fn turned_away(error: &Error) {
+    counter!(names::ROUTER_QUEUE_REFUSALS_TOTAL, "reason" => error.code.name()).increment(1);
+}
+
+pub(crate) fn canary(outcome: &Outcome) {
+    let outcome = match outcome {
+        Outcome::Works(_) => "works",
+        Outcome::Failed(_) => "failed",
+        Outcome::Unclear(_) => "refused",
+    };
+    counter!(names::ROUTER_CANARIES_TOTAL, "outcome" => outcome).increment(1);
+}
+
+pub(crate) fn canary_disagrees() {
+    counter!(names::ROUTER_CANARY_DISAGREEMENTS_TOTAL).increment(1);
 }
 
 pub(crate) fn replicas_ready(count: usize) {

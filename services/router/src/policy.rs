@@ -1,7 +1,8 @@
 //! Which replica takes a request: a pure function of what is known of the replicas.
 //!
 //! The prefix-aware cost is that of KV-aware routing as NVIDIA's Dynamo has it: blocks of the prompt that must be
-//! computed, plus blocks that the replica decodes already; here also the requests that wait there.
+//! computed, plus blocks that the replica decodes already; here also the requests that wait there, and blocks that the
+//! kv-stores have, which cost less than computed ones and the same at every replica.
 use moesaic_types::BLOCK_TOKENS;
 use moesaic_types::boundary::ReplicaLoad;
 use serde::{Deserialize, Serialize};
@@ -24,37 +25,75 @@ pub enum Policy {
 pub struct Weights {
     /// A block of the prompt that must be computed.
     pub prefill: f64,
+    /// A block that a kv-store has in RAM, as a part of one that must be computed.
+    pub store_ram: f64,
+    /// The same for one on disk.
+    pub store_disk: f64,
     /// A request that waits.
     pub queue: f64,
 }
 
-/// What is known of a replica that can take the request.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Candidate {
-    /// Its load when it was last asked.
-    pub load: ReplicaLoad,
-    /// Requests placed there since.
-    pub placed_requests: usize,
+/// What was placed at a replica since it said its load.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fresh {
+    /// Requests.
+    pub requests: usize,
     /// Blocks that those will need, prompt and output.
-    pub placed_blocks: usize,
-    /// Blocks of the request's prompt, from its start, that it is believed to have.
-    pub overlap_blocks: usize,
+    pub blocks: usize,
 }
 
-impl Candidate {
+/// Blocks of a prompt by where they are; the others must be computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    /// At the replica, from the prompt's start.
+    pub local: usize,
+    /// After those, in a kv-store's RAM.
+    pub ram: usize,
+    /// After those, on a kv-store's disk.
+    pub disk: usize,
+}
+
+/// What is known of a replica that can take the request.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate<'a> {
+    /// Its load when it was last told.
+    pub load: &'a ReplicaLoad,
+    /// What came since.
+    pub fresh: Fresh,
+    /// What is believed of the prompt's blocks.
+    pub known: Known,
+}
+
+impl Candidate<'_> {
     fn requests(&self) -> usize {
-        self.load.running + self.load.waiting + self.placed_requests
+        self.load.running + self.load.waiting + self.fresh.requests
     }
 
     /// The work that the replica would have with this request.
     fn cost(&self, prompt_tokens: usize, weights: &Weights) -> f64 {
+        let Known { local, ram, disk } = self.known;
         // The last token is computed whatever is cached: its logits are needed.
-        let missing_tokens = prompt_tokens.saturating_sub(self.overlap_blocks * BLOCK_TOKENS).max(1);
-        let prefill_blocks = missing_tokens as f64 / BLOCK_TOKENS as f64;
-        let decode_blocks = (self.load.kv_blocks_used + self.placed_blocks) as f64;
-        let waiting = (self.load.waiting + self.placed_requests) as f64;
-        weights.prefill * prefill_blocks + decode_blocks + weights.queue * waiting
+        let missing_tokens = prompt_tokens.saturating_sub((local + ram + disk) * BLOCK_TOKENS).max(1);
+        let computed = missing_tokens as f64 / BLOCK_TOKENS as f64;
+        let fetched = weights.store_ram * ram as f64 + weights.store_disk * disk as f64;
+        let decode_blocks = (self.load.kv_blocks_used + self.fresh.blocks) as f64;
+        let waiting = (self.load.waiting + self.fresh.requests) as f64;
+        weights.prefill * (computed + fetched) + decode_blocks + weights.queue * waiting
     }
+}
+
+/// How many requests of so many blocks a replica can take now: those that it can begin at once, and `ahead` more that
+/// wait there, so that it has something to go on with before it says that it has room. One that says no limit has room
+/// without end; one with nothing to do always has some.
+pub fn room(load: &ReplicaLoad, fresh: Fresh, blocks: usize, ahead: usize) -> usize {
+    if load.max_running == 0 {
+        return usize::MAX;
+    }
+    let free_blocks = load.kv_blocks_total.saturating_sub(load.kv_blocks_used + fresh.blocks);
+    // where requests wait beside free places, something else is missing; it says only how many wait
+    let has_places = load.waiting == 0 && (load.kv_blocks_total == 0 || blocks <= free_blocks);
+    let places = if has_places { load.max_running.saturating_sub(load.running) } else { 0 };
+    (places + ahead).saturating_sub(load.waiting + fresh.requests)
 }
 
 /// The index of the chosen candidate; `None` if there is none. `turn` grows by one with each decision: it drives
@@ -63,23 +102,27 @@ pub fn choose(
     policy: Policy,
     weights: &Weights,
     prompt_tokens: usize,
-    candidates: &[Candidate],
+    candidates: &[Candidate<'_>],
     turn: usize,
 ) -> Option<usize> {
     let count = candidates.len();
     if count == 0 {
         return None;
     }
+    let first = turn % count;
     // In the order of turns, the first of equals wins: equals take turns.
-    let in_turn = (0..count).map(|offset| (turn + offset) % count);
+    let in_turn = (first..count).chain(0..first);
     match policy {
-        Policy::RoundRobin => Some(turn % count),
+        Policy::RoundRobin => Some(first),
         Policy::LeastLoaded => in_turn.min_by_key(|&index| candidates[index].requests()),
-        Policy::PrefixAware => in_turn.min_by(|&a, &b| {
-            let (a, b) = (&candidates[a], &candidates[b]);
-            let by_cost = a.cost(prompt_tokens, weights).total_cmp(&b.cost(prompt_tokens, weights));
-            by_cost.then_with(|| a.requests().cmp(&b.requests()))
-        }),
+        Policy::PrefixAware => {
+            let costs = in_turn.map(|index| {
+                let candidate = &candidates[index];
+                (candidate.cost(prompt_tokens, weights), candidate.requests(), index)
+            });
+            let least = costs.min_by(|a, b| a.0.total_cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
+            least.map(|(.., index)| index)
+        }
     }
 }
 
@@ -88,14 +131,19 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const WEIGHTS: Weights = Weights { prefill: 1.0, queue: 4.0 };
+    const WEIGHTS: Weights = Weights { prefill: 1.0, store_ram: 0.2, store_disk: 0.5, queue: 4.0 };
 
-    fn candidate(running: usize, waiting: usize, used: usize, overlap: usize) -> Candidate {
-        let load = ReplicaLoad { running, waiting, kv_blocks_used: used, ..ReplicaLoad::default() };
-        Candidate { load, overlap_blocks: overlap, ..Candidate::default() }
+    fn load(running: usize, waiting: usize, used: usize) -> ReplicaLoad {
+        ReplicaLoad { running, waiting, kv_blocks_used: used, ..ReplicaLoad::default() }
     }
 
-    fn prefix_aware(prompt_tokens: usize, candidates: &[Candidate]) -> Option<usize> {
+    /// A candidate whose load lives as long as the test.
+    fn candidate(running: usize, waiting: usize, used: usize, local: usize) -> Candidate<'static> {
+        let load = Box::leak(Box::new(load(running, waiting, used)));
+        Candidate { load, fresh: Fresh::default(), known: Known { local, ..Known::default() } }
+    }
+
+    fn prefix_aware(prompt_tokens: usize, candidates: &[Candidate<'_>]) -> Option<usize> {
         choose(Policy::PrefixAware, &WEIGHTS, prompt_tokens, candidates, 0)
     }
 
@@ -120,10 +168,43 @@ mod tests {
     #[test]
     fn what_was_placed_since_the_last_poll_counts() {
         let mut crowded = candidate(0, 0, 0, 0);
-        (crowded.placed_requests, crowded.placed_blocks) = (3, 6);
+        crowded.fresh = Fresh { requests: 3, blocks: 6 };
         for policy in [Policy::PrefixAware, Policy::LeastLoaded] {
-            assert_eq!(choose(policy, &WEIGHTS, 10, &[crowded.clone(), candidate(1, 0, 2, 0)], 0), Some(1));
+            assert_eq!(choose(policy, &WEIGHTS, 10, &[crowded, candidate(1, 0, 2, 0)], 0), Some(1));
         }
+    }
+
+    #[test]
+    fn what_the_stores_have_makes_load_count_for_more_than_a_prefix() {
+        let prompt = 40 * BLOCK_TOKENS;
+        let with = |ram, disk, mut candidate: Candidate<'static>| {
+            (candidate.known.ram, candidate.known.disk) = (ram, disk);
+            candidate
+        };
+        // the busy one has 30 blocks of 40, the idle one none
+        let busy = || candidate(2, 0, 20, 30);
+        assert_eq!(prefix_aware(prompt, &[candidate(0, 0, 0, 0), busy()]), Some(1), "30 to compute against 20 of load");
+        assert_eq!(prefix_aware(prompt, &[with(30, 0, candidate(0, 0, 0, 0)), busy()]), Some(0), "6 to fetch");
+        assert_eq!(prefix_aware(prompt, &[with(0, 30, candidate(0, 0, 0, 0)), busy()]), Some(0), "15 to read");
+        let free = Weights { store_ram: 1.0, store_disk: 1.0, ..WEIGHTS };
+        let pair = [with(30, 0, candidate(0, 0, 0, 0)), busy()];
+        assert_eq!(choose(Policy::PrefixAware, &free, prompt, &pair, 0), Some(1), "as dear as computing them");
+    }
+
+    #[test]
+    fn room_is_what_can_begin_and_a_few_more() {
+        let of = |running, waiting, requests, blocks| {
+            let load = ReplicaLoad { max_running: 8, kv_blocks_total: 100, ..load(running, waiting, 10 * running) };
+            room(&load, Fresh { requests, blocks: 0 }, blocks, 2)
+        };
+        assert_eq!(of(0, 0, 0, 5), 10);
+        assert_eq!(of(6, 0, 0, 5), 4);
+        assert_eq!(of(6, 0, 3, 5), 1);
+        assert_eq!((of(8, 0, 0, 5), of(8, 0, 2, 5), of(8, 2, 0, 5), of(8, 9, 9, 5)), (2, 0, 0, 0));
+        assert_eq!(of(6, 1, 0, 5), 1, "places are free, yet one waits: for blocks");
+        assert_eq!((of(6, 0, 0, 40), of(6, 0, 0, 41)), (4, 2), "its blocks are not free");
+        assert_eq!(of(0, 0, 0, 1000), 2, "one with nothing to do has room for whatever comes");
+        assert_eq!(room(&load(500, 500, 0), Fresh { requests: 9, blocks: 9 }, 9, 2), usize::MAX, "it says no limit");
     }
 
     #[test]
@@ -139,9 +220,12 @@ mod tests {
             prompt in 1usize..10_000, running in 0usize..50, waiting in 0usize..50, used in 0usize..500,
             overlap in 0usize..100, better in 1usize..50, turn in 0usize..7,
         ) {
+            let prompt = prompt + (overlap + better) * BLOCK_TOKENS;
             let twin = candidate(running, waiting, used, overlap);
             let improved = [
-                Candidate { overlap_blocks: overlap + better, ..twin.clone() },
+                Candidate { known: Known { local: overlap + better, ..twin.known }, ..twin },
+                Candidate { known: Known { ram: better, ..twin.known }, ..twin },
+                Candidate { known: Known { disk: better, ..twin.known }, ..twin },
                 candidate(running, waiting, used.saturating_sub(better), overlap),
                 candidate(running, waiting.saturating_sub(better), used, overlap),
             ];
@@ -149,7 +233,7 @@ mod tests {
                 let cheaper = improved.cost(prompt, &WEIGHTS) < twin.cost(prompt, &WEIGHTS);
                 prop_assert!(improved.cost(prompt, &WEIGHTS) <= twin.cost(prompt, &WEIGHTS));
                 if cheaper {
-                    let pair = [twin.clone(), improved];
+                    let pair = [twin, improved];
                     prop_assert_eq!(choose(Policy::PrefixAware, &WEIGHTS, prompt, &pair, turn), Some(1));
                 }
             }

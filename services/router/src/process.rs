@@ -53,7 +53,7 @@ impl moesaic_service::Settings for Settings {
 pub struct RouterProcess {
     router: Arc<Router>,
     schedulers: watch::Receiver<Arc<View>>,
-    _following: Following,
+    _following: [Following; 2],
     /// Leads the placement of experts, or waits to.
     _leader: PlacementLeader,
 }
@@ -66,7 +66,8 @@ impl Process for RouterProcess {
         let router = Router::start(&settings.router, Arc::clone(&cluster.events))?;
         let directory = cluster.directory(Service::Scheduler);
         let schedulers = directory.watch();
-        let following = grpc::follow(&router, directory);
+        let stores = grpc::forget_lost_stores(&router, cluster.directory(Service::KvStore));
+        let following = [grpc::follow(&router, directory), stores];
         let (metadata, events) = (Arc::clone(&cluster.metadata), Arc::clone(&cluster.events));
         let shards = cluster.directory(Service::ExpertShard);
         let leader = PlacementLeader::start(&settings.router.placement, metadata, events, shards)?;

@@ -72,7 +72,8 @@ fn replica() -> Role {
 #[tokio::test]
 async fn replicas_are_those_of_the_directory() {
     let cluster = Cluster { metadata: Arc::default(), events: Arc::default() };
-    let config = Config { poll_interval: HumanDuration::from_millis(10), ..Config::default() };
+    let canary_interval = HumanDuration::default();
+    let config = Config { poll_interval: HumanDuration::from_millis(10), canary_interval, ..Config::default() };
     let router = Router::start(&config, cluster.events.clone()).unwrap();
     let directory = Directory::start(cluster.metadata.clone(), cluster.events.clone(), Service::Scheduler, LEASE);
     let following = grpc::follow(&router, directory);
@@ -98,13 +99,9 @@ async fn replicas_are_those_of_the_directory() {
     ready(&["a", "b"]).await;
 
     let request = |exclude: &[&str]| PlaceRequest {
-        id: RequestId::new("r"),
-        blocks: vec![],
-        prompt_tokens: 10,
-        max_tokens: 10,
         exclude: exclude.iter().map(|id| ReplicaId::new(*id)).collect(),
-        latest_was_full: false,
         model: Some(served().hasher().digest()),
+        ..PlaceRequest::new(RequestId::new("r"), 10, 10)
     };
     let placed = soon("a placement", placer.place(request(&["a"]))).await.unwrap();
     assert_eq!(placed.replica, ReplicaId::new("b"));

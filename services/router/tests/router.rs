@@ -1,73 +1,22 @@
 //! The router behind its boundary: readiness, prefixes, failures.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used)] // A test fails by panicking, in its helpers too.
+mod fake;
+
 use bytes::Bytes;
-use futures::FutureExt;
-use futures::future::BoxFuture;
+use fake::{Fake, config, id, request};
 use moesaic_config::HumanDuration;
 use moesaic_router::policy::Policy;
+use moesaic_router::replica::TRANSIT;
 use moesaic_router::{Config, Router};
 use moesaic_testkit::until;
 use moesaic_transport::MemoryBus;
 use moesaic_transport::subjects::Subject;
-use moesaic_types::boundary::{DeltaStream, EventBus, KvEvent, PlaceRequest, Placed, Placer, Replica, ReplicaLoad};
-use moesaic_types::{BLOCK_TOKENS, BlockHash, Digest, Error, ErrorCode, GenerateRequest, ReplicaId, RequestId, Result};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-
-/// A replica of which only the load matters here.
-struct Fake {
-    load: Mutex<Result<ReplicaLoad>>,
-    polls: AtomicUsize,
-    panics: AtomicUsize,
-}
-
-impl Fake {
-    fn new(running: usize) -> Arc<Self> {
-        let load = Ok(ReplicaLoad { running, max_context: 1000, ..ReplicaLoad::default() });
-        Arc::new(Self { load: Mutex::new(load), polls: AtomicUsize::new(0), panics: AtomicUsize::new(0) })
-    }
-
-    fn set(&self, load: Result<ReplicaLoad>) {
-        *self.load.lock().unwrap() = load;
-    }
-}
-
-impl Replica for Fake {
-    fn generate(&self, _: GenerateRequest) -> BoxFuture<'_, Result<DeltaStream>> {
-        async { Err(Error::internal("no test generates")) }.boxed()
-    }
-
-    fn load(&self) -> BoxFuture<'_, Result<ReplicaLoad>> {
-        async {
-            self.polls.fetch_add(1, Ordering::SeqCst);
-            let panics = self.panics.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
-            assert!(panics.is_err(), "asked to panic");
-            self.load.lock().unwrap().clone()
-        }
-        .boxed()
-    }
-}
-
-fn config() -> Config {
-    Config { poll_interval: HumanDuration::from_millis(10), ..Config::default() }
-}
-
-fn id(name: &str) -> ReplicaId {
-    ReplicaId::new(name)
-}
-
-fn request(blocks: &[u8]) -> PlaceRequest {
-    PlaceRequest {
-        id: RequestId::new("r"),
-        blocks: blocks.iter().map(|number| BlockHash([*number; 16])).collect(),
-        prompt_tokens: (blocks.len() * BLOCK_TOKENS).max(1),
-        max_tokens: 16,
-        exclude: Vec::new(),
-        latest_was_full: false,
-        model: None,
-    }
-}
+use moesaic_types::boundary::{EventBus, KvEvent, PlaceRequest, Placed, Placer, ReplicaLoad};
+use moesaic_types::{BlockHash, Digest, Error, ErrorCode};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 async fn publish(bus: &MemoryBus, replica: &str, event: KvEvent) {
     let payload = Bytes::from(serde_json::to_vec(&event).unwrap());
@@ -78,8 +27,10 @@ fn stored(blocks: &[u8]) -> KvEvent {
     KvEvent::Stored { blocks: blocks.iter().map(|number| BlockHash([*number; 16])).collect() }
 }
 
-/// Waits until the replica's load has been read by the table.
+/// Waits until the replica's load has been read by the table, and counts for what was placed before.
 async fn polled(fake: &Fake) {
+    let since = Instant::now();
+    until("what was placed is counted", || async { since.elapsed() > TRANSIT }).await;
     let before = fake.polls.load(Ordering::SeqCst);
     until("two more polls", || async { fake.polls.load(Ordering::SeqCst) >= before + 2 }).await;
 }
@@ -164,7 +115,7 @@ async fn excluded_replicas_are_left_out_and_end_in_the_breaker() {
     router.register(id("a"), a.clone());
     router.register(id("b"), b.clone());
     polled(&b).await;
-    let full_at_a = PlaceRequest { exclude: vec![id("a")], latest_was_full: true, ..request(&[]) };
+    let full_at_a = PlaceRequest { exclude: vec![id("a")], full: vec![id("a")], ..request(&[]) };
     for _ in 0..5 {
         assert_eq!(router.place(full_at_a.clone()).await.unwrap().replica, id("b"));
     }

@@ -8,18 +8,18 @@ use crate::grammar::Compiler;
 use crate::health::{Bounds, Health, Pulse};
 use crate::metrics::Ends;
 use crate::outcome::Outcomes;
+use crate::telling;
 use crate::vocabulary::Vocabulary;
 use crate::watchdog;
-use bytes::Bytes;
 use futures::future::BoxFuture;
 use moesaic_actors::{Handle, Supervised};
 use moesaic_telemetry::propagation;
-use moesaic_types::boundary::{DeltaStream, EventBus, KvEvent, PrefixStore, Replica, ReplicaLoad};
+use moesaic_types::boundary::{DeltaStream, EventBus, PrefixStore, Replica, ReplicaLoad};
 use moesaic_types::{BlockHasher, Error, ErrorCode, GenerateRequest, RequestId, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::TrySendError;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 use tracing::Span;
@@ -40,6 +40,8 @@ pub struct Scheduler {
     places: Arc<Semaphore>,
     in_flight: Arc<()>,
     ends: Arc<Ends>,
+    /// For canaries.
+    uncounted: Arc<Ends>,
     outcomes: Arc<Outcomes>,
     draining: AtomicBool,
     control: Handle<EngineControl>,
@@ -65,9 +67,11 @@ impl Scheduler {
         let compiler = tokio::task::spawn_blocking(move || Compiler::new(&vocabulary, &limits))
             .await
             .map_err(|error| Error::internal(format!("prepare the vocabulary for grammars: {error}")))??;
+        let (slot, mut told) = (Arc::new(Slot::default()), None);
         let events = events.map(|bus| {
             let (sender, batches) = mpsc::channel(EVENT_BATCHES);
-            tokio::spawn(publish(bus, config.clone(), batches));
+            tokio::spawn(telling::blocks(Arc::clone(&bus), config.clone(), batches, Arc::clone(&slot)));
+            told = Some(bus);
             sender
         });
         let places = Arc::new(Semaphore::new(config.max_waiting));
@@ -84,7 +88,6 @@ impl Scheduler {
             snapshot: watch::Sender::new(Snapshot::default()),
             pulse: Pulse::default(),
         });
-        let slot = Arc::new(Slot::default());
         let mut status = slot.status();
         let (for_parts, for_slot) = (Arc::clone(&parts), Arc::clone(&slot));
         let control = Supervised::spawn("engine-control", 64, move || {
@@ -99,7 +102,8 @@ impl Scheduler {
         let ends = Arc::new(Ends::new(&parts.config.model_name, &parts.config.replica));
         let (health_sender, health) = watch::channel(Health::Working);
         let watchdog = tokio::spawn(watchdog::watch(Arc::clone(&parts), health_sender));
-        Ok(Arc::new(Self {
+        let uncounted = Arc::new(Ends::uncounted());
+        let this = Arc::new(Self {
             parts,
             slot,
             status,
@@ -109,10 +113,15 @@ impl Scheduler {
             places,
             in_flight: Arc::new(()),
             ends,
+            uncounted,
             outcomes: Arc::default(),
             draining: AtomicBool::new(false),
             control,
-        }))
+        });
+        if let Some(bus) = told {
+            tokio::spawn(telling::load(bus, this.parts.config.replica.clone(), Arc::downgrade(&this)));
+        }
+        Ok(this)
     }
 
     /// The state as of the engine's last step.
@@ -226,11 +235,16 @@ impl Scheduler {
             moesaic.request = %request.id,
             moesaic.replica = self.parts.config.replica,
             moesaic.cached_tokens = tracing::field::Empty,
+            moesaic.canary = request.is_canary().then_some(true),
         );
         if let Some(traceparent) = &request.traceparent {
             propagation::set_parent(&span, propagation::from_traceparent(traceparent));
         }
         span
+    }
+
+    fn ends(&self, request: &GenerateRequest) -> &Arc<Ends> {
+        if request.is_canary() { &self.uncounted } else { &self.ends }
     }
 
     async fn submit(&self, request: GenerateRequest) -> Result<DeltaStream> {
@@ -263,7 +277,7 @@ impl Scheduler {
         };
         let span = self.span(&request);
         let (sender, deltas) = mpsc::channel(self.parts.config.delivery_capacity);
-        let entered = self.outcomes.enter(&request.id, &self.ends, submitted);
+        let entered = self.outcomes.enter(&request.id, self.ends(&request), submitted);
         let outcome = Arc::clone(&entered.outcome);
         let answer = Answer { deltas, deadline: request.deadline, health: self.health.clone(), entered };
         let submission =
@@ -284,30 +298,12 @@ impl Drop for Scheduler {
     }
 }
 
-/// Publishes KV events in order. Ends with the scheduler. A failed batch is tried again, so that no reader of the
-/// bus believes in blocks that are gone.
-async fn publish(bus: Arc<dyn EventBus>, config: Config, mut batches: mpsc::Receiver<Vec<KvEvent>>) {
-    let life = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
-    let (source, subject) = (format!("scheduler.{}.{life}", config.replica), config.kv_subject());
-    while let Some(batch) = batches.recv().await {
-        for event in batch {
-            let payload = Bytes::from(serde_json::to_vec(&event).expect("KV events are plain data"));
-            let mut pause = Duration::from_millis(config.restart_backoff_ms.max(1));
-            while let Err(error) = bus.publish(&source, &subject, payload.clone()).await {
-                if batches.is_closed() {
-                    return;
-                }
-                tracing::warn!(%error, subject, "publish a KV event");
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_secs(30));
-            }
-        }
-    }
-}
-
 impl Replica for Scheduler {
     fn generate(&self, request: GenerateRequest) -> BoxFuture<'_, Result<DeltaStream>> {
-        Box::pin(async move { self.submit(request).await.inspect_err(|error| self.ends.failed(error.code)) })
+        Box::pin(async move {
+            let ends = Arc::clone(self.ends(&request));
+            self.submit(request).await.inspect_err(|error| ends.failed(error.code))
+        })
     }
 
     fn enough(&self, id: &RequestId) {
@@ -318,12 +314,15 @@ impl Replica for Scheduler {
         Box::pin(async move {
             self.ready()?;
             let snapshot = self.snapshot();
+            // those that the engine has not seen yet, in the middle of a step, wait as well
+            let submitted = self.parts.config.max_waiting.saturating_sub(self.places.available_permits());
             Ok(ReplicaLoad {
                 running: snapshot.running,
-                waiting: snapshot.waiting,
+                waiting: snapshot.waiting.max(submitted),
                 kv_blocks_total: snapshot.kv_blocks_total,
                 kv_blocks_used: snapshot.kv_blocks_used,
                 max_context: snapshot.max_context,
+                max_running: self.parts.config.max_running,
             })
         })
     }

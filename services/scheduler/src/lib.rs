@@ -23,6 +23,7 @@ pub mod pool;
 pub mod prefix;
 pub mod process;
 pub mod sampler;
+mod telling;
 mod vocabulary;
 mod watchdog;
 

@@ -11,7 +11,8 @@ fn labels(model: &str, replica: &str) -> [(&'static str, String); 2] {
 
 /// Counts how requests end.
 pub struct Ends {
-    labels: [(&'static str, String); 2],
+    /// `None`: nothing is counted.
+    labels: Option<[(&'static str, String); 2]>,
     stopped: Counter,
     cut: Counter,
     cancelled: Counter,
@@ -31,8 +32,14 @@ impl Ends {
             cut: success("length"),
             cancelled: counter!(names::REQUESTS_CANCELLED_TOTAL, &l),
             end_to_end: histogram!(names::E2E_REQUEST_LATENCY_SECONDS, &l),
-            labels: l,
+            labels: Some(l),
         }
+    }
+
+    /// Counts nothing: for canaries.
+    pub fn uncounted() -> Self {
+        let (stopped, cut, cancelled) = (Counter::noop(), Counter::noop(), Counter::noop());
+        Self { labels: None, stopped, cut, cancelled, end_to_end: Histogram::noop() }
     }
 
     /// A request was answered, so long after it came.
@@ -43,8 +50,9 @@ impl Ends {
 
     /// A request was refused or ended with an error.
     pub fn failed(&self, code: ErrorCode) {
+        let Some(labels) = &self.labels else { return };
         let reason = ("reason", code.name().to_owned());
-        let labels: Vec<_> = self.labels.iter().cloned().chain([reason]).collect();
+        let labels: Vec<_> = labels.iter().cloned().chain([reason]).collect();
         counter!(names::REQUEST_FAILURES_TOTAL, &labels).increment(1);
     }
 

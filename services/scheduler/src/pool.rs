@@ -7,6 +7,9 @@ use moesaic_types::{BlockHash, Link};
 /// Above this many gathered events the pool says everything anew instead.
 const MAX_PENDING_EVENTS: usize = 4096;
 
+/// Blocks that are told anew at most, four million tokens: listeners lose events that come faster than they are read.
+const MAX_TOLD_ANEW: usize = 1 << 16;
+
 /// What a lookup would find, without taking it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Hits {
@@ -167,12 +170,20 @@ impl BlockPool {
     /// Puts events back that could not be sent; too many are replaced by a statement of everything that is here.
     pub fn return_events(&mut self, mut unsent: Vec<KvEvent>) {
         unsent.append(&mut self.events);
-        if unsent.len() > MAX_PENDING_EVENTS {
-            let mut blocks: Vec<_> = self.index.hashes().collect();
-            blocks.sort_unstable();
-            unsent = vec![KvEvent::Cleared, KvEvent::Stored { blocks }];
-        }
         self.events = unsent;
+        if self.events.len() > MAX_PENDING_EVENTS {
+            self.tell_anew();
+        }
+    }
+
+    /// The next events say everything that is here, whatever was said before.
+    pub fn tell_anew(&mut self) {
+        let mut blocks: Vec<_> = self.index.hashes().collect();
+        blocks.sort_unstable();
+        blocks.truncate(MAX_TOLD_ANEW);
+        self.stored.clear();
+        self.gone.clear();
+        self.events = vec![KvEvent::Cleared, KvEvent::Stored { blocks }];
     }
 
     fn flush_stored(&mut self) {

@@ -1,7 +1,7 @@
 //! What is served, and the start of every answer.
 use super::budget::Budget;
 use super::choice::Choice;
-use super::job::{Job, Limits};
+use super::job::{Job, Limits, Tenant};
 use super::text::TokenPiece;
 use super::workers::Workers;
 use crate::actors::admission::{Admission, Permit};
@@ -10,7 +10,7 @@ use crate::served::ServedModel;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 use moesaic_types::boundary::{Placer, Replica};
-use moesaic_types::{Error, ErrorCode, FinishReason, ReplicaId, Result, SampledToken, TenantSalt, Usage};
+use moesaic_types::{Error, ErrorCode, FinishReason, ReplicaId, Result, SampledToken, TenantId, TenantSalt, Usage};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 /// Finds a replica by its id.
@@ -183,15 +183,14 @@ impl Core {
         Err(reason)
     }
 
-    /// The salt of an API key's tenant.
-    pub fn salt(&self, key: Option<&str>) -> TenantSalt {
-        match self.config.share_prefixes {
+    /// The tenant of an API key.
+    pub fn tenant(&self, key: Option<&str>) -> Tenant {
+        let (secret, key) = (self.secret.read().unwrap_or_else(PoisonError::into_inner), key.unwrap_or_default());
+        let salt = match self.config.share_prefixes {
             true => TenantSalt::default(),
-            false => {
-                let secret = self.secret.read().unwrap_or_else(PoisonError::into_inner);
-                TenantSalt::derive(&secret, key.unwrap_or_default())
-            }
-        }
+            false => TenantSalt::derive(&secret, key),
+        };
+        Tenant { salt, id: TenantId::derive(&secret, key) }
     }
 
     /// The operator's limits.

@@ -1,10 +1,10 @@
 //! Validation: from what a client sent, whichever door it took, to a job that the engine can run.
 use super::check::{Open, at_most, fits, number, token, tokens, whole};
-use super::job::{Job, Limits};
+use super::job::{Job, Limits, Tenant};
 use super::names::Names;
 use super::tools::Tools;
 use crate::served::ServedModel;
-use moesaic_types::{Error, Grammar, Priority, RequestId, Result, SamplingParams, StopConditions, TenantSalt, TokenId};
+use moesaic_types::{Error, Grammar, Priority, RequestId, Result, SamplingParams, StopConditions, TokenId};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -71,10 +71,10 @@ impl SamplingInput {
         model: Arc<ServedModel>,
         prompt: Vec<TokenId>,
         limits: &Limits,
-        salt: TenantSalt,
+        tenant: Tenant,
     ) -> Result<Job> {
         let names = self.names;
-        self.check(id, model, prompt, limits, salt).map_err(|error| names.apply(error))
+        self.check(id, model, prompt, limits, tenant).map_err(|error| names.apply(error))
     }
 
     fn check(
@@ -83,7 +83,7 @@ impl SamplingInput {
         model: Arc<ServedModel>,
         prompt: Vec<TokenId>,
         limits: &Limits,
-        salt: TenantSalt,
+        tenant: Tenant,
     ) -> Result<Job> {
         if prompt.is_empty() {
             return Err(Error::invalid("prompt", "prompt is empty; it must have at least one token"));
@@ -108,7 +108,7 @@ impl SamplingInput {
             stop: self.stop_conditions(&model, prompt.len())?,
             stop_texts: self.stop_texts(limits)?,
             include_stop_text: self.include_stop_text,
-            blocks: model.hasher.chain(&salt, &prompt),
+            blocks: model.hasher.chain(&tenant.salt, &prompt),
             model,
             prompt: prompt.into(),
             top_logprobs: top_logprobs.map(|top| top as u8),
@@ -117,7 +117,7 @@ impl SamplingInput {
             n: n as usize,
             priority: Priority(self.priority as i32),
             deadline: wait.map(|wait| Instant::now() + wait),
-            salt,
+            tenant,
             skip_special: true,
             continues: false,
             names: self.names,

@@ -1,7 +1,9 @@
 //! A request that is known to be good.
 use super::names::Names;
 use crate::served::ServedModel;
-use moesaic_types::{BlockHash, Grammar, Priority, RequestId, SamplingParams, StopConditions, TenantSalt, TokenId};
+use moesaic_types::{
+    BlockHash, Grammar, Priority, RequestId, SamplingParams, StopConditions, TenantId, TenantSalt, TokenId,
+};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +16,15 @@ pub struct Limits {
     pub max_stop: usize,
     /// Deadline where the request sets none.
     pub default_deadline: Option<Duration>,
+}
+
+/// Whose a request is, as others may know it: the key itself stays at the door.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tenant {
+    /// Keeps its prefix blocks apart; the default's where prefixes are shared.
+    pub salt: TenantSalt,
+    /// Stands for it where requests must wait.
+    pub id: TenantId,
 }
 
 /// A request that is known to be good.
@@ -48,8 +59,8 @@ pub struct Job {
     pub priority: Priority,
     /// Answer by then.
     pub deadline: Option<Instant>,
-    /// The tenant's salt.
-    pub salt: TenantSalt,
+    /// Whose it is.
+    pub tenant: Tenant,
     /// Special tokens are not shown.
     pub skip_special: bool,
     /// The answer goes on with the prompt's own text (a completion).

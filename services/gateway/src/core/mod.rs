@@ -22,7 +22,7 @@ pub(crate) use budget::Held;
 pub(crate) use check::tokens;
 pub(crate) use grammar::{closed, compact, one_of};
 pub use input::SamplingInput;
-pub use job::{Job, Limits};
+pub use job::{Job, Limits, Tenant};
 pub use names::Names;
 pub(crate) use prompt::{Refusal, encode, listed};
 pub use slow::cut_off;

@@ -25,7 +25,7 @@ impl Placed {
     }
 }
 
-/// Tries replicas until one accepts; those that do not are added to `failed`. Where none does, the failure of the
+/// Tries replicas until one accepts; those that fail are added to `failed`. Where none does, the failure of the
 /// `earlier` attempt is told: it says more than that nobody is left.
 pub(super) async fn seek(
     backend: &Backend,
@@ -39,12 +39,13 @@ pub(super) async fn seek(
         Some((attempt, error)) => (Some(attempt.clone()), Some(error)),
         None => (None, None),
     };
+    let mut full = Vec::new();
     let mut latest_was_full = false;
-    while failed.len() < backend.attempts {
+    while failed.len() + full.len() < backend.attempts {
         let attempt = tracing::info_span!(
             parent: &job.span,
             "attempt",
-            moesaic.attempt = failed.len() + 1,
+            moesaic.attempt = failed.len() + full.len() + 1,
             moesaic.choice = index,
             moesaic.replica = tracing::field::Empty,
             moesaic.resumed_tokens = emitted.len(),
@@ -52,14 +53,14 @@ pub(super) async fn seek(
         if let Some(earlier) = &linked {
             propagation::link(&attempt, earlier);
         }
-        let tried = Tried { replicas: failed, latest_was_full };
+        let tried = Tried { failed, full: &full, latest_was_full };
         let sent = send(backend, job, index, emitted, tried, attempt.clone()).instrument(attempt.clone());
         match deadline::by(job.deadline, sent).await? {
             Ok(placed) => return Ok(placed),
             Err((Some(replica), error)) if elsewhere(&error) => {
                 tracing::warn!(id = %job.id, %replica, %error, "replica refused a request; trying another");
-                failed.push(replica);
                 latest_was_full = error.code == ErrorCode::ResourceExhausted;
+                if latest_was_full { &mut full } else { &mut *failed }.push(replica);
                 linked = Some(attempt);
                 first.get_or_insert(error);
             }
@@ -71,11 +72,23 @@ pub(super) async fn seek(
     Err(first.unwrap_or_else(|| Error::unavailable("no replica took the request; send it again")))
 }
 
-/// Replicas that are not asked again.
+/// Replicas that were asked.
 struct Tried<'a> {
-    replicas: &'a [ReplicaId],
-    /// The latest had no room, which is no failure.
+    /// They failed, and are not asked again.
+    failed: &'a [ReplicaId],
+    /// They had no room, which is no failure.
+    full: &'a [ReplicaId],
     latest_was_full: bool,
+}
+
+impl Tried<'_> {
+    /// All of them, the latest last.
+    fn in_order(&self) -> Vec<ReplicaId> {
+        match self.latest_was_full {
+            true => [self.failed, self.full].concat(),
+            false => [self.full, self.failed].concat(),
+        }
+    }
 }
 
 /// Whether another replica may do better.
@@ -106,9 +119,12 @@ async fn send(
         blocks: job.blocks.to_vec(),
         prompt_tokens: prompt.len(),
         max_tokens: left,
-        exclude: tried.replicas.to_vec(),
-        latest_was_full: tried.latest_was_full,
+        exclude: tried.in_order(),
+        full: tried.full.to_vec(),
         model: Some(job.model.hasher.digest()),
+        tenant: job.tenant.id,
+        priority: job.priority,
+        deadline: job.deadline,
     };
     let placed = backend.placer.place(place).await.map_err(|error| (None, error))?.replica;
     attempt.record("moesaic.replica", tracing::field::display(&placed));
@@ -130,7 +146,7 @@ async fn send(
         grammar: job.grammar.clone(),
         priority: job.priority,
         deadline: job.deadline,
-        salt: job.salt,
+        salt: job.tenant.salt,
         traceparent: propagation::current_traceparent(),
     };
     match replica.generate(request).await {

@@ -72,7 +72,7 @@ impl InferenceService for Inference {
 
     async fn generate(&self, request: Request<wire::GenerateRequest>) -> Answer<Self::GenerateStream> {
         let (metadata, _, request) = request.into_parts();
-        let (salt, timeout) = (self.core.salt(call::key(&metadata)), call::timeout_ms(&metadata));
+        let (tenant, timeout) = (self.core.tenant(call::key(&metadata)), call::timeout_ms(&metadata));
         let bytes = request.text.len() + request.tokens.len() * TOKEN_BYTES;
         let job = move |core: &Core| {
             let model = core.model(&request.model)?;
@@ -91,7 +91,7 @@ impl InferenceService for Inference {
                 convert::sampling(request.sampling, request.response_format, request.priority, request.deadline_ms)?;
             let input = SamplingInput { names, ..call::within(input, timeout) };
             let mut job =
-                input.into_job(id("gen"), model, prompt, &core.limits(), salt).map_err(convert::in_sampling)?;
+                input.into_job(id("gen"), model, prompt, &core.limits(), tenant).map_err(convert::in_sampling)?;
             job.continues = true;
             job.skip_special = skip_special;
             Ok((job, convert::piece))
@@ -101,7 +101,7 @@ impl InferenceService for Inference {
 
     async fn chat(&self, request: Request<wire::ChatRequest>) -> Answer<Self::ChatStream> {
         let (metadata, _, request) = request.into_parts();
-        let (salt, timeout) = (self.core.salt(call::key(&metadata)), call::timeout_ms(&metadata));
+        let (tenant, timeout) = (self.core.tenant(call::key(&metadata)), call::timeout_ms(&metadata));
         let said = request.messages.iter().map(|message| message.content.len() + message.reasoning.len());
         let tools = request.tools.iter().map(|tool| tool.description.len() + tool.parameters.len());
         let bytes = said.chain(tools).sum::<usize>() + request.template_kwargs.len();
@@ -125,7 +125,7 @@ impl InferenceService for Inference {
             input.hold_to(&tools)?;
             let style = Style::new(&model, tools);
             let mut job =
-                input.into_job(id("chat"), model, prompt, &core.limits(), salt).map_err(convert::in_sampling)?;
+                input.into_job(id("chat"), model, prompt, &core.limits(), tenant).map_err(convert::in_sampling)?;
             job.continues = request.continue_final_message;
             job.skip_special = skip_special && !style.has_marks();
             let convert = convert::chat(&style, job.n);

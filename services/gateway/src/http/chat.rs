@@ -67,7 +67,7 @@ fn request(core: &Core, fields: Fields<'_>, key: Option<&str>) -> Result<Request
     let id = RequestId::new(format!("chatcmpl-{}", uuid::Uuid::new_v4().simple()));
     let span = tracing::Span::current();
     span.record("gen_ai.request.model", model.id.as_str()).record("gen_ai.usage.input_tokens", tokens.len());
-    let mut job = input.into_job(id, model, tokens, &core.limits(), core.salt(key))?;
+    let mut job = input.into_job(id, model, tokens, &core.limits(), core.tenant(key))?;
     let style = Style::new(&job.model, tools);
     job.continues = unfinished;
     job.skip_special = skip_special && !style.has_marks();

@@ -82,7 +82,7 @@ fn request(core: &Core, fields: Fields<'_>, key: Option<&str>) -> Result<Request
             input.max_tokens = input.max_tokens.map(|max| max.min(room as u64));
         }
         let id = RequestId::new(format!("{id}-{index}"));
-        let mut job = input.into_job(id, model.clone(), tokens, &core.limits(), core.salt(key))?;
+        let mut job = input.into_job(id, model.clone(), tokens, &core.limits(), core.tenant(key))?;
         job.continues = true;
         job.skip_special = skip_special;
         job.prompt_logprobs = echo && job.top_logprobs.is_some();

@@ -315,7 +315,7 @@ fn tokens_that_only_the_tokenizer_has_are_refused_before_the_model_sees_them() {
     let small = Arc::new(ServedModel { vocab: 100, ..model() });
     let core = Core::new(config());
     let input = SamplingInput::default();
-    let job = input.into_job(RequestId::new("r"), small, vec![5, 100, 7], &core.limits(), core.salt(None));
+    let job = input.into_job(RequestId::new("r"), small, vec![5, 100, 7], &core.limits(), core.tenant(None));
     let error = job.err().expect("token 100 is outside a vocabulary of 100");
     assert_eq!(error.field.as_deref(), Some("prompt"));
     assert!(error.message.contains("token 100") && error.message.contains("vocabulary of 100"), "{}", error.message);

@@ -71,6 +71,14 @@ names! {
         "Prompt blocks that the chosen replicas were believed to have.";
     gauge ROUTER_REPLICAS_READY = "moesaic_router_replicas_ready", "Replicas that can take requests.";
     gauge ROUTER_INDEX_BLOCKS = "moesaic_router_index_blocks", "Entries of the prefix index.";
+    gauge ROUTER_QUEUE_WAITING = "moesaic_router_queue_waiting", "Requests that wait for a replica with room.";
+    histogram ROUTER_QUEUE_SECONDS = "moesaic_router_queue_seconds", "How long requests waited for a replica with room.";
+    counter ROUTER_QUEUE_REFUSALS_TOTAL = "moesaic_router_queue_refusals_total",
+        "Requests that found the queue full or whose time in it ended, by `reason`: the error's code.";
+    counter ROUTER_CANARIES_TOTAL = "moesaic_router_canaries_total",
+        "Canaries by `outcome`: works, failed or refused.";
+    counter ROUTER_CANARY_DISAGREEMENTS_TOTAL = "moesaic_router_canary_disagreements_total",
+        "Canaries that a replica answered otherwise than most replicas of its model.";
     counter ROUTER_EVENT_GAPS_TOTAL = "moesaic_router_event_gaps_total",
         "Gaps in KV events; each clears what is known of the replica's blocks.";
 

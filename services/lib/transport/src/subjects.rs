@@ -36,7 +36,7 @@ impl Plane {
 }
 
 /// A subject, taken apart.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Subject {
     /// What it is about.
     pub plane: Plane,
@@ -52,6 +52,16 @@ impl Subject {
     /// The KV events of a replica.
     pub fn kv(replica: &str) -> Self {
         Self::new(Plane::Kv, "scheduler", replica, "blocks")
+    }
+
+    /// The KV events of a kv-store's tier, `ram` or `disk`.
+    pub fn kv_store(node: &str, tier: &str) -> Self {
+        Self::new(Plane::Kv, Service::KvStore.name(), node, tier)
+    }
+
+    /// Asks a replica, or a kv-store, to say anew which blocks it has.
+    pub fn kv_anew(service: Service, id: &str) -> Self {
+        Self::new(Plane::Kv, service.name(), id, "anew")
     }
 
     /// A member came, went or changed.

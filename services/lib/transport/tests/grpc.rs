@@ -4,7 +4,7 @@
 use futures::StreamExt;
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream;
-use moesaic_testkit::{conformance, soon, until};
+use moesaic_testkit::{Open, conformance, soon, until};
 use moesaic_transport::channel::{channel, to_address};
 use moesaic_transport::grpc::{Routers, placer_service, replica_service};
 use moesaic_transport::{
@@ -95,14 +95,6 @@ struct Hanging {
     open: watch::Sender<usize>,
 }
 
-struct Open(watch::Sender<usize>);
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.send_modify(|open| *open -= 1);
-    }
-}
-
 impl Hanging {
     fn new() -> Arc<Self> {
         Arc::new(Self { open: watch::Sender::new(0) })
@@ -111,8 +103,7 @@ impl Hanging {
 
 impl Replica for Hanging {
     fn generate(&self, _: GenerateRequest) -> BoxFuture<'_, Result<DeltaStream>> {
-        self.open.send_modify(|open| *open += 1);
-        let open = Open(self.open.clone());
+        let open = Open::new(&self.open);
         let deltas = stream::iter([Ok(Delta::default())]).chain(stream::pending());
         let deltas = deltas.map(move |delta| (delta, &open).0);
         async move { Ok(deltas.boxed()) }.boxed()
@@ -319,15 +310,7 @@ async fn any_router_that_answers_will_do() {
     let mut views = directory.watch();
     let routers = Routers::new(directory);
     let place = || async {
-        let request = PlaceRequest {
-            id: RequestId::new("r"),
-            blocks: vec![],
-            prompt_tokens: 1,
-            max_tokens: 1,
-            exclude: vec![],
-            latest_was_full: false,
-            model: None,
-        };
+        let request = PlaceRequest::new(RequestId::new("r"), 1, 1);
         soon("an answer", routers.place(request)).await.map(|placed| placed.replica.to_string())
     };
     assert!(place().await.unwrap_err().message.contains("no router is ready (0 known)"));
@@ -365,4 +348,75 @@ async fn any_router_that_answers_will_do() {
         routers.ready().await.is_err_and(|error| error.code == ErrorCode::Internal)
     })
     .await;
+}
+
+/// A router whose requests wait.
+struct Patient(watch::Sender<usize>, Duration);
+
+impl Placer for Patient {
+    fn place(&self, _: PlaceRequest) -> BoxFuture<'_, Result<Placed>> {
+        let open = Open::new(&self.0);
+        let wait = self.1;
+        async move {
+            tokio::time::sleep(wait).await;
+            drop(open);
+            Ok(Placed { replica: ReplicaId::new("late"), overlap_blocks: 3 })
+        }
+        .boxed()
+    }
+
+    fn ready(&self) -> BoxFuture<'_, Result<Vec<ReplicaId>>> {
+        async { Ok(vec![]) }.boxed()
+    }
+}
+
+#[tokio::test]
+async fn a_request_may_wait_at_a_router_longer_than_a_router_may_say_nothing() {
+    let router = Arc::new(Patient(watch::Sender::new(0), Duration::from_secs(3)));
+    let serving = serve(Routes::new(placer_service(router.clone())), None).await;
+    let placer = GrpcPlacer::new("router", to_address(&format!("http://{}", serving.address)).unwrap());
+    let request = || PlaceRequest::new(RequestId::new("r"), 1, 1);
+    let placed = soon("a late answer", placer.place(request())).await.unwrap();
+    assert_eq!(placed, Placed { replica: ReplicaId::new("late"), overlap_blocks: 3 });
+
+    let mut open = router.0.subscribe();
+    let waiting = tokio::spawn(async move { placer.place(request()).await });
+    soon("it stands in line", open.wait_for(|open| *open == 1)).await.unwrap();
+    waiting.abort();
+    soon("it left the line", open.wait_for(|open| *open == 0)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_request_that_waits_at_a_lost_router_stands_in_line_at_another() {
+    let (metadata, events) = (Arc::new(MemoryMetadata::new()), Arc::new(MemoryBus::new()));
+    let lease = Duration::from_secs(60);
+    let directory = Directory::start(metadata.clone(), events.clone(), Service::Router, lease);
+    let mut views = directory.watch();
+    let routers = Arc::new(Routers::new(directory));
+    let lines = [(); 2].map(|()| Arc::new(Patient(watch::Sender::new(0), Duration::from_secs(600))));
+    let mut lives = Vec::new();
+    let mut registrations = Vec::new();
+    for (id, line) in ["a", "b"].into_iter().zip(&lines) {
+        // on a runtime of its own, which can be lost with all that it holds
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let routes = Routes::new(placer_service(line.clone()));
+        let serving = runtime.spawn(async { serve(routes, None).await }).await.unwrap();
+        std::mem::forget(serving.stop);
+        let member =
+            Member { service: Service::Router, id: id.into(), ..member(&format!("http://{}", serving.address), None) };
+        registrations.push(Registration::start(metadata.clone(), events.clone(), member, lease));
+        lives.push(Some(runtime));
+    }
+    soon("both are known", views.wait_for(|view| view.members.len() == 2)).await.unwrap();
+    let waiting = tokio::spawn(async move { routers.place(PlaceRequest::new(RequestId::new("r"), 1, 1)).await });
+    let stands = || async { lines.iter().position(|line| *line.0.borrow() == 1) };
+    until("it stands in line", || async { stands().await.is_some() }).await;
+    let first = stands().await.unwrap();
+    lives[first].take().unwrap().shutdown_background();
+    until("it stands in the other's line", || async { *lines[1 - first].0.borrow() == 1 }).await;
+    waiting.abort();
+    until("it left", || async { *lines[1 - first].0.borrow() == 0 }).await;
+    for life in lives.into_iter().flatten() {
+        life.shutdown_background();
+    }
 }

@@ -1,12 +1,12 @@
 //! The boundaries between services, as traits: an in-process implementation in embedded mode, a remote one in a
 //! cluster. `Backend` and `ExpertPool`, which speak of tensors, are in `moesaic-model`.
-use crate::{BlockHash, Delta, Digest, GenerateRequest, Link, ReplicaId, RequestId, Result};
+use crate::{BlockHash, Delta, Digest, GenerateRequest, Link, Priority, ReplicaId, RequestId, Result, TenantId};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A stream of pieces of one answer; dropping it cancels the request.
 pub type DeltaStream = BoxStream<'static, Result<Delta>>;
@@ -35,6 +35,9 @@ pub struct ReplicaLoad {
     pub kv_blocks_used: usize,
     /// The longest context, in tokens.
     pub max_context: usize,
+    /// Sequences in the running batch at most; 0 where it is not said.
+    #[serde(default)]
+    pub max_running: usize,
 }
 
 /// What the router must know of a request: never its text.
@@ -50,10 +53,39 @@ pub struct PlaceRequest {
     pub max_tokens: usize,
     /// Replicas that did not take this request, or failed it, the latest last.
     pub exclude: Vec<ReplicaId>,
-    /// The latest of them had no room, which is no failure.
-    pub latest_was_full: bool,
+    /// Those of them that had no room, which is no failure: they may take it once they have.
+    pub full: Vec<ReplicaId>,
     /// The model as it is served ([`BlockHasher::digest`](crate::BlockHasher::digest)); `None`: any.
     pub model: Option<Digest>,
+    /// Whose it is, where requests must wait.
+    pub tenant: TenantId,
+    /// Higher goes first, where requests must wait.
+    pub priority: Priority,
+    /// A request that still waits then is of no use any longer.
+    pub deadline: Option<Instant>,
+}
+
+impl PlaceRequest {
+    /// A request of nobody in particular, for a prompt of so many tokens, that may go anywhere.
+    pub fn new(id: RequestId, prompt_tokens: usize, max_tokens: usize) -> Self {
+        Self {
+            id,
+            blocks: Vec::new(),
+            prompt_tokens,
+            max_tokens,
+            exclude: Vec::new(),
+            full: Vec::new(),
+            model: None,
+            tenant: TenantId::default(),
+            priority: Priority::default(),
+            deadline: None,
+        }
+    }
+
+    /// The replica that failed it last; none where the latest had no room only.
+    pub fn latest_failure(&self) -> Option<&ReplicaId> {
+        self.exclude.last().filter(|latest| !self.full.contains(latest))
+    }
 }
 
 /// Where a request goes.
@@ -67,7 +99,8 @@ pub struct Placed {
 
 /// The router as the gateway sees it.
 pub trait Placer: Send + Sync + 'static {
-    /// Chooses a replica; `Unavailable` when none is ready.
+    /// Chooses a replica, which may take until one has room: dropping the future gives the place in the line up.
+    /// `Unavailable` when none is ready, `ResourceExhausted` when too many wait already.
     fn place(&self, request: PlaceRequest) -> BoxFuture<'_, Result<Placed>>;
     /// The replicas that requests may go to now; asking places nothing. `Unavailable`, with a reason, when there is none.
     fn ready(&self) -> BoxFuture<'_, Result<Vec<ReplicaId>>>;

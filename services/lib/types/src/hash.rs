@@ -69,12 +69,30 @@ impl Digest {
 pub struct TenantSalt(pub [u8; 16]);
 
 impl TenantSalt {
+    /// That of requests which only show whether a replica works; no key has it.
+    pub const CANARY: Self = Self(*b"moesaic's canary");
+
     /// The salt of one API key under the operator's secret.
     pub fn derive(secret: &[u8], key: &str) -> Self {
         let keyed = blake3::keyed_hash(blake3::hash(secret).as_bytes(), key.as_bytes());
         let mut salt = [0; 16];
         salt.copy_from_slice(&keyed.as_bytes()[..16]);
         Self(salt)
+    }
+}
+
+/// Stands for a tenant where requests are shared out fairly; it tells nothing of the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+pub struct TenantId(pub [u8; 16]);
+
+impl TenantId {
+    /// The id of one API key under the operator's secret; no salt can be derived from it.
+    pub fn derive(secret: &[u8], key: &str) -> Self {
+        let context = blake3::keyed_hash(blake3::hash(secret).as_bytes(), b"tenant id");
+        let keyed = blake3::keyed_hash(context.as_bytes(), key.as_bytes());
+        let mut id = [0; 16];
+        id.copy_from_slice(&keyed.as_bytes()[..16]);
+        Self(id)
     }
 }
 
@@ -159,6 +177,15 @@ mod tests {
         assert_eq!((later.hash, later.parent, later.position), (chain[33], Some(chain[32]), 33));
         assert_eq!(later.group, chain[32]);
         assert_eq!(Link::of(&chain, 31).group, chain[16]);
+    }
+
+    #[test]
+    fn a_tenants_id_is_its_own_and_not_its_salt() {
+        let id = TenantId::derive(b"secret", "a");
+        assert_eq!(id, TenantId::derive(b"secret", "a"));
+        assert_ne!(id, TenantId::derive(b"secret", "b"));
+        assert_ne!(id, TenantId::derive(b"other", "a"));
+        assert_ne!(id.0, TenantSalt::derive(b"secret", "a").0);
     }
 
     #[test]

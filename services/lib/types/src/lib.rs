@@ -13,7 +13,7 @@ pub mod routing;
 pub mod weights;
 
 pub use error::{Error, ErrorCode, Result};
-pub use hash::{BlockHash, BlockHasher, Digest, GROUP_BLOCKS, Link, TenantSalt};
+pub use hash::{BlockHash, BlockHasher, Digest, GROUP_BLOCKS, Link, TenantId, TenantSalt};
 pub use ids::{ReplicaId, RequestId, TokenId};
 pub use request::{
     Delta, FinishReason, GenerateRequest, Grammar, Priority, SampledToken, SamplingParams, StopConditions, Usage,

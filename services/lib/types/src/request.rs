@@ -34,6 +34,13 @@ pub struct GenerateRequest {
     pub traceparent: Option<String>,
 }
 
+impl GenerateRequest {
+    /// Whether it only shows whether the replica works: nobody's request, and not counted among them.
+    pub fn is_canary(&self) -> bool {
+        self.salt == TenantSalt::CANARY
+    }
+}
+
 /// Order of service: a higher value runs first, and may preempt a lower one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Priority(pub i32);

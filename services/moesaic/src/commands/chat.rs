@@ -38,7 +38,7 @@ async fn answer(args: args::Chat, config: config::Config) -> Result<()> {
         max_tokens: Some(args.max_tokens.unwrap_or_else(|| default_max_tokens(model.max_context, tokens.len()))),
         ..SamplingInput::default()
     };
-    let job = input.into_job(RequestId::new("chat"), model, tokens, &core.limits(), core.salt(None))?;
+    let job = input.into_job(RequestId::new("chat"), model, tokens, &core.limits(), core.tenant(None))?;
     let mut pieces = core.answer(job).await?;
     let mut out = std::io::stdout().lock();
     while let Some(piece) = pieces.next().await {

@@ -84,9 +84,12 @@ impl Engine {
         let Some(token) = token else { return self.finish(key, FinishReason::Stop) };
         let id = token.id;
         let (first, since) = sequence.push(token);
-        self.metrics.token(first, since);
+        let is_counted = !sequence.request.is_canary();
+        if is_counted {
+            self.metrics.token(first, since);
+        }
         if first {
-            if let Some(time) = sequence.prefill_time() {
+            if let Some(time) = sequence.prefill_time().filter(|_| is_counted) {
                 self.metrics.prefilled(time);
             }
             self.queue_prompt(key);

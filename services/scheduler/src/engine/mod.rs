@@ -131,6 +131,8 @@ pub enum Command {
     },
     /// Look around: something outside changed.
     Wake,
+    /// Say anew which blocks are here: somebody lost an event.
+    TellBlocks,
     /// Panic, to test recovery.
     #[cfg(any(test, feature = "fault-injection"))]
     Panic,
@@ -322,6 +324,7 @@ impl Engine {
                 }
             }
             Command::Wake => {}
+            Command::TellBlocks => self.pool.tell_anew(),
             #[cfg(any(test, feature = "fault-injection"))]
             Command::Panic => panic!("the engine was told to panic"),
         }
@@ -369,7 +372,7 @@ impl Engine {
 
     fn finish(&mut self, key: u64, reason: FinishReason) {
         if let Some(sequence) = self.remove(key) {
-            if let Some(time) = sequence.decode_time() {
+            if let Some(time) = sequence.decode_time().filter(|_| !sequence.request.is_canary()) {
                 self.metrics.decoded(time);
             }
             sequence.finish(reason, &self.parts.runtime);

@@ -173,7 +173,8 @@ impl Engine {
     /// Gives a waiting sequence the blocks that are cached or fetched.
     fn admit(&mut self, key: u64) {
         let Some(sequence) = self.sequences.get_mut(&key) else { return };
-        if let Some(queued) = sequence.start() {
+        let is_counted = !sequence.request.is_canary();
+        if let Some(queued) = sequence.start().filter(|_| is_counted) {
             self.metrics.queued(queued);
             self.metrics.prompt_tokens.increment(sequence.request.prompt.len() as u64);
         }
@@ -203,7 +204,7 @@ impl Engine {
         sequence.blocks = blocks;
         if sequence.cached_tokens.is_none() {
             sequence.cached_tokens = Some(found);
-            if self.parts.config.prefix_cache {
+            if self.parts.config.prefix_cache && is_counted {
                 self.metrics.prefix_queries.increment(sequence.request.prompt.len() as u64);
                 self.metrics.prefix_hits.increment(found as u64);
             }

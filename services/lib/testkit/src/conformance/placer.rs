@@ -2,7 +2,7 @@
 use crate::soon;
 use futures::future::{BoxFuture, FutureExt};
 use moesaic_types::boundary::{PlaceRequest, Placed, Placer};
-use moesaic_types::{BlockHash, Digest, Error, ErrorCode, ReplicaId, RequestId, Result};
+use moesaic_types::{BlockHash, Digest, Error, ErrorCode, Priority, ReplicaId, RequestId, Result, TenantId};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,8 +18,11 @@ pub async fn placer<F: Future<Output = Arc<dyn Placer>>>(reach: impl Fn(Arc<dyn 
             prompt_tokens: 1_280_000,
             max_tokens: 77,
             exclude: vec![ReplicaId::new("b"), ReplicaId::new("caf\u{e9} 9")],
-            latest_was_full: false,
+            full: vec![ReplicaId::new("b")],
             model: (blocks > 0).then(|| Digest::of(b"model")),
+            tenant: TenantId::derive(b"secret", "key"),
+            priority: Priority(-100),
+            deadline: None,
         };
         let placed = Placed { replica: ReplicaId::new("host.example:9020"), overlap_blocks: 12 };
         own.answer(Ok(placed.clone()), Ok(vec![placed.replica.clone(), ReplicaId::new("c")]));
@@ -30,15 +33,7 @@ pub async fn placer<F: Future<Output = Arc<dyn Placer>>>(reach: impl Fn(Arc<dyn 
     let full = Error { field: Some("blocks".into()), ..Error::exhausted("the queue is full", Duration::from_secs(7)) };
     for error in [Error::unavailable("no replica is ready"), full, Error::new(ErrorCode::Internal, "a bug")] {
         own.answer(Err(error.clone()), Err(error.clone()));
-        let asked = PlaceRequest {
-            id: RequestId::new(""),
-            blocks: vec![],
-            prompt_tokens: 0,
-            max_tokens: 0,
-            exclude: vec![],
-            latest_was_full: false,
-            model: None,
-        };
+        let asked = PlaceRequest::new(RequestId::new(""), 0, 0);
         assert_eq!(soon("the refusal", placer.place(asked)).await, Err(error.clone()));
         assert_eq!(soon("the refusal", placer.ready()).await, Err(error));
     }

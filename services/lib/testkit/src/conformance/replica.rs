@@ -189,7 +189,8 @@ async fn deadlines_hold(replica: &dyn Replica, player: &Player) {
 }
 
 async fn load_is_told(replica: &dyn Replica, player: &Player) {
-    let load = ReplicaLoad { running: 1, waiting: 2, kv_blocks_total: 3, kv_blocks_used: 4, max_context: 5 };
+    let load =
+        ReplicaLoad { running: 1, waiting: 2, kv_blocks_total: 3, kv_blocks_used: 4, max_context: 5, max_running: 6 };
     player.set_load(Ok(load.clone()));
     assert_eq!(soon("the load", replica.load()).await, Ok(load));
     let draining = Error::unavailable("it drains");

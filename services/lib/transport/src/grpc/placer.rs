@@ -2,19 +2,29 @@
 use super::{explain, traced};
 use crate::channel::MAX_MESSAGE;
 use futures::future::{BoxFuture, FutureExt};
+use futures::stream::{self, BoxStream, Stream, StreamExt};
 use moesaic_proto::into_status;
 use moesaic_proto::router::v1 as wire;
 use moesaic_proto::router::v1::router_service_client::RouterServiceClient;
 use moesaic_proto::router::v1::router_service_server::{RouterService, RouterServiceServer};
 use moesaic_telemetry::propagation::{extract_metadata, set_parent};
 use moesaic_types::boundary::{PlaceRequest, Placed, Placer};
-use moesaic_types::{ReplicaId, Result};
+use moesaic_types::{Error, ReplicaId, Result};
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{Instant, interval_at, timeout};
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
-/// A router in another process; cheap to clone.
+/// How long a router may say nothing.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How often a router says that a request still waits.
+const STILL_WAITS: Duration = Duration::from_millis(500);
+
+/// A router in another process; cheap to clone. One that says nothing for two seconds is `Unavailable`; a request that
+/// waits there is spoken of.
 #[derive(Clone, Debug)]
 pub struct GrpcPlacer {
     peer: Arc<str>,
@@ -30,19 +40,33 @@ impl GrpcPlacer {
     }
 }
 
+impl GrpcPlacer {
+    /// What a router says, if it says it in time: one that hangs is as good as gone.
+    async fn heard<T>(&self, said: impl Future<Output = Result<T, Status>>) -> Result<T> {
+        let late = |_| Error::unavailable(format!("{} did not answer within {PATIENCE:?}", self.peer));
+        timeout(PATIENCE, said).await.map_err(late)?.map_err(|status| explain(&self.peer, &status))
+    }
+}
+
 impl Placer for GrpcPlacer {
     fn place(&self, request: PlaceRequest) -> BoxFuture<'_, Result<Placed>> {
         async move {
-            let placed = self.client.clone().place(traced(request.into())).await;
-            placed.map(|placed| placed.into_inner().into()).map_err(|status| explain(&self.peer, &status))
+            let mut client = self.client.clone();
+            let mut words = self.heard(client.place(traced(request.into()))).await?.into_inner();
+            while let Some(word) = self.heard(words.message()).await? {
+                if let Some(placed) = word.placed() {
+                    return Ok(placed);
+                }
+            }
+            Err(Error::unavailable(format!("{} said nothing; send the request again", self.peer)))
         }
         .boxed()
     }
 
     fn ready(&self) -> BoxFuture<'_, Result<Vec<ReplicaId>>> {
         async move {
-            let ready = self.client.clone().list_ready(traced(wire::ListReadyRequest {})).await;
-            let ready = ready.map_err(|status| explain(&self.peer, &status))?.into_inner();
+            let mut client = self.client.clone();
+            let ready = self.heard(client.list_ready(traced(wire::ListReadyRequest {}))).await?.into_inner();
             Ok(ready.replicas.into_iter().map(ReplicaId::new).collect())
         }
         .boxed()
@@ -59,14 +83,30 @@ pub fn placer_service<P: Placer + ?Sized>(placer: Arc<P>) -> RouterServiceServer
     service.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
 }
 
+/// That the request waits, every so often, and then where it goes. Dropping the stream drops the placing.
+fn words(placing: BoxFuture<'static, Result<Placed>>) -> impl Stream<Item = Result<wire::PlaceResponse, Status>> {
+    let ticks = interval_at(Instant::now() + STILL_WAITS, STILL_WAITS);
+    stream::unfold(Some((placing, ticks)), |state| async {
+        let (mut placing, mut ticks) = state?;
+        // both are cancel-safe
+        tokio::select! {
+            placed = &mut placing => Some((placed.map(Into::into).map_err(into_status), None)),
+            _ = ticks.tick() => Some((Ok(wire::PlaceResponse::waiting()), Some((placing, ticks)))),
+        }
+    })
+}
+
 #[tonic::async_trait]
 impl<P: Placer + ?Sized> RouterService for PlacerService<P> {
-    async fn place(&self, request: Request<wire::PlaceRequest>) -> Result<Response<wire::PlaceResponse>, Status> {
+    type PlaceStream = BoxStream<'static, Result<wire::PlaceResponse, Status>>;
+
+    async fn place(&self, request: Request<wire::PlaceRequest>) -> Result<Response<Self::PlaceStream>, Status> {
         let span = tracing::info_span!("place");
         set_parent(&span, extract_metadata(request.metadata()));
         let request = PlaceRequest::try_from(request.into_inner()).map_err(into_status)?;
-        let placed = self.0.place(request).instrument(span).await.map_err(into_status)?;
-        Ok(Response::new(placed.into()))
+        let placer = Arc::clone(&self.0);
+        let placing = async move { placer.place(request).await }.instrument(span).boxed();
+        Ok(Response::new(words(placing).boxed()))
     }
 
     async fn list_ready(

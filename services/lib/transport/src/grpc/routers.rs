@@ -7,16 +7,12 @@ use moesaic_types::boundary::{PlaceRequest, Placed, Placer};
 use moesaic_types::{Error, ErrorCode, ReplicaId, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
-use tokio::time::timeout;
-
-/// How long one router may take; then another is asked.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Routers that are asked for one request at most.
 const TRIES: usize = 3;
 
-/// The routers that a directory shows. They are asked in turn; one that is unavailable is passed over.
+/// The routers that a directory shows. They are asked in turn; one that is unavailable is passed over. A request waits in
+/// line at one router: when that is lost, it stands at the end of another's line.
 pub struct Routers {
     clients: Clients<GrpcPlacer>,
     turn: AtomicUsize,
@@ -37,8 +33,7 @@ impl Routers {
         let mut refusal = Error::unavailable(format!("no router is ready ({} known)", view.members.len()));
         for id in in_turn(&ready, turn).take(TRIES).cloned().collect::<Vec<_>>() {
             let Some(router) = self.clients.get(&id) else { continue };
-            let late = |_| Err(Error::unavailable(format!("router {id} did not answer within {PATIENCE:?}")));
-            match timeout(PATIENCE, ask(router)).await.unwrap_or_else(late) {
+            match ask(router).await {
                 Err(error) if error.code == ErrorCode::Unavailable => refusal = error,
                 answer => return answer,
             }

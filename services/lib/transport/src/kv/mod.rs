@@ -4,11 +4,13 @@
 //! belongs: asking there needs no metadata. Only what is elsewhere (a node came or went, or could not be asked when a
 //! block was offered) is looked for in the metadata, where each node says under a lease which groups it has, in which
 //! life and in which tier.
+mod events;
 mod node;
 mod nodes;
 mod places;
 mod record;
 
+pub use events::{KvCue, KvCues, in_parts, sign};
 pub use node::{Blocks, KvNode};
 pub use nodes::KvNodes;
 pub use places::{parts, ranked};

@@ -1,0 +1,133 @@
+//! Canaries: tiny requests that show whether a replica works, whatever it says of itself.
+//!
+//! One is sent when a replica appears, before requests go back to one that was left alone, and now and then to one that
+//! has nothing to do; never to one that has no place for it.
+use crate::replica::{Entry, State};
+use futures::StreamExt;
+use moesaic_telemetry::propagation;
+use moesaic_types::boundary::Replica;
+use moesaic_types::{
+    Error, ErrorCode, GenerateRequest, Priority, ReplicaId, RequestId, Result, SamplingParams, StopConditions,
+    TenantSalt, TokenId,
+};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tracing::Instrument;
+
+/// A prompt that every vocabulary has, too short to leave a block behind.
+const PROMPT: [TokenId; 4] = [1, 2, 3, 1];
+
+/// Replicas of one model that must agree before another's answer is doubted.
+const MAJORITY: usize = 2;
+
+/// What came of a canary.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// The replica answered with this token.
+    Works(TokenId),
+    /// It did not answer, or broke off.
+    Failed(Error),
+    /// It refused: for want of room, or because it takes no such request. That says nothing.
+    Unclear(Error),
+}
+
+/// Whether a replica is to be sent a canary now.
+pub fn is_due(id: &ReplicaId, entry: &Entry, interval: Duration, now: Instant) -> bool {
+    let State::Ready(load) = &entry.state else { return false };
+    let has_place = load.waiting == 0 && (load.max_running == 0 || load.running < load.max_running);
+    if entry.check.is_running || !entry.may_be_asked(now) || !has_place {
+        return false;
+    }
+    let is_over = |last: Instant| now.saturating_duration_since(last) >= spread(id, interval);
+    entry.check.is_required || (entry.is_idle() && (!entry.check.is_proven || entry.check.last.is_none_or(is_over)))
+}
+
+/// The interval, longer by up to a quarter: different from replica to replica, and from router to router.
+fn spread(id: &ReplicaId, interval: Duration) -> Duration {
+    let bytes = id.0.bytes().chain(std::process::id().to_le_bytes());
+    let hash = bytes.fold(0x811c_9dc5u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    interval + interval * (hash % 64) / 256
+}
+
+/// Sends one, and waits for its answer.
+pub async fn send(id: &ReplicaId, replica: &dyn Replica, timeout: Duration) -> Outcome {
+    // a trace of its own: it is no part of anyone's request
+    let span = tracing::info_span!(parent: None, "canary", moesaic.replica = %id, moesaic.canary = true);
+    let answer = async {
+        let request = request(timeout);
+        let mut deltas = replica.generate(request).await?;
+        loop {
+            let delta = deltas.next().await.ok_or_else(|| Error::unavailable("the stream ended without a token"))??;
+            if let Some(token) = delta.tokens.first() {
+                return Ok(token.id);
+            }
+            if delta.finish.is_some() {
+                return Err(Error::unavailable("the answer has no token"));
+            }
+        }
+    };
+    let answer: Result<TokenId> = match tokio::time::timeout(timeout, answer.instrument(span)).await {
+        Ok(answer) => answer,
+        Err(_) => Err(Error::unavailable(format!("no token came within {timeout:?}"))),
+    };
+    match answer {
+        Ok(token) => Outcome::Works(token),
+        Err(error) => match error.code {
+            ErrorCode::Unavailable | ErrorCode::Internal | ErrorCode::DeadlineExceeded => Outcome::Failed(error),
+            _ => Outcome::Unclear(error),
+        },
+    }
+}
+
+fn request(timeout: Duration) -> GenerateRequest {
+    static SENT: AtomicU64 = AtomicU64::new(0);
+    let number = SENT.fetch_add(1, Ordering::Relaxed);
+    GenerateRequest {
+        id: RequestId::new(format!("canary-{}-{number}", std::process::id())),
+        prompt: PROMPT.into(),
+        resumed_tokens: 0,
+        sampling: SamplingParams::greedy(),
+        stop: StopConditions { max_tokens: 1, ignore_eos: true, ..StopConditions::default() },
+        top_logprobs: None,
+        prompt_logprobs: false,
+        grammar: None,
+        priority: Priority::default(),
+        deadline: Instant::now().checked_add(timeout),
+        salt: TenantSalt::CANARY,
+        traceparent: propagation::current_traceparent(),
+    }
+}
+
+/// Enters what came of one.
+pub fn returned(entry: &mut Entry, outcome: &Outcome, now: Instant) {
+    entry.check.is_running = false;
+    match outcome {
+        Outcome::Works(token) => {
+            entry.check.token = Some(*token);
+            entry.check.is_required = false;
+            entry.check.works(now);
+        }
+        // its refusal is an answer too
+        Outcome::Unclear(_) => {
+            entry.check.is_required = false;
+            entry.check.works(now);
+        }
+        Outcome::Failed(_) => {
+            entry.check.is_proven = false;
+            // with much to do it may be late for other reasons
+            if entry.is_idle() || entry.check.is_required { entry.trip(now) } else { entry.failed(now) }
+        }
+    }
+}
+
+/// What most other replicas of its model answer, where a replica answers something else.
+pub fn disagrees_with(replicas: &BTreeMap<ReplicaId, Entry>, id: &ReplicaId) -> Option<TokenId> {
+    let own = replicas.get(id)?;
+    let mut votes: HashMap<TokenId, usize> = HashMap::new();
+    let others = replicas.iter().filter(|(other, entry)| *other != id && entry.model == own.model);
+    others.filter_map(|(_, entry)| entry.check.token).for_each(|token| *votes.entry(token).or_default() += 1);
+    let cast: usize = votes.values().sum();
+    let (token, count) = votes.into_iter().max_by_key(|(_, count)| *count)?;
+    (count >= MAJORITY && 2 * count > cast && own.check.token.is_some_and(|own| own != token)).then_some(token)
+}

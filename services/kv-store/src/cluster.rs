@@ -1,13 +1,14 @@
 //! A store's part in a cluster: it says in the metadata which groups it has, and copies blocks to other nodes.
 use crate::actors::block_pool::{BlockPool, TakeUntold, Untell};
 use crate::app::{DEADLINE, KvStore};
+use crate::telling;
 use bytes::Bytes;
 use metrics::counter;
 use moesaic_actors::WeakHandle;
 use moesaic_telemetry::metrics as names;
 use moesaic_transport::Directory;
 use moesaic_transport::kv::{Holding, KvNodes, LEASE, PATIENCE, Tier};
-use moesaic_types::boundary::Metadata;
+use moesaic_types::boundary::{EventBus, Metadata};
 use moesaic_types::{BlockHash, Link, Result};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -29,6 +30,8 @@ const RETRY: Duration = Duration::from_secs(1);
 pub struct Cluster {
     /// Where records stand.
     pub metadata: Arc<dyn Metadata>,
+    /// Where routers hear which blocks are here.
+    pub events: Arc<dyn EventBus>,
     /// Of the kv-stores, this one included.
     pub directory: Directory,
     /// This one's name.
@@ -56,7 +59,7 @@ impl Drop for Joined {
 impl Joined {
     /// Takes part with a store. Call it in a runtime.
     pub fn start(store: &KvStore, cluster: Cluster) -> Arc<Self> {
-        let Cluster { metadata, directory, id, generation, replication, replication_queue } = cluster;
+        let Cluster { metadata, events, directory, id, generation, replication, replication_queue } = cluster;
         let nodes = Arc::new(KvNodes::new(directory, Arc::clone(&metadata), PATIENCE));
         let announcer = Announcer {
             pool: store.pool.downgrade(),
@@ -71,6 +74,8 @@ impl Joined {
             due: BTreeMap::new(),
         };
         let mut tasks = vec![tokio::spawn(announcer.run()).abort_handle()];
+        let blocks = telling::blocks(store.pool.downgrade(), Arc::clone(&store.wakes.blocks), events, id.clone());
+        tasks.push(tokio::spawn(blocks).abort_handle());
         let copies = (replication > 1).then(|| {
             let (sender, copies) = mpsc::channel(replication_queue);
             tasks.push(tokio::spawn(replicate(nodes, id, replication - 1, copies)).abort_handle());

@@ -11,6 +11,7 @@ mod grpc;
 pub mod pool;
 pub mod process;
 pub mod shelf;
+mod telling;
 
 pub use app::KvStore;
 pub use cluster::{Cluster, Joined};

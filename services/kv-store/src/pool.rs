@@ -118,6 +118,19 @@ impl Pool {
         &mut self.groups
     }
 
+    /// A tier's blocks, so many at most, in no order.
+    pub fn blocks(&self, tier: Tier, limit: usize) -> Vec<BlockHash> {
+        let hashes: Vec<_> = match (tier, &self.disk) {
+            (Tier::Ram, _) => self.ram.links().map(|link| link.hash).take(limit).collect(),
+            (Tier::Disk, None) => Vec::new(),
+            (Tier::Disk, Some(disk)) => {
+                let spilling = disk.spilling.keys().filter(|hash| !disk.shelf.contains(hash)).copied();
+                disk.shelf.links().map(|link| link.hash).chain(spilling).take(limit).collect()
+            }
+        };
+        hashes
+    }
+
     fn is_in_memory(&self, hash: &BlockHash) -> bool {
         self.ram.contains(hash) || self.disk.as_ref().is_some_and(|disk| disk.spilling.contains_key(hash))
     }

@@ -65,6 +65,7 @@ impl Process for KvStoreProcess {
         let store = KvStore::start(&config)?;
         let cluster = Cluster {
             metadata: Arc::clone(&cluster.metadata),
+            events: Arc::clone(&cluster.events),
             directory: cluster.directory(Service::KvStore),
             id: cluster.id,
             generation: 0,

@@ -14,8 +14,9 @@ use moesaic_testkit::{servers, soon, until};
 use moesaic_transport::channel::to_address;
 use moesaic_transport::kv::{Holding, Tier, ranked};
 use moesaic_transport::membership::View;
+use moesaic_transport::subjects::Subject;
 use moesaic_transport::{Directory, MemoryBus, MemoryMetadata, RedisMetadata, Registration, RemotePrefixStore};
-use moesaic_types::boundary::{EventBus, Metadata, PrefixStore};
+use moesaic_types::boundary::{EventBus, KvEvent, Metadata, PrefixStore};
 use moesaic_types::cluster::{Member, MemberState, Role, Service};
 use moesaic_types::{BlockHash, ErrorCode, Link};
 use std::net::SocketAddr;
@@ -94,6 +95,7 @@ async fn node(ground: &Ground, id: &'static str, config: &Config) -> Node {
     let views = directory.watch();
     let cluster = Cluster {
         metadata: ground.metadata.clone(),
+        events: ground.events.clone(),
         directory,
         id: id.into(),
         generation: registration.record().member.generation,
@@ -319,4 +321,36 @@ async fn requests_out_of_bounds_are_refused_and_calls_are_limited() {
     let chain = Bytes::copy_from_slice(&hash.0);
     let pinned = client.pin(wire::PinRequest { chain, for_ms: 1000 }).await.unwrap().into_inner().pinned;
     assert_eq!(pinned, 1);
+}
+
+#[tokio::test]
+async fn routers_hear_which_blocks_are_here_and_everything_anew_when_they_ask() {
+    let ground = Ground::memory();
+    let mut events = ground.events.subscribe("moesaic.v1.kv.kv-store.a.ram").await.unwrap();
+    let node = node(&ground, "a", &Config::default()).await;
+    let chain = chain(0..3);
+    offer(&*node.store, &chain, 0..2).await;
+    let mut known = std::collections::BTreeSet::new();
+    let mut hear = async |known: &mut std::collections::BTreeSet<BlockHash>| {
+        let event = soon("an event", events.next()).await.unwrap();
+        match serde_json::from_slice(&event.payload).unwrap() {
+            KvEvent::Cleared => known.clear(),
+            KvEvent::Stored { blocks } => known.extend(blocks),
+            KvEvent::Evicted { blocks } => blocks.iter().for_each(|block| drop(known.remove(block))),
+        }
+        event.sequence
+    };
+    while known.len() < 2 {
+        hear(&mut known).await;
+    }
+    assert!(known.contains(&chain[0]) && known.contains(&chain[1]));
+    known.clear();
+    let question = Subject::kv_anew(Service::KvStore, "a").to_string();
+    ground.events.publish("router", &question, Bytes::new()).await.unwrap();
+    let mut last = 0;
+    while known.len() < 2 {
+        let sequence = hear(&mut known).await;
+        assert!(last == 0 || sequence == last + 1, "numbered without a gap");
+        last = sequence;
+    }
 }

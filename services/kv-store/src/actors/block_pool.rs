@@ -1,5 +1,6 @@
 //! Owns what is where. A restart begins with what is on disk: what was in RAM is computed again.
 use crate::disk::Found;
+use crate::groups::Change;
 use crate::pool::{Place, Pool, Work};
 use actix::{Actor, Context, Handler, Message, MessageResult};
 use bytes::Bytes;
@@ -19,6 +20,8 @@ pub struct Wakes {
     pub work: Arc<Notify>,
     /// Others must be told of groups.
     pub groups: Arc<Notify>,
+    /// Others may be told of blocks.
+    pub blocks: Arc<Notify>,
     /// Something changed.
     pub changes: Arc<Notify>,
 }
@@ -54,6 +57,9 @@ impl BlockPool {
         }
         if self.pool.groups().has_untold() {
             self.wakes.groups.notify_one();
+        }
+        if self.pool.groups().has_changes() {
+            self.wakes.blocks.notify_one();
         }
         self.wakes.changes.notify_one();
     }
@@ -350,5 +356,39 @@ impl Handler<Untell> for BlockPool {
             Untell::These(groups) => groups.into_iter().for_each(|group| self.pool.groups().forget(group)),
         }
         self.settle();
+    }
+}
+
+/// What others are told of single blocks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Tell {
+    /// What changed since the last time.
+    Changes(Vec<Change>),
+    /// What is in each tier.
+    Anew(Vec<(Tier, Vec<BlockHash>)>),
+}
+
+/// What happened to single blocks since this was last asked.
+#[derive(Message)]
+#[rtype(result = "Tell")]
+pub struct TakeChanges {
+    /// Everything is told, whatever was told before.
+    pub anew: bool,
+}
+
+/// Blocks of a tier that are told anew at most: those beyond are taken for not here.
+const TOLD_ANEW: usize = 1 << 16;
+
+impl Handler<TakeChanges> for BlockPool {
+    type Result = MessageResult<TakeChanges>;
+
+    fn handle(&mut self, TakeChanges { anew }: TakeChanges, _: &mut Context<Self>) -> Self::Result {
+        if anew {
+            self.pool.groups().forget_changes();
+        }
+        MessageResult(match self.pool.groups().take_changes() {
+            Some(changes) => Tell::Changes(changes),
+            None => Tell::Anew([Tier::Ram, Tier::Disk].map(|tier| (tier, self.pool.blocks(tier, TOLD_ANEW))).into()),
+        })
     }
 }

@@ -14,6 +14,8 @@ const DEFAULT_CONTEXTS: usize = 2;
 const MAX_KV_BLOCKS: usize = 1 << 24;
 /// The longest time that can be set, in milliseconds: a year.
 const MAX_MS: u64 = 365 * 24 * 3600 * 1000;
+/// The most for blocks of the prefix store.
+const MAX_FETCHED: ByteSize = ByteSize::gib(1024);
 
 /// Who executes a replica's experts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,6 +85,10 @@ pub struct Config {
     pub prefix_cache: bool,
     /// How long a request waits for blocks of the prefix store, in milliseconds.
     pub prefix_store_timeout_ms: u64,
+    /// Bytes of blocks of the prefix store that are on their way to sequences that wait for a place in the batch, or are
+    /// there: as `"1GiB"` or a number of bytes, at most 1 TiB. Blocks beyond it are computed; less than one block takes
+    /// fetches none.
+    pub prefix_store_memory: ByteSize,
     /// When blocks of the prefix store are fetched: `estimated`, `always`, `never`.
     pub prefix_store_fetch: FetchPolicy,
     /// Which blocks are offered to the prefix store: `auto`, `evicted`, `full`.
@@ -151,6 +157,7 @@ impl Default for Config {
             kv_memory_bytes: None,
             prefix_cache: true,
             prefix_store_timeout_ms: 2_000,
+            prefix_store_memory: ByteSize::gib(1),
             prefix_store_fetch: FetchPolicy::default(),
             prefix_store_offer: OfferPolicy::default(),
             prefix_store_offers: 16,
@@ -206,6 +213,10 @@ impl Config {
             if !(least..=most).contains(&value) {
                 return Err(Error::invalid(key, format!("{key} is {value}; it must be from {least} to {most}")));
             }
+        }
+        if self.prefix_store_memory > MAX_FETCHED {
+            let message = format!("prefix_store_memory is {}; use {MAX_FETCHED} at most", self.prefix_store_memory);
+            return Err(Error::invalid("prefix_store_memory", message));
         }
         if self.token_budget < self.max_running {
             let message =
@@ -323,6 +334,11 @@ mod tests {
             (Config { delivery_capacity: most, ..Config::default() }, "delivery_capacity", "65536"),
             (Config { prefix_store_offers: most, ..Config::default() }, "prefix_store_offers", "65536"),
             (Config { grammar_workers: most, ..Config::default() }, "grammar_workers", "1024"),
+            (
+                Config { prefix_store_memory: ByteSize::gib(1025), ..Config::default() },
+                "prefix_store_memory",
+                "1024GiB",
+            ),
             (Config { token_budget: most, ..Config::default() }, "token_budget", "1048576"),
             (Config { max_running: most, ..Config::default() }, "max_running", "65536"),
             (Config { promote_after_ms: u64::MAX, ..Config::default() }, "promote_after_ms", "31536000000"),

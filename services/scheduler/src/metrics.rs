@@ -91,7 +91,7 @@ pub struct Metrics {
     pub step_retries: Counter,
     /// Blocks read from the prefix store.
     pub store_fetched: Counter,
-    /// Blocks that the prefix store has and that were computed, which was estimated to be faster.
+    /// Blocks that the prefix store has and that were computed: that was estimated to be faster, or memory had no room.
     pub store_skipped: Counter,
     /// Blocks offered to the prefix store.
     pub store_offered: Counter,

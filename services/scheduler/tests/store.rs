@@ -6,12 +6,13 @@ mod common;
 use bytes::Bytes;
 use common::*;
 use futures::future::BoxFuture;
-use futures::stream::{self, BoxStream, StreamExt};
+use futures::stream::{self, BoxStream, FuturesUnordered, StreamExt};
+use moesaic_config::ByteSize;
 use moesaic_scheduler::config::{FetchPolicy, OfferPolicy};
 use moesaic_scheduler::{Config, Scheduler};
 use moesaic_transport::subjects::Subject;
 use moesaic_types::boundary::{Event, EventBus, KvEvent, PrefixStore};
-use moesaic_types::{BlockHash, Error, Link, Result};
+use moesaic_types::{BLOCK_TOKENS, BlockHash, Error, Link, Result};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
@@ -24,6 +25,10 @@ struct Store {
     hang: bool,
     /// It sends so many blocks and then nothing.
     stall_after: Option<usize>,
+    /// How many blocks each fetch asked for.
+    asked: Mutex<Vec<usize>>,
+    /// It sends nothing until it is told to.
+    opens: Option<watch::Receiver<bool>>,
     is_shared: bool,
 }
 
@@ -37,6 +42,14 @@ impl PrefixStore for Store {
     fn fetch(&self, chain: &[BlockHash], from: usize) -> BoxStream<'static, Result<Bytes>> {
         let blocks = self.blocks.lock().unwrap();
         let found: Vec<_> = chain[from..].iter().map_while(|hash| blocks.get(hash).cloned().map(Ok)).collect();
+        self.asked.lock().unwrap().push(chain.len() - from);
+        if let Some(mut opens) = self.opens.clone() {
+            let opened = async move {
+                opens.wait_for(|is_open| *is_open).await.unwrap();
+                stream::iter(found)
+            };
+            return stream::once(opened).flatten().boxed();
+        }
         match self.stall_after {
             Some(count) => stream::iter(found).take(count).chain(stream::pending()).boxed(),
             None => stream::iter(found).boxed(),
@@ -193,6 +206,57 @@ async fn what_came_before_a_store_stalled_is_used() {
     let found = generate(&*over(&store, config, &levers).await, wanted).await.unwrap();
     assert_eq!((found.usage().cached_tokens, found.tokens), (3 * 64, expected.tokens));
     assert_eq!(levers.computed.load(std::sync::atomic::Ordering::SeqCst), 500 - 3 * 64 + 19);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_that_memory_has_no_room_for_are_computed() {
+    let block = (BLOCK_TOKENS * 4) as u64;
+    let full = Arc::new(Store { is_shared: true, ..Store::default() });
+    let wanted: Vec<_> = (1..=12).map(|seed| request(prompt(seed, 300), 5)).collect();
+    let mut expected = Vec::new();
+    let first = over(&full, config(), &Arc::default()).await;
+    for wanted in &wanted {
+        expected.push(generate(&first, wanted.clone()).await.unwrap().tokens);
+    }
+    stores(&full, 48).await;
+    let (open, opens) = watch::channel(false);
+    let blocks = Mutex::new(full.blocks.lock().unwrap().clone());
+    let store = Arc::new(Store { is_shared: true, blocks, opens: Some(opens), ..Store::default() });
+    let config = Config {
+        prefix_store_memory: ByteSize(6 * block + block / 2),
+        prefix_store_timeout_ms: PATIENCE.as_millis() as u64,
+        prefix_store_fetch: FetchPolicy::Always,
+        ..config()
+    };
+    let replica = over(&store, config, &Arc::default()).await;
+    let mut answers: FuturesUnordered<_> = wanted
+        .iter()
+        .enumerate()
+        .take(10)
+        .map(|(n, wanted)| {
+            let (replica, wanted) = (Arc::clone(&replica), wanted.clone());
+            async move { (n, generate(&replica, wanted).await.unwrap()) }
+        })
+        .collect();
+    // two have all the room and wait for the store; the others do not wait for them
+    for _ in 0..8 {
+        let (n, answer) = tokio::time::timeout(PATIENCE, answers.next()).await.unwrap().unwrap();
+        assert_eq!((answer.usage().cached_tokens, answer.tokens), (0, expected[n].clone()));
+    }
+    let mut asked = store.asked.lock().unwrap().clone();
+    asked.sort_unstable();
+    assert_eq!(asked, [2, 4]);
+    open.send_replace(true);
+    let mut cached = 0;
+    while let Some((n, answer)) = tokio::time::timeout(PATIENCE, answers.next()).await.unwrap() {
+        cached += answer.usage().cached_tokens;
+        assert_eq!(answer.tokens, expected[n]);
+    }
+    assert_eq!(cached, 6 * BLOCK_TOKENS);
+    // what was admitted gives its room back
+    for wanted in &wanted[10..] {
+        assert_eq!(generate(&replica, wanted.clone()).await.unwrap().usage().cached_tokens, 4 * BLOCK_TOKENS);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

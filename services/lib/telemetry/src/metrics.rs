@@ -55,7 +55,7 @@ names! {
     counter PREFIX_STORE_OFFERED_BLOCKS_TOTAL = "moesaic_prefix_store_offered_blocks_total",
         "Blocks offered to the prefix store.";
     counter PREFIX_STORE_SKIPPED_BLOCKS_TOTAL = "moesaic_prefix_store_skipped_blocks_total",
-        "Blocks that the prefix store has and that were computed, which was estimated to be faster.";
+        "Blocks that the prefix store has and that were computed: that was estimated to be faster, or memory had no room.";
     counter PREFIX_STORE_DROPPED_BLOCKS_TOTAL = "moesaic_prefix_store_dropped_blocks_total",
         "Evicted blocks dropped because too many were on their way to the prefix store.";
     counter ENGINE_RESTARTS_TOTAL = "moesaic_engine_restarts_total", "Engines started again after a failure.";

@@ -8,7 +8,7 @@ mod sequence;
 mod step;
 mod store;
 
-pub use sequence::{Phase, Sequence, Submission};
+pub use sequence::{Fetched, Phase, Sequence, Submission};
 
 use self::economy::Economy;
 use self::outage::Outage;
@@ -17,7 +17,6 @@ use crate::config::{Config, OfferPolicy};
 use crate::health::{Bounds, Health, Pulse};
 use crate::metrics::Metrics;
 use crate::pool::{BlockIndex, BlockPool};
-use bytes::Bytes;
 use moesaic_model::Runner;
 use moesaic_model::memory::Memory;
 use moesaic_types::boundary::{KvEvent, PrefixStore};
@@ -124,10 +123,8 @@ pub enum Command {
     Fetched {
         /// For this sequence.
         key: u64,
-        /// Index of the first block.
-        first: usize,
-        /// The blocks' bytes, in order.
-        blocks: Vec<Bytes>,
+        /// What came.
+        fetched: Fetched,
     },
     /// Look around: something outside changed.
     Wake,
@@ -170,6 +167,8 @@ pub struct Engine {
     /// Full blocks to offer.
     full: VecDeque<Link>,
     economy: Arc<Economy>,
+    /// Places for fetched blocks that are not in the pool yet.
+    fetched_room: Arc<Semaphore>,
     /// The prefix store failed when it was last asked.
     store_is_away: Arc<AtomicBool>,
     metrics: Metrics,
@@ -218,6 +217,7 @@ impl Engine {
             OfferPolicy::Evicted => false,
             OfferPolicy::Full => true,
         });
+        let fetched_room = parts.config.prefix_store_memory.bytes() / (block_bytes as u64).max(1);
         Ok(Self {
             info,
             runner,
@@ -231,6 +231,7 @@ impl Engine {
             offers_full,
             full: VecDeque::new(),
             economy: Arc::new(Economy::new(parts.config.prefix_store_fetch)),
+            fetched_room: Arc::new(Semaphore::new(fetched_room.min(u32::MAX.into()) as usize)),
             store_is_away: Arc::default(),
             metrics,
             logits: Vec::new(),
@@ -315,12 +316,12 @@ impl Engine {
                 let key = self.arrivals;
                 self.arrivals += 1;
                 self.sequences.insert(key, Sequence::new(*submission));
-                self.start_fetch(key);
             }
-            Command::Fetched { key, first, blocks } => {
+            Command::Fetched { key, fetched } => {
                 if let Some(sequence) = self.sequences.get_mut(&key).filter(|s| s.phase == Phase::Fetching) {
                     sequence.phase = Phase::Waiting;
-                    sequence.fetched = (!blocks.is_empty()).then_some((first, blocks));
+                    sequence.is_unfetched = fetched.lacks_room > 0;
+                    sequence.fetched = fetched;
                 }
             }
             Command::Wake => {}

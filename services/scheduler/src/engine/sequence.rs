@@ -46,6 +46,19 @@ pub enum Phase {
     Running,
 }
 
+/// Blocks of the prefix store that came for a sequence.
+#[derive(Debug, Default)]
+pub struct Fetched {
+    /// Index of the first.
+    pub first: usize,
+    /// Their bytes, in order.
+    pub blocks: Vec<Bytes>,
+    /// What they take of the memory for fetched blocks.
+    pub room: Option<OwnedSemaphorePermit>,
+    /// So many are stored, and there was no room for any.
+    pub lacks_room: usize,
+}
+
 /// A request inside the engine.
 pub struct Sequence {
     /// The request.
@@ -62,8 +75,10 @@ pub struct Sequence {
     pub chain: Vec<BlockHash>,
     /// Leading blocks that were offered to the prefix index.
     pub registered: usize,
-    /// Blocks of the prefix store: the index of the first, and their bytes.
-    pub fetched: Option<(usize, Vec<Bytes>)>,
+    /// The prefix store is to be asked for its blocks.
+    pub is_unfetched: bool,
+    /// Blocks of the prefix store.
+    pub fetched: Fetched,
     /// Where it is in its grammar.
     pub grammar: Option<State>,
     /// Tokens so far, for penalties.
@@ -107,7 +122,8 @@ impl Sequence {
             blocks: Vec::new(),
             chain,
             registered: 0,
-            fetched: None,
+            is_unfetched: true,
+            fetched: Fetched::default(),
             grammar,
             seen,
             prompt_logprobs,
@@ -162,13 +178,10 @@ impl Sequence {
 
     /// Fetched blocks that follow `hits` local ones.
     pub fn usable_fetched(&self, hits: usize) -> &[Bytes] {
-        match &self.fetched {
-            Some((first, blocks)) if *first <= hits => {
-                let end = blocks.len().min(self.reusable().len().saturating_sub(*first));
-                &blocks[(hits - first).min(end)..end]
-            }
-            _ => &[],
-        }
+        let Fetched { first, blocks, .. } = &self.fetched;
+        let Some(skip) = hits.checked_sub(*first) else { return &[] };
+        let end = blocks.len().min(self.reusable().len().saturating_sub(*first));
+        &blocks[skip.min(end)..end]
     }
 
     /// Leaves the queue; how long it was there, the first time.

@@ -1,5 +1,5 @@
 //! One step: carry out a plan, run the model, choose tokens, hand them over.
-use super::{Engine, Phase, Sequence};
+use super::{Engine, Fetched, Phase, Sequence};
 use crate::planner::{self, Limits, Plan, Running, Waiting};
 use crate::pool::BlockIndex;
 use moesaic_model::{LogitsWanted, SequenceChunk};
@@ -10,6 +10,9 @@ use tracing::Span;
 
 /// Waiting sequences that a plan looks at, where the batch has fewer places.
 const MIN_CANDIDATES: usize = 8;
+
+/// After so many bytes of fetched blocks that a step copies to the pool it admits nobody else.
+const IMPORTED_PER_STEP: usize = 64 << 20;
 
 /// One sequence's part of the step.
 pub(super) struct Work {
@@ -29,8 +32,12 @@ impl Engine {
         for key in &plan.preempt {
             self.preempt(*key);
         }
+        let mut imported = 0;
         for key in &plan.admit {
-            self.admit(*key);
+            if imported >= IMPORTED_PER_STEP {
+                break;
+            }
+            imported += self.admit(*key);
         }
         let work = self.prepare(&plan);
         if work.is_empty() {
@@ -122,8 +129,10 @@ impl Engine {
             .map(|(key, s)| (Reverse(s.promoted), Reverse(s.request.priority), key))
             .collect();
         queue.sort_unstable();
-        queue.truncate(limits.max_running.saturating_sub(batch.len()).max(MIN_CANDIDATES));
-        let queue: Vec<Waiting> = queue.into_iter().map(|(_, _, key)| self.waiting(key)).collect();
+        let places = limits.max_running.saturating_sub(batch.len()).max(MIN_CANDIDATES);
+        let next = queue.into_iter().map(|(_, _, key)| key).take(places).collect();
+        let queue = self.fetch_for(next, places);
+        let queue: Vec<Waiting> = queue.into_iter().map(|key| self.waiting(key)).collect();
         planner::plan(&batch, &queue, &limits)
     }
 
@@ -170,9 +179,9 @@ impl Engine {
         self.preemptions += 1;
     }
 
-    /// Gives a waiting sequence the blocks that are cached or fetched.
-    fn admit(&mut self, key: u64) {
-        let Some(sequence) = self.sequences.get_mut(&key) else { return };
+    /// Gives a waiting sequence the blocks that are cached or fetched; how many bytes of the latter.
+    fn admit(&mut self, key: u64) -> usize {
+        let Some(sequence) = self.sequences.get_mut(&key) else { return 0 };
         let is_counted = !sequence.request.is_canary();
         if let Some(queued) = sequence.start().filter(|_| is_counted) {
             self.metrics.queued(queued);
@@ -181,8 +190,11 @@ impl Engine {
         let reusable = sequence.reusable().to_vec();
         let mut blocks = self.pool.acquire(&reusable);
         let fetched = sequence.usable_fetched(blocks.len()).to_vec();
-        sequence.fetched = None;
+        let Fetched { room: _room, lacks_room, .. } = std::mem::take(&mut sequence.fetched);
+        self.metrics.store_skipped.increment(lacks_room as u64);
+        let mut imported = 0;
         for bytes in fetched {
+            imported += bytes.len();
             let Some(block) = self.allocate() else { break };
             if let Err(error) = self.runner.import_block(block, &bytes) {
                 tracing::warn!(%error, "import a block of the prefix store");
@@ -209,13 +221,15 @@ impl Engine {
                 self.metrics.prefix_hits.increment(found as u64);
             }
         }
+        imported
     }
 
     /// Allocates the blocks of the planned chunks. A chunk that cannot have them waits for the next step.
     fn prepare(&mut self, plan: &Plan) -> Vec<Work> {
         let mut work = Vec::with_capacity(plan.chunks.len());
         for &(key, planned) in &plan.chunks {
-            let Some(sequence) = self.sequences.get(&key) else { continue };
+            // one that was to be admitted may still wait
+            let Some(sequence) = self.sequences.get(&key).filter(|s| s.phase == Phase::Running) else { continue };
             let tokens = planned.min(sequence.tokens.len() - sequence.computed);
             let missing = planner::blocks_for(sequence.computed + tokens).saturating_sub(sequence.blocks.len());
             let blocks: Vec<BlockIndex> = (0..missing).map_while(|_| self.allocate()).collect();

@@ -1,6 +1,6 @@
 //! Traffic with the prefix store and the event bus: all of it in tasks, so that the engine never waits.
 use super::economy::Economy;
-use super::{Command, Engine, Phase};
+use super::{Command, Engine, Fetched, Phase};
 use bytes::Bytes;
 use futures::StreamExt;
 use metrics::Counter;
@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
@@ -20,15 +21,33 @@ const MAX_FULL: usize = 1024;
 const FULL_PER_STEP: usize = 2;
 
 impl Engine {
-    /// Asks the prefix store for the blocks that follow those that are here.
-    pub(super) fn start_fetch(&mut self, key: u64) {
-        let Some(store) = self.parts.store.clone().filter(|_| self.economy.asks()) else { return };
-        let Some(sequence) = self.sequences.get_mut(&key) else { return };
+    /// Begins to fetch for sequences that are next, for so many at once; those that need not wait for that. Who is behind
+    /// them is fetched for later: what is fetched takes memory until it is admitted.
+    pub(super) fn fetch_for(&mut self, next: Vec<u64>, at_once: usize) -> Vec<u64> {
+        if self.parts.store.is_none() || !self.economy.asks() {
+            return next;
+        }
+        let mut fetching = self.sequences.values().filter(|sequence| sequence.phase == Phase::Fetching).count();
+        let waits = |key: &u64| {
+            let starts = fetching < at_once && self.start_fetch(*key);
+            fetching += usize::from(starts);
+            !starts
+        };
+        next.into_iter().filter(waits).collect()
+    }
+
+    /// Asks the prefix store for the blocks that follow those that are here; whether it was asked now.
+    fn start_fetch(&mut self, key: u64) -> bool {
+        let Some(store) = self.parts.store.clone() else { return false };
+        let Some(sequence) = self.sequences.get_mut(&key).filter(|sequence| sequence.is_unfetched) else {
+            return false;
+        };
         let chain = sequence.reusable().to_vec();
         let first = self.pool.peek(&chain).blocks;
-        if first == chain.len() {
-            return;
+        if first == chain.len() || self.fetched_room.available_permits() == 0 {
+            return false;
         }
+        sequence.is_unfetched = false;
         sequence.phase = Phase::Fetching;
         let timeout = Duration::from_millis(self.parts.config.prefix_store_timeout_ms);
         let replies = self.replies.clone();
@@ -38,14 +57,16 @@ impl Engine {
             economy: Arc::clone(&self.economy),
             is_away: Arc::clone(&self.store_is_away),
             skipped: self.metrics.store_skipped.clone(),
+            room: Arc::clone(&self.fetched_room),
             block_bytes: self.runner.kv_block_bytes(),
             timeout,
         };
         let task = async move {
-            let blocks = fetch.run(&chain, first).await;
-            reply(&replies, Command::Fetched { key, first, blocks }).await;
+            let fetched = fetch.run(&chain, first).await;
+            reply(&replies, Command::Fetched { key, fetched }).await;
         };
         self.parts.runtime.spawn(task.instrument(span));
+        true
     }
 
     /// Offers evicted blocks to the prefix store; their contents still stand.
@@ -93,7 +114,7 @@ impl Engine {
     }
 
     /// Copies a block out of the pool and sends it on its way; whether it could be copied.
-    fn offer(&mut self, block: u32, link: Link, place: tokio::sync::OwnedSemaphorePermit) -> bool {
+    fn offer(&mut self, block: u32, link: Link, place: OwnedSemaphorePermit) -> bool {
         let Some(store) = self.parts.store.clone() else { return false };
         let bytes = match self.runner.export_block(block) {
             Ok(bytes) => bytes,
@@ -137,27 +158,47 @@ struct Fetch {
     economy: Arc<Economy>,
     is_away: Arc<AtomicBool>,
     skipped: Counter,
+    room: Arc<Semaphore>,
     block_bytes: usize,
     timeout: Duration,
 }
 
 impl Fetch {
     /// The blocks that came in time, in order: what is missing is computed.
-    async fn run(self, chain: &[BlockHash], first: usize) -> Vec<Bytes> {
-        let mut blocks = Vec::new();
-        let fetched = self.fill(&mut blocks, chain, first).await;
+    async fn run(self, chain: &[BlockHash], first: usize) -> Fetched {
+        let mut fetched = Fetched { first, ..Fetched::default() };
+        let outcome = self.fill(&mut fetched, chain).await;
+        let Fetched { blocks, room, .. } = &mut fetched;
+        // what did not come takes no room
+        let kept = room.as_mut().and_then(|room| room.split(blocks.len()));
+        *room = kept;
         // one warning for many requests
-        let was_away = self.is_away.swap(fetched.is_err(), Ordering::Relaxed);
-        match fetched {
+        let was_away = self.is_away.swap(outcome.is_err(), Ordering::Relaxed);
+        match outcome {
             Err(error) if !was_away => tracing::warn!(%error, blocks = blocks.len(), "fetch from the prefix store"),
             Err(error) => tracing::debug!(%error, blocks = blocks.len(), "fetch from the prefix store"),
             Ok(()) if was_away => tracing::info!("the prefix store answers again"),
             Ok(()) => {}
         }
-        blocks
+        fetched
     }
 
-    async fn fill(&self, blocks: &mut Vec<Bytes>, chain: &[BlockHash], first: usize) -> Result<()> {
+    /// Room for so many blocks, or for as many as there is.
+    fn take_room(&self, wanted: usize) -> Option<OwnedSemaphorePermit> {
+        loop {
+            let count = wanted.min(self.room.available_permits()).min(u32::MAX as usize);
+            if count == 0 {
+                return None;
+            }
+            // another may have taken it
+            if let Ok(room) = Arc::clone(&self.room).try_acquire_many_owned(count as u32) {
+                return Some(room);
+            }
+        }
+    }
+
+    async fn fill(&self, fetched: &mut Fetched, chain: &[BlockHash]) -> Result<()> {
+        let first = fetched.first;
         let late = |_| Error::unavailable(format!("the prefix store did not answer within {:?}", self.timeout));
         let asked = Instant::now();
         let deadline = asked + self.timeout;
@@ -171,14 +212,25 @@ impl Fetch {
             self.skipped.increment(stored as u64);
             return Ok(());
         }
+        fetched.room = self.take_room(stored);
+        let room = fetched.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        if room == 0 {
+            fetched.lacks_room = stored;
+            return Ok(());
+        }
+        self.skipped.increment((stored - room) as u64);
         let begun = Instant::now();
-        let mut coming = self.store.fetch(&chain[..first + stored], first);
+        let mut coming = self.store.fetch(&chain[..first + room], first);
+        let blocks = &mut fetched.blocks;
         let outcome = loop {
-            if blocks.len() == stored {
+            if blocks.len() == room {
                 break Ok(());
             }
             match timeout_at(deadline, coming.next()).await {
-                Ok(Some(Ok(block))) => blocks.push(block),
+                Ok(Some(Ok(block))) if block.len() == self.block_bytes => blocks.push(block),
+                Ok(Some(Ok(block))) => {
+                    break Err(Error::internal(format!("a block has {} bytes, not {}", block.len(), self.block_bytes)));
+                }
                 Ok(None) => break Ok(()),
                 Ok(Some(Err(error))) => break Err(error),
                 Err(elapsed) => break Err(late(elapsed)),

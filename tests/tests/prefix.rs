@@ -7,6 +7,7 @@ use moesaic_model::{BackendKind, LoadOptions};
 use moesaic_scheduler::config::FetchPolicy;
 use moesaic_scheduler::{RunnerFactory, Scheduler, Vocabulary};
 use moesaic_testkit::{soon, until};
+use moesaic_transport::kv::Patience;
 use moesaic_transport::{Directory, MemoryBus, MemoryMetadata, Registration, RemotePrefixStore};
 use moesaic_types::boundary::{EventBus, Metadata, PrefixStore, Replica};
 use moesaic_types::cluster::{Member, MemberState, Role, Service};
@@ -107,13 +108,15 @@ async fn a_replica_s_blocks_serve_another_to_the_bit_and_only_its_tenant() {
         generation: registration.record().member.generation,
         replication: config.replication,
         replication_queue: config.replication_queue,
+        patience: Patience::default(),
     };
     let joined = Joined::start(&store, cluster);
     let routes = Routes::new(kv_service(store.clone(), Some(joined), config.max_streams));
     let (_stop, stopped) = watch::channel(false);
     tokio::spawn(moesaic_transport::serve(routes, listener, None, stopped));
     let remote = async || {
-        let remote = RemotePrefixStore::new(directory(), metadata.clone(), Duration::from_secs(10));
+        let patience = Patience { answer: Duration::from_secs(10), ..Patience::default() };
+        let remote = RemotePrefixStore::new(directory(), metadata.clone(), patience);
         let mut views = remote.nodes().directory().watch();
         soon("the node is seen", views.wait_for(|view| view.ready().count() == 1)).await.unwrap();
         remote

@@ -7,7 +7,7 @@ use metrics::counter;
 use moesaic_actors::WeakHandle;
 use moesaic_telemetry::metrics as names;
 use moesaic_transport::Directory;
-use moesaic_transport::kv::{Holding, KvNodes, LEASE, PATIENCE, Tier};
+use moesaic_transport::kv::{Holding, KvNodes, LEASE, Patience, Tier};
 use moesaic_types::boundary::{EventBus, Metadata};
 use moesaic_types::{BlockHash, Link, Result};
 use std::collections::{BTreeMap, HashMap};
@@ -42,6 +42,8 @@ pub struct Cluster {
     pub replication: usize,
     /// Blocks that may be on their way to other nodes.
     pub replication_queue: usize,
+    /// How long other nodes may take.
+    pub patience: Patience,
 }
 
 /// A store's part; ends when it is dropped.
@@ -59,8 +61,8 @@ impl Drop for Joined {
 impl Joined {
     /// Takes part with a store. Call it in a runtime.
     pub fn start(store: &KvStore, cluster: Cluster) -> Arc<Self> {
-        let Cluster { metadata, events, directory, id, generation, replication, replication_queue } = cluster;
-        let nodes = Arc::new(KvNodes::new(directory, Arc::clone(&metadata), PATIENCE));
+        let Cluster { metadata, events, directory, id, generation, replication, replication_queue, patience } = cluster;
+        let nodes = Arc::new(KvNodes::new(directory, Arc::clone(&metadata), patience));
         let announcer = Announcer {
             pool: store.pool.downgrade(),
             groups: Arc::clone(&store.wakes.groups),

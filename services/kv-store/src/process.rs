@@ -61,7 +61,7 @@ impl Process for KvStoreProcess {
     type Settings = Settings;
 
     async fn new(settings: Settings, cluster: moesaic_service::Cluster) -> Result<Self> {
-        let Settings { kv_store: config, .. } = settings;
+        let Settings { kv_store: config, cluster: cluster_config, .. } = settings;
         let store = KvStore::start(&config)?;
         let cluster = Cluster {
             metadata: Arc::clone(&cluster.metadata),
@@ -71,6 +71,7 @@ impl Process for KvStoreProcess {
             generation: 0,
             replication: config.replication,
             replication_queue: config.replication_queue,
+            patience: cluster_config.kv_patience(),
         };
         let joined = Joined::start(&store, cluster);
         Ok(Self { store, joined, max_streams: config.max_streams })

@@ -12,7 +12,7 @@ use moesaic_proto::offer_to_wire;
 use moesaic_testkit::conformance::{self, block, chain, fetched};
 use moesaic_testkit::{servers, soon, until};
 use moesaic_transport::channel::to_address;
-use moesaic_transport::kv::{Holding, Tier, ranked};
+use moesaic_transport::kv::{Holding, Patience, Tier, ranked};
 use moesaic_transport::membership::View;
 use moesaic_transport::subjects::Subject;
 use moesaic_transport::{Directory, MemoryBus, MemoryMetadata, RedisMetadata, Registration, RemotePrefixStore};
@@ -30,7 +30,7 @@ use tonic::Code;
 use tonic::service::Routes;
 
 const LEASE: Duration = Duration::from_secs(1);
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Patience = Patience { answer: Duration::from_secs(2), rate: 1 << 20 };
 
 /// What a cluster stands on.
 #[derive(Clone)]
@@ -101,6 +101,7 @@ async fn node(ground: &Ground, id: &'static str, config: &Config) -> Node {
         generation: registration.record().member.generation,
         replication: config.replication,
         replication_queue: config.replication_queue,
+        patience: PATIENCE,
     };
     let joined = Joined::start(&store, cluster);
     let service = kv_service(store.clone(), Some(joined), config.max_streams);

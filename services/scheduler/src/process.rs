@@ -157,7 +157,8 @@ impl Process for SchedulerProcess {
         let events = Arc::clone(&self.cluster.events);
         let hasher = found.served_as.hasher();
         let nodes = self.cluster.directory(Service::KvStore);
-        let store = RemotePrefixStore::new(nodes, Arc::clone(&self.cluster.metadata), moesaic_transport::kv::PATIENCE);
+        let patience = self.settings.cluster.kv_patience();
+        let store = RemotePrefixStore::new(nodes, Arc::clone(&self.cluster.metadata), patience);
         let store = Some(Arc::new(store) as Arc<dyn PrefixStore>);
         let scheduler = Scheduler::start(config, factory, vocabulary, hasher, store, Some(events)).await?;
         let max_context = scheduler.info()?.max_context;

@@ -1,6 +1,7 @@
 //! The `[cluster]` section: what a service must know to find the others.
 use crate::host;
-use moesaic_config::{HumanDuration, Secret};
+use crate::kv::Patience;
+use moesaic_config::{ByteSize, HumanDuration, Secret};
 use moesaic_types::cluster::{Service, Socket};
 use moesaic_types::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -29,10 +30,16 @@ pub struct ClusterConfig {
     pub advertise: String,
     /// A folder for this process's Unix socket, by which peers on the same host reach it; without one they use TCP.
     pub socket_folder: Option<PathBuf>,
+    /// How long a kv-store may take to answer; 10ms..=1m.
+    pub kv_patience: HumanDuration,
+    /// Blocks are shared with kv-stores over links that move so many bytes in a second, or more; 1KiB..=1TiB. On slower
+    /// ones they come too late, and are computed.
+    pub kv_rate: ByteSize,
 }
 
 impl Default for ClusterConfig {
     fn default() -> Self {
+        let kv = Patience::default();
         Self {
             redis_url: Secret::default(),
             nats_url: Secret::default(),
@@ -41,6 +48,8 @@ impl Default for ClusterConfig {
             id: String::new(),
             advertise: String::new(),
             socket_folder: None,
+            kv_patience: HumanDuration(kv.answer),
+            kv_rate: ByteSize(kv.rate),
         }
     }
 }
@@ -77,7 +86,18 @@ impl ClusterConfig {
         {
             return refuse("socket_folder", &folder.display(), "a path of 50 bytes at most");
         }
+        if !(Duration::from_millis(10)..=Duration::from_secs(60)).contains(&self.kv_patience.get()) {
+            return refuse("kv_patience", &self.kv_patience, "10ms to 1m");
+        }
+        if !(ByteSize::kib(1)..=ByteSize::gib(1024)).contains(&self.kv_rate) {
+            return refuse("kv_rate", &self.kv_rate, "1KiB to 1TiB");
+        }
         Ok(())
+    }
+
+    /// How long kv-stores may take.
+    pub fn kv_patience(&self) -> Patience {
+        Patience { answer: self.kv_patience.get(), rate: self.kv_rate.bytes() }
     }
 
     /// The URL of Redis that is in force.
@@ -147,9 +167,11 @@ mod tests {
             ClusterConfig { id: "a\nb".into(), ..ClusterConfig::default() },
             ClusterConfig { advertise: "host:9020".into(), ..ClusterConfig::default() },
             ClusterConfig { socket_folder: folder, ..ClusterConfig::default() },
+            ClusterConfig { kv_patience: HumanDuration::from_millis(9), ..ClusterConfig::default() },
+            ClusterConfig { kv_rate: ByteSize(1023), ..ClusterConfig::default() },
         ];
         let fields = wrong.map(|config| config.validate().unwrap_err().field.unwrap());
-        let names = ["key_prefix", "key_prefix", "lease", "id", "advertise", "socket_folder"];
+        let names = ["key_prefix", "key_prefix", "lease", "id", "advertise", "socket_folder", "kv_patience", "kv_rate"];
         assert_eq!(fields, names.map(|name| format!("cluster.{name}")));
     }
 

@@ -7,12 +7,14 @@
 mod events;
 mod node;
 mod nodes;
+mod patience;
 mod places;
 mod record;
 
 pub use events::{KvCue, KvCues, in_parts, sign};
 pub use node::{Blocks, KvNode};
 pub use nodes::KvNodes;
+pub use patience::Patience;
 pub use places::{parts, ranked};
 pub use record::{Holding, LEASE, Tier};
 
@@ -21,12 +23,11 @@ use bytes::Bytes;
 use futures::future::{BoxFuture, FutureExt, join_all};
 use futures::stream::{BoxStream, StreamExt};
 use moesaic_types::boundary::{Metadata, PrefixStore};
-use moesaic_types::{BlockHash, GROUP_BLOCKS, Link, Result};
+use moesaic_types::{BlockHash, ErrorCode, GROUP_BLOCKS, Link, Result};
 use nodes::give;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::Instrument;
@@ -37,22 +38,21 @@ const TRIES: usize = 2;
 /// Blocks that are read ahead of who takes them.
 const READ_AHEAD: usize = 2;
 
-/// The longest wait for a node by default.
-pub const PATIENCE: Duration = Duration::from_secs(1);
-
 /// The kv-stores of a cluster; cheap to clone.
 #[derive(Clone)]
 pub struct RemotePrefixStore {
     nodes: Arc<KvNodes>,
     /// The nodes failed when they were last asked.
     is_away: Arc<AtomicBool>,
+    /// The last block that was offered came too late.
+    is_late: Arc<AtomicBool>,
 }
 
 impl RemotePrefixStore {
     /// The nodes of a directory of kv-stores. Each may take `patience` for an answer, or for the next block of one.
-    pub fn new(directory: Directory, metadata: Arc<dyn Metadata>, patience: Duration) -> Self {
+    pub fn new(directory: Directory, metadata: Arc<dyn Metadata>, patience: Patience) -> Self {
         let nodes = Arc::new(KvNodes::new(directory, metadata, patience));
-        Self { nodes, is_away: Arc::default() }
+        Self { nodes, is_away: Arc::default(), is_late: Arc::default() }
     }
 
     /// The nodes.
@@ -67,6 +67,20 @@ impl RemotePrefixStore {
             Err(error) if !was_away => tracing::warn!(%error, "the kv-stores fail; their blocks are computed instead"),
             Ok(_) if was_away => tracing::info!("the kv-stores answer again"),
             _ => {}
+        }
+    }
+
+    /// Says once that blocks take too long to nodes that answer.
+    fn notice_late(&self, outcome: &Result<bool>) {
+        let is_late = outcome.as_ref().is_err_and(|error| error.code == ErrorCode::DeadlineExceeded);
+        if !is_late {
+            self.notice(outcome);
+        }
+        if let Err(error) = outcome
+            && !self.is_late.swap(is_late, Ordering::Relaxed)
+            && is_late
+        {
+            tracing::warn!(%error, "blocks are not offered in time; the link is slower than cluster.kv_rate");
         }
     }
 
@@ -194,11 +208,12 @@ impl PrefixStore for RemotePrefixStore {
             let mut outcome = Ok(false);
             for node in nodes.take(TRIES).collect::<Vec<_>>() {
                 outcome = give(&node, &link, &bytes, true).await;
-                if outcome.is_ok() {
+                // one that is slow would not be faster with another on the link
+                if outcome.as_ref().map_or_else(|error| error.code != ErrorCode::Unavailable, |_| true) {
                     break;
                 }
             }
-            self.notice(&outcome);
+            self.notice_late(&outcome);
             outcome
         }
         .boxed()

@@ -1,5 +1,6 @@
 //! All kv-stores of a cluster, and where each group of blocks belongs among them.
 use super::node::KvNode;
+use super::patience::Patience;
 use super::places::ranked;
 use super::record::Holding;
 use crate::membership::{Clients, Directory};
@@ -9,7 +10,6 @@ use moesaic_types::{BlockHash, ErrorCode, Link, Result};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 /// Records that are asked for at once.
 const RECORDS: usize = 256;
@@ -23,7 +23,7 @@ pub struct KvNodes {
 
 impl KvNodes {
     /// Nodes of a directory of kv-stores; each may take `patience` for an answer.
-    pub fn new(directory: Directory, metadata: Arc<dyn Metadata>, patience: Duration) -> Self {
+    pub fn new(directory: Directory, metadata: Arc<dyn Metadata>, patience: Patience) -> Self {
         let clients = Clients::new(directory, move |member| KvNode::new(member, patience));
         Self { clients, metadata, is_unreadable: AtomicBool::new(false) }
     }

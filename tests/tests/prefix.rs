@@ -6,13 +6,14 @@ use moesaic_model::tokenizer::Tokenizer;
 use moesaic_model::{BackendKind, LoadOptions};
 use moesaic_scheduler::config::FetchPolicy;
 use moesaic_scheduler::{RunnerFactory, Scheduler, Vocabulary};
+use moesaic_testkit::conformance::{block, fetched};
 use moesaic_testkit::{soon, until};
 use moesaic_transport::kv::Patience;
 use moesaic_transport::{Directory, MemoryBus, MemoryMetadata, Registration, RemotePrefixStore};
 use moesaic_types::boundary::{EventBus, Metadata, PrefixStore, Replica};
 use moesaic_types::cluster::{Member, MemberState, Role, Service};
 use moesaic_types::{
-    BLOCK_TOKENS, BlockHasher, Digest, GenerateRequest, Priority, RequestId, SampledToken, SamplingParams,
+    BLOCK_TOKENS, BlockHasher, Digest, GenerateRequest, Link, Priority, RequestId, SampledToken, SamplingParams,
     StopConditions, TenantSalt,
 };
 use std::path::{Path, PathBuf};
@@ -132,5 +133,21 @@ async fn a_replica_s_blocks_serve_another_to_the_bit_and_only_its_tenant() {
     until("its blocks are stored", || async { store.longest(&chain, 0).await == Ok(20) }).await;
     let two = replica(Some(remote().await)).await;
     assert_eq!(generate(&two, wanted).await, (expected.clone(), 20 * BLOCK_TOKENS));
-    assert_eq!(generate(&two, request("third", "b")).await, (expected, 0), "another tenant's are another's");
+    assert_eq!(generate(&two, request("third", "b")).await, (expected.clone(), 0), "another tenant's are another's");
+
+    // one that is not what it should be: it is not used, and a good one takes its place
+    let wanted = |id: &str| request(id, "c");
+    let chain = hasher().chain(&wanted("").salt, &wanted("").prompt);
+    let wrong = block(9).1;
+    assert_eq!(store.offer(Link::of(&chain, 3), wrong.clone()).await, Ok(true));
+    assert_eq!(generate(&one, wanted("fourth")).await, (expected.clone(), 0));
+    until("the others are stored", || async { store.longest(&chain, 0).await == Ok(20) }).await;
+    assert_eq!(generate(&two, wanted("fifth")).await, (expected.clone(), 3 * BLOCK_TOKENS));
+    until("a good one is stored", || async {
+        let fourth = fetched(&*store, &chain[..4], 3).await;
+        fourth.is_ok_and(|blocks| blocks.first().is_some_and(|block| *block != wrong))
+    })
+    .await;
+    let three = replica(Some(remote().await)).await;
+    assert_eq!(generate(&three, wanted("sixth")).await, (expected, 20 * BLOCK_TOKENS));
 }

@@ -1,6 +1,6 @@
 //! Composition: the block pool, its disk, and the `PrefixStore` boundary over both.
 use crate::actors::block_pool::{
-    BlockPool, Locate, Longest, Lost, Offer, Pin, Promote, Save, Size, Sizes, Unsaved, Wakes,
+    BlockPool, Forget, Locate, Longest, Lost, Offer, Pin, Promote, Save, Size, Sizes, Unsaved, Wakes,
 };
 use crate::config::Config;
 use crate::disk::{self, Files, Folder};
@@ -93,6 +93,14 @@ impl KvStore {
     /// As [`KvStore::size`].
     pub async fn pin(&self, chain: Vec<BlockHash>, for_: Duration) -> Result<usize> {
         Ok(self.pool.ask(Pin { chain, for_ }, DEADLINE).await?)
+    }
+
+    /// Drops blocks from both tiers; how many were there.
+    ///
+    /// # Errors
+    /// As [`KvStore::size`].
+    pub async fn drop_blocks(&self, blocks: Vec<BlockHash>) -> Result<usize> {
+        Ok(self.pool.ask(Forget(blocks), DEADLINE).await?)
     }
 
     /// Writes to disk what is in RAM alone, so that the next life has it. Returns when that is done, or the disk takes no
@@ -210,5 +218,10 @@ impl PrefixStore for KvStore {
 
     fn offer(&self, link: Link, bytes: Bytes) -> BoxFuture<'_, Result<bool>> {
         async move { Ok(self.pool.ask(Offer { link, bytes }, DEADLINE).await?) }.boxed()
+    }
+
+    fn forget(&self, blocks: &[BlockHash]) -> BoxFuture<'_, Result<()>> {
+        let blocks = blocks.to_vec();
+        async move { self.drop_blocks(blocks).await.map(|_| ()) }.boxed()
     }
 }

@@ -136,4 +136,12 @@ impl KvStoreService for KvService {
         let pinned = self.store.pin(chain, for_).instrument(span).await.map_err(into_status)?;
         Ok(Response::new(wire::PinResponse { pinned: pinned as u32 }))
     }
+
+    async fn forget(&self, request: Request<wire::ForgetRequest>) -> Result<Response<wire::ForgetResponse>, Status> {
+        let span = tracing::info_span!("kv forget");
+        let (_, blocks) = chain_of(request, &span, |request| &request.chain)?;
+        let forgotten = self.store.drop_blocks(blocks).instrument(span).await.map_err(into_status)?;
+        tracing::warn!(forgotten, "a scheduler found blocks that are wrong; they are dropped");
+        Ok(Response::new(wire::ForgetResponse { forgotten: forgotten as u32 }))
+    }
 }

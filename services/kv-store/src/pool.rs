@@ -176,8 +176,9 @@ impl Pool {
 
     /// A block was read from disk.
     pub fn promote(&mut self, link: Link, bytes: Bytes, now: Instant) {
-        // meanwhile it may have been offered, or dropped from disk; either is well
-        if !self.is_in_memory(&link.hash) {
+        // meanwhile it may have been offered, or dropped: then its bytes may be wrong
+        let is_on_disk = self.disk.as_ref().is_some_and(|disk| disk.shelf.contains(&link.hash));
+        if is_on_disk && !self.is_in_memory(&link.hash) {
             self.take(link, bytes, now);
         }
     }
@@ -363,6 +364,28 @@ impl Pool {
             disk.room = Room::All;
             disk.shelf.set_capacity(disk.capacity);
         }
+    }
+
+    /// Drops a block; whether it was here.
+    pub fn forget(&mut self, hash: &BlockHash) -> bool {
+        let in_ram = self.ram.remove(hash).map(|(link, ..)| link);
+        if let Some(link) = &in_ram {
+            self.groups.remove(Tier::Ram, link);
+        }
+        let mut on_disk = None;
+        if let Some(disk) = &mut self.disk {
+            on_disk = disk.shelf.remove(hash).map(|(link, ..)| link);
+            // there is a file, or one is being written: it is removed next
+            disk.removing.extend(on_disk.map(|link| link.hash));
+            if let Some((link, bytes)) = disk.spilling.remove(hash) {
+                disk.spilling_bytes -= bytes.len() as u64;
+                on_disk = Some(link);
+            }
+        }
+        if let Some(link) = &on_disk {
+            self.groups.remove(Tier::Disk, link);
+        }
+        in_ram.or(on_disk).is_some()
     }
 
     /// A file is gone, or not intact.

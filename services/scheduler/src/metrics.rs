@@ -93,6 +93,8 @@ pub struct Metrics {
     pub store_fetched: Counter,
     /// Blocks that the prefix store has and that were computed: that was estimated to be faster, or memory had no room.
     pub store_skipped: Counter,
+    /// Blocks of the prefix store that were not as they were offered.
+    pub store_corrupt: Counter,
     /// Blocks offered to the prefix store.
     pub store_offered: Counter,
     /// Evicted blocks dropped because too many were on their way.
@@ -128,6 +130,7 @@ impl Metrics {
             store_fetched: counter!(names::PREFIX_STORE_FETCHED_BLOCKS_TOTAL, &l),
             store_skipped: counter!(names::PREFIX_STORE_SKIPPED_BLOCKS_TOTAL, &l),
             store_offered: counter!(names::PREFIX_STORE_OFFERED_BLOCKS_TOTAL, &l),
+            store_corrupt: counter!(names::PREFIX_STORE_CORRUPT_BLOCKS_TOTAL, &l),
             store_dropped: counter!(names::PREFIX_STORE_DROPPED_BLOCKS_TOTAL, &l),
         }
     }

@@ -21,6 +21,7 @@ use tokio::sync::watch;
 struct Store {
     blocks: Mutex<HashMap<BlockHash, Bytes>>,
     count: watch::Sender<usize>,
+    forgotten: watch::Sender<Vec<BlockHash>>,
     /// It answers nothing.
     hang: bool,
     /// It sends so many blocks and then nothing.
@@ -60,6 +61,12 @@ impl PrefixStore for Store {
         let new = self.blocks.lock().unwrap().insert(link.hash, bytes).is_none();
         self.count.send_modify(|count| *count += usize::from(new));
         Box::pin(async move { Ok(new) })
+    }
+
+    fn forget(&self, blocks: &[BlockHash]) -> BoxFuture<'_, Result<()>> {
+        blocks.iter().for_each(|hash| drop(self.blocks.lock().unwrap().remove(hash)));
+        self.forgotten.send_modify(|forgotten| forgotten.extend(blocks));
+        Box::pin(async { Ok(()) })
     }
 
     fn is_shared(&self) -> bool {
@@ -206,6 +213,51 @@ async fn what_came_before_a_store_stalled_is_used() {
     let found = generate(&*over(&store, config, &levers).await, wanted).await.unwrap();
     assert_eq!((found.usage().cached_tokens, found.tokens), (3 * 64, expected.tokens));
     assert_eq!(levers.computed.load(std::sync::atomic::Ordering::SeqCst), 500 - 3 * 64 + 19);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_block_that_changed_on_its_way_is_dropped_computed_and_offered_again() {
+    let store = Arc::new(Store { is_shared: true, ..Store::default() });
+    let config = Config { prefix_store_fetch: FetchPolicy::Always, ..config() };
+    let wanted = request(prompt(1, 300), 20);
+    let expected = generate(&*over(&store, config.clone(), &Arc::default()).await, wanted.clone()).await.unwrap();
+    stores(&store, 4).await;
+    let chain = hasher().chain(&wanted.salt, &wanted.prompt);
+    let good = store.blocks.lock().unwrap()[&chain[2]].clone();
+    let mut changed = good.to_vec();
+    changed[7] ^= 1;
+    store.blocks.lock().unwrap().insert(chain[2], changed.into());
+    let two = over(&store, config.clone(), &Arc::default()).await;
+    let found = generate(&two, wanted.clone()).await.unwrap();
+    assert_eq!((found.usage().cached_tokens, &found.tokens), (2 * BLOCK_TOKENS, &expected.tokens));
+    assert_eq!(*store.forgotten.borrow(), [chain[2]]);
+    stores(&store, 5).await;
+    assert_eq!(store.blocks.lock().unwrap()[&chain[2]], good);
+    let three = over(&store, config, &Arc::default()).await;
+    let found = generate(&three, wanted).await.unwrap();
+    assert_eq!((found.usage().cached_tokens, found.tokens), (4 * BLOCK_TOKENS, expected.tokens));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_that_spoil_a_request_spoil_one() {
+    let store = Arc::new(Store { is_shared: true, ..Store::default() });
+    let config = Config { prefix_store_fetch: FetchPolicy::Always, ..config() };
+    let wanted = request(prompt(1, 300), 20);
+    let faulty: Arc<Levers> = Arc::default();
+    faulty.spoil_exports.store(true, std::sync::atomic::Ordering::SeqCst);
+    let expected = generate(&*over(&store, config.clone(), &faulty).await, wanted.clone()).await.unwrap();
+    stores(&store, 4).await;
+    let two = over(&store, config.clone(), &Arc::default()).await;
+    let error = generate(&two, wanted.clone()).await.unwrap_err();
+    assert!(error.message.contains("cannot be used"), "{error}");
+    let chain = hasher().chain(&wanted.salt, &wanted.prompt);
+    let mut forgotten = store.forgotten.subscribe();
+    let all = |forgotten: &Vec<BlockHash>| chain.iter().all(|hash| forgotten.contains(hash));
+    tokio::time::timeout(PATIENCE, forgotten.wait_for(all)).await.unwrap().unwrap();
+    // neither this replica nor another fails again
+    for replica in [two, over(&store, config, &Arc::default()).await] {
+        assert_eq!(generate(&replica, wanted.clone()).await.unwrap().tokens, expected.tokens);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -32,6 +32,10 @@ impl PrefixStore for Empty {
     fn offer(&self, _link: Link, _bytes: Bytes) -> BoxFuture<'_, Result<bool>> {
         Box::pin(async { Ok(false) })
     }
+
+    fn forget(&self, _blocks: &[BlockHash]) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
 }
 
 fn attribute(span: &Span, key: &str) -> String {

@@ -183,6 +183,24 @@ impl Handler<Pin> for BlockPool {
     }
 }
 
+/// Drops blocks; how many were there.
+#[derive(Message)]
+#[rtype(result = "usize")]
+pub struct Forget(
+    /// Their names.
+    pub Vec<BlockHash>,
+);
+
+impl Handler<Forget> for BlockPool {
+    type Result = usize;
+
+    fn handle(&mut self, Forget(blocks): Forget, _: &mut Context<Self>) -> usize {
+        let forgotten = blocks.iter().filter(|hash| self.pool.forget(hash)).count();
+        self.settle();
+        forgotten
+    }
+}
+
 /// What is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {

@@ -52,6 +52,8 @@ names! {
     gauge KV_BLOCKS_CACHED = "moesaic_kv_blocks_cached", "Unused KV blocks that hold reusable tokens.";
     counter PREFIX_STORE_FETCHED_BLOCKS_TOTAL = "moesaic_prefix_store_fetched_blocks_total",
         "Blocks read from the prefix store.";
+    counter PREFIX_STORE_CORRUPT_BLOCKS_TOTAL = "moesaic_prefix_store_corrupt_blocks_total",
+        "Blocks of the prefix store that were not as they were offered; they are dropped and computed.";
     counter PREFIX_STORE_OFFERED_BLOCKS_TOTAL = "moesaic_prefix_store_offered_blocks_total",
         "Blocks offered to the prefix store.";
     counter PREFIX_STORE_SKIPPED_BLOCKS_TOTAL = "moesaic_prefix_store_skipped_blocks_total",

@@ -118,6 +118,9 @@ pub trait PrefixStore: Send + Sync + 'static {
     fn fetch(&self, chain: &[BlockHash], from: usize) -> BoxStream<'static, Result<Bytes>>;
     /// Offers a block; the store may decline (false), for it has it or has no room.
     fn offer(&self, link: Link, bytes: Bytes) -> BoxFuture<'_, Result<bool>>;
+    /// Drops blocks whose bytes are wrong: nobody gets them from now on, and they can be offered anew. An error: some may
+    /// still be there.
+    fn forget(&self, blocks: &[BlockHash]) -> BoxFuture<'_, Result<()>>;
     /// Whether other replicas use it as well: then a block is worth offering as soon as it is full.
     fn is_shared(&self) -> bool {
         false

@@ -57,6 +57,8 @@ impl Engine {
         for hash in &sequence.chain {
             self.pool.forget(hash);
         }
+        // a block of another replica may be what is wrong: without this every replica would try it
+        self.forget_stored(sequence.chain.clone());
         let message = format!("the model's logits at position {position} cannot be used: {reason}");
         self.fail(key, Error::internal(message));
     }

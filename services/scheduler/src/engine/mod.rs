@@ -4,6 +4,7 @@
 mod collect;
 mod economy;
 mod outage;
+mod seal;
 mod sequence;
 mod step;
 mod store;

@@ -1,5 +1,6 @@
 //! Traffic with the prefix store and the event bus: all of it in tasks, so that the engine never waits.
 use super::economy::Economy;
+use super::seal;
 use super::{Command, Engine, Fetched, Phase};
 use bytes::Bytes;
 use futures::StreamExt;
@@ -11,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
@@ -57,6 +59,7 @@ impl Engine {
             economy: Arc::clone(&self.economy),
             is_away: Arc::clone(&self.store_is_away),
             skipped: self.metrics.store_skipped.clone(),
+            corrupt: self.metrics.store_corrupt.clone(),
             room: Arc::clone(&self.fetched_room),
             block_bytes: self.runner.kv_block_bytes(),
             timeout,
@@ -126,7 +129,11 @@ impl Engine {
         self.metrics.store_offered.increment(1);
         let replies = self.offers_full.then(|| self.replies.clone());
         self.parts.runtime.spawn(async move {
-            if let Err(error) = store.offer(link, bytes).await {
+            // a large block's checksum takes longer than a task may
+            let sealed = spawn_blocking(move || seal::seal(&link.hash, bytes)).await;
+            let sealed = sealed.map_err(|error| Error::internal(error.to_string()));
+            let offered = async { store.offer(link, sealed?).await };
+            if let Err(error) = offered.await {
                 tracing::debug!(%error, "offer a block to the prefix store");
             }
             drop(place);
@@ -134,6 +141,16 @@ impl Engine {
             let _ = replies.map(|replies| replies.try_send(Command::Wake));
         });
         true
+    }
+
+    /// Tells the prefix store to drop blocks of which nothing good came, so that no replica fetches them again.
+    pub(super) fn forget_stored(&self, chain: Vec<BlockHash>) {
+        let Some(store) = self.parts.store.clone().filter(|_| !chain.is_empty()) else { return };
+        self.parts.runtime.spawn(async move {
+            if let Err(error) = store.forget(&chain).await {
+                tracing::warn!(%error, "drop blocks from the prefix store; they may be fetched again");
+            }
+        });
     }
 
     /// Publishes what changed in the prefix cache; keeps it for later when the publisher is behind.
@@ -158,6 +175,7 @@ struct Fetch {
     economy: Arc<Economy>,
     is_away: Arc<AtomicBool>,
     skipped: Counter,
+    corrupt: Counter,
     room: Arc<Semaphore>,
     block_bytes: usize,
     timeout: Duration,
@@ -197,6 +215,20 @@ impl Fetch {
         }
     }
 
+    /// A block that is as it was offered.
+    async fn open(&self, name: BlockHash, sealed: Bytes) -> Option<Bytes> {
+        // a large block's checksum takes longer than a task may
+        let opened = spawn_blocking(move || seal::open(&name, &sealed)).await.ok().flatten();
+        opened.filter(|block| block.len() == self.block_bytes)
+    }
+
+    /// Has the store drop a block, so that it takes a good one.
+    async fn drop_corrupt(&self, name: BlockHash) -> Result<()> {
+        tracing::warn!(block = ?name, "a block of the prefix store is not as it was offered; it is dropped");
+        self.corrupt.increment(1);
+        self.store.forget(&[name]).await
+    }
+
     async fn fill(&self, fetched: &mut Fetched, chain: &[BlockHash]) -> Result<()> {
         let first = fetched.first;
         let late = |_| Error::unavailable(format!("the prefix store did not answer within {:?}", self.timeout));
@@ -227,9 +259,14 @@ impl Fetch {
                 break Ok(());
             }
             match timeout_at(deadline, coming.next()).await {
-                Ok(Some(Ok(block))) if block.len() == self.block_bytes => blocks.push(block),
-                Ok(Some(Ok(block))) => {
-                    break Err(Error::internal(format!("a block has {} bytes, not {}", block.len(), self.block_bytes)));
+                Ok(Some(Ok(sealed))) => {
+                    let name = chain[first + blocks.len()];
+                    match self.open(name, sealed).await {
+                        Some(block) => blocks.push(block),
+                        None => {
+                            break timeout_at(deadline, self.drop_corrupt(name)).await.unwrap_or_else(|e| Err(late(e)));
+                        }
+                    }
                 }
                 Ok(None) => break Ok(()),
                 Ok(Some(Err(error))) => break Err(error),
@@ -245,7 +282,7 @@ impl Fetch {
 async fn reply(replies: &SyncSender<Command>, command: Command) {
     if let Err(TrySendError::Full(command)) = replies.try_send(command) {
         let replies = replies.clone();
-        let sent = tokio::task::spawn_blocking(move || replies.send(command).is_ok()).await;
+        let sent = spawn_blocking(move || replies.send(command).is_ok()).await;
         tracing::debug!(sent = sent.unwrap_or(false), "the engine's queue was full");
     }
 }

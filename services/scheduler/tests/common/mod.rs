@@ -13,7 +13,7 @@ use moesaic_types::{
     BLOCK_TOKENS, BlockHasher, Delta, Digest, Error, FinishReason, GenerateRequest, KvFormat, Priority, RequestId,
     SampledToken, SamplingParams, StopConditions, TenantSalt, TokenId, Usage, WeightFormat,
 };
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -39,6 +39,8 @@ pub struct Levers {
     steps: AtomicUsize,
     /// Steps that spoil the keys and values of their first sequence's tokens; every later row over these is NaN.
     pub poison: AtomicUsize,
+    /// Blocks leave it spoiled, so that every row over these is NaN.
+    pub spoil_exports: AtomicBool,
     /// How many models were built.
     pub built: AtomicUsize,
     /// How many tokens were computed.
@@ -256,6 +258,9 @@ impl Runner for Fake {
     fn record_routing(&mut self, _on: bool) {}
 
     fn export_block(&mut self, block: BlockIndex) -> moesaic_model::Result<Bytes> {
+        if self.levers.spoil_exports.load(Ordering::SeqCst) {
+            return Ok(POISON.to_le_bytes().repeat(BLOCK_TOKENS).into());
+        }
         Ok(self.kv[block as usize].iter().flat_map(|token| token.to_le_bytes()).collect::<Vec<u8>>().into())
     }
 

@@ -31,6 +31,7 @@ pub async fn prefix_store(store: Arc<dyn PrefixStore>) {
     one_chain(&*store).await;
     groups(&*store).await;
     taken_once(&store).await;
+    forgotten(&*store).await;
 }
 
 async fn one_chain(store: &dyn PrefixStore) {
@@ -81,6 +82,26 @@ async fn groups(store: &dyn PrefixStore) {
     forked[GROUP_BLOCKS + 1] = block(5000).0;
     assert_eq!(store.longest(&forked, 0).await, Ok(GROUP_BLOCKS + 1));
     assert_eq!(fetched(store, &forked, 2).await.map(|blocks| blocks.len()), Ok(GROUP_BLOCKS - 1));
+}
+
+/// What is dropped is not given any longer, wherever it is, and is taken again.
+async fn forgotten(store: &dyn PrefixStore) {
+    let numbers: Vec<u32> = (2000..2000 + 2 * GROUP_BLOCKS as u32).collect();
+    let chain = chain(numbers.iter().copied());
+    for (position, number) in numbers.iter().enumerate() {
+        assert_eq!(store.offer(Link::of(&chain, position), block(*number).1).await, Ok(true));
+    }
+    for gone in [GROUP_BLOCKS + 3, 2] {
+        assert_eq!(store.forget(&[chain[gone], block(6000).0]).await, Ok(()), "it may have some of them only");
+        assert_eq!(store.longest(&chain, 0).await, Ok(gone));
+        assert_eq!(fetched(store, &chain, 0).await.map(|blocks| blocks.len()), Ok(gone));
+        assert_eq!(store.longest(&chain, gone).await, Ok(0));
+    }
+    let other = Bytes::from_static(b"computed again");
+    assert_eq!(store.offer(Link::of(&chain, 2), other.clone()).await, Ok(true));
+    assert_eq!(fetched(store, &chain[..3], 2).await, Ok(vec![other]));
+    assert_eq!(store.forget(&chain).await, Ok(()));
+    assert_eq!(store.longest(&chain, 0).await, Ok(0));
 }
 
 async fn taken_once(store: &Arc<dyn PrefixStore>) {

@@ -219,6 +219,17 @@ impl PrefixStore for RemotePrefixStore {
         .boxed()
     }
 
+    fn forget(&self, blocks: &[BlockHash]) -> BoxFuture<'_, Result<()>> {
+        let blocks = blocks.to_vec();
+        async move {
+            // copies may be anywhere, and this is rare
+            let nodes = self.nodes.all();
+            let answers = join_all(nodes.iter().map(|node| node.forget(&blocks))).await;
+            answers.into_iter().try_for_each(|answer| answer.map(|_| ()))
+        }
+        .boxed()
+    }
+
     fn is_shared(&self) -> bool {
         true
     }

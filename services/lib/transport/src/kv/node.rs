@@ -146,6 +146,16 @@ impl KvNode {
         let call = client.pin(traced(wire::PinRequest { chain: hashes_to_wire(chain), for_ms }));
         Ok(self.within(call).await?.into_inner().pinned as usize)
     }
+
+    /// Drops blocks whose bytes are wrong; how many of them it had.
+    ///
+    /// # Errors
+    /// `Unavailable` when it does not answer.
+    pub async fn forget(&self, blocks: &[BlockHash]) -> Result<usize> {
+        let mut client = self.client.clone();
+        let call = client.forget(traced(wire::ForgetRequest { chain: hashes_to_wire(blocks) }));
+        Ok(self.within(call).await?.into_inner().forgotten as usize)
+    }
 }
 
 /// Blocks on their way.

@@ -41,6 +41,12 @@ impl KvNodes {
         ranked(group, ready).into_iter().filter_map(known).collect()
     }
 
+    /// All nodes, also those that take no work.
+    pub fn all(&self) -> Vec<KvNode> {
+        let view = self.directory().view();
+        view.members.keys().filter_map(|id| self.clients.get(id)).collect()
+    }
+
     /// Nodes beside the first that say in the metadata that they have blocks of these groups; RAM first. What an earlier
     /// life of a node said is not listened to. Where the metadata cannot be read there are none.
     pub async fn exceptions(&self, groups: &[BlockHash]) -> Vec<Vec<KvNode>> {

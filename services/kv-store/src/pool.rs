@@ -257,10 +257,11 @@ impl Pool {
     /// [`Pool::written`] or [`Pool::failed`].
     pub fn next_work(&mut self, now: Instant) -> Option<Work> {
         let disk = self.disk.as_mut()?;
-        if !disk.is_scanned {
-            return Some(Work::Scan);
-        }
         let mut remove = std::mem::take(&mut disk.removing);
+        if !disk.is_scanned {
+            // a file that is to go is not to be found
+            return Some(if remove.is_empty() { Work::Scan } else { Work::Remove(remove) });
+        }
         while let Some(hash) = self.disk.as_mut().and_then(|disk| disk.queue.pop_front()) {
             let Some(disk) = &mut self.disk else { break };
             let Some((link, bytes)) = disk.spilling.get(&hash).cloned() else { continue };
@@ -358,10 +359,11 @@ impl Pool {
         }
     }
 
-    /// The disk may be used as configured again.
-    pub fn retry(&mut self) {
+    /// The disk may be used as configured again; `looks_again`: there may be files that are not known here.
+    pub fn retry(&mut self, looks_again: bool) {
         if let Some(disk) = &mut self.disk {
             disk.room = Room::All;
+            disk.is_scanned &= !looks_again;
             disk.shelf.set_capacity(disk.capacity);
         }
     }

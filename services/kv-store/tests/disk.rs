@@ -12,8 +12,14 @@ use moesaic_types::{BlockHash, Link};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// So many blocks are never offered.
+const ALL: usize = usize::MAX / 2;
 
 fn len() -> u64 {
     block(0).1.len() as u64
@@ -148,16 +154,73 @@ async fn the_disk_has_its_own_capacity_and_chains_go_from_their_ends() {
     }
 }
 
-/// A disk with room for some blocks.
+/// A disk that refuses some removals.
+struct Stubborn {
+    folder: Folder,
+    refusals: AtomicUsize,
+}
+
+impl Files for Stubborn {
+    fn write(&self, link: &Link, block: &[u8]) -> io::Result<()> {
+        self.folder.write(link, block)
+    }
+
+    fn read(&self, hash: &BlockHash) -> io::Result<Option<Vec<u8>>> {
+        self.folder.read(hash)
+    }
+
+    fn remove(&self, hash: &BlockHash) -> io::Result<()> {
+        let refused = self.refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        if refused.is_ok() { Err(io::Error::other("not now")) } else { self.folder.remove(hash) }
+    }
+
+    fn scan(&self, found: &mut dyn FnMut(Found)) -> io::Result<()> {
+        self.folder.scan(found)
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_could_not_be_removed_is_found_and_removed_later() {
+    let place = tempfile::tempdir().unwrap();
+    let stubborn = Arc::new(Stubborn { folder: Folder::open(place.path()).unwrap(), refusals: 0.into() });
+    let config = Config { disk_capacity: ByteSize(4 * len()), ..config(1) };
+    let store = KvStore::start_on(&config, Some(stubborn.clone())).unwrap();
+    let push = async |n: u32| assert_eq!(store.offer(Link::of(&chain([n]), 0), block(n).1).await, Ok(true));
+    for n in 0..5 {
+        push(n).await;
+    }
+    until("the disk is full", || async { files(place.path()).len() == 4 }).await;
+    stubborn.refusals.store(2, Ordering::SeqCst);
+    for n in 5..12 {
+        push(n).await;
+    }
+    until("each removal was refused once", || async { stubborn.refusals.load(Ordering::SeqCst) == 0 }).await;
+    until("nothing is left that is not counted", || async {
+        let sizes = store.size().await.unwrap();
+        let on_disk = files(place.path()).len();
+        on_disk <= 4 && sizes.disk_blocks == on_disk
+    })
+    .await;
+}
+
+/// A disk with room for some blocks, which can be held up.
 struct Small {
     folder: Folder,
     room: AtomicUsize,
     kept: AtomicUsize,
     refused: AtomicUsize,
+    /// How many blocks were offered; a write waits for some more, so that there is always work.
+    offered: Option<Arc<(Mutex<usize>, Condvar)>>,
 }
 
 impl Files for Small {
     fn write(&self, link: &Link, block: &[u8]) -> io::Result<()> {
+        if let Some(offered) = &self.offered {
+            let (count, changed) = &**offered;
+            let next = *count.lock().unwrap() + 2;
+            let waited = changed.wait_timeout_while(count.lock().unwrap(), PATIENCE, |count| *count < next.min(ALL));
+            assert!(!waited.unwrap().1.timed_out());
+        }
         if self.kept.load(Ordering::SeqCst) >= self.room.load(Ordering::SeqCst) {
             self.refused.fetch_add(1, Ordering::SeqCst);
             return Err(ErrorKind::StorageFull.into());
@@ -184,7 +247,7 @@ impl Files for Small {
 async fn a_full_disk_costs_no_request_and_is_used_again_when_there_is_room() {
     let place = tempfile::tempdir().unwrap();
     let folder = Folder::open(place.path()).unwrap();
-    let small = Small { folder, room: 0.into(), kept: 0.into(), refused: 0.into() };
+    let small = Small { folder, room: 0.into(), kept: 0.into(), refused: 0.into(), offered: None };
     let small = Arc::new(small);
     let store = KvStore::start_on(&config(2), Some(small.clone())).unwrap();
     let single = |n: u32| chain([n]);
@@ -215,4 +278,34 @@ async fn a_full_disk_costs_no_request_and_is_used_again_when_there_is_room() {
     .await;
     let stored = store.size().await.unwrap();
     assert!(stored.disk_blocks <= 4, "{stored:?}");
+}
+
+#[tokio::test]
+async fn a_disk_that_was_full_is_used_again_also_when_it_never_rests() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = Folder::open(place.path()).unwrap();
+    let offered = Arc::new((Mutex::new(0), Condvar::new()));
+    let small =
+        Small { folder, room: 3.into(), kept: 0.into(), refused: 0.into(), offered: Some(Arc::clone(&offered)) };
+    let small = Arc::new(small);
+    let store = KvStore::start_on(&config(1), Some(small.clone())).unwrap();
+    let mut next = 0;
+    let push = async |n: u32| {
+        assert_eq!(store.offer(Link::of(&chain([n]), 0), block(n).1).await, Ok(true));
+        *offered.0.lock().unwrap() += 1;
+        offered.1.notify_all();
+    };
+    while small.refused.load(Ordering::SeqCst) == 0 {
+        next += 1;
+        push(next).await;
+    }
+    small.room.store(usize::MAX, Ordering::SeqCst);
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while files(place.path()).len() < 20 {
+        assert!(tokio::time::Instant::now() < deadline, "{} files", files(place.path()).len());
+        next += 1;
+        push(next).await;
+    }
+    *offered.0.lock().unwrap() = ALL;
+    offered.1.notify_all();
 }

@@ -326,13 +326,17 @@ impl Handler<Ended> for BlockPool {
 /// The disk may be used in full again.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Retry;
+pub struct Retry {
+    /// There may be files that the pool does not know.
+    pub looks_again: bool,
+}
 
 impl Handler<Retry> for BlockPool {
     type Result = ();
 
-    fn handle(&mut self, _: Retry, _: &mut Context<Self>) {
-        self.pool.retry();
+    fn handle(&mut self, Retry { looks_again }: Retry, _: &mut Context<Self>) {
+        self.pool.retry(looks_again);
+        self.settle();
     }
 }
 

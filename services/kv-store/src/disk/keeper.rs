@@ -1,5 +1,5 @@
 //! Does what the pool wants done on disk, one thing at a time, on blocking threads.
-use super::{Files, Found};
+use super::{Files, Found, each};
 use crate::actors::block_pool::{BlockPool, Ended, Retry, Scanned, TakeWork};
 use crate::pool::Work;
 use bytes::Bytes;
@@ -23,8 +23,11 @@ const BATCH: usize = 256;
 
 /// Works until the pool is gone. `wake` says that there is work, `retry` how long a disk that failed is left alone.
 pub async fn keep(pool: WeakHandle<BlockPool>, files: Arc<dyn Files>, wake: Arc<Notify>, retry: Duration) {
-    let mut keeper = Keeper { pool, files, retry, retry_at: None, is_failing: false };
+    let mut keeper = Keeper { pool, files, retry, retry_at: None, is_failing: false, looks_again: false };
     loop {
+        if keeper.retry_where_due().await.is_err() {
+            return;
+        }
         let Ok(work) = keeper.ask(|| TakeWork).await else { return };
         let done = match work {
             Some(Work::Scan) => keeper.scan().await,
@@ -49,6 +52,8 @@ struct Keeper {
     retry_at: Option<Instant>,
     /// The disk failed, and has not shown since that it works.
     is_failing: bool,
+    /// There may be files that the pool does not know.
+    looks_again: bool,
 }
 
 impl Keeper {
@@ -84,9 +89,15 @@ impl Keeper {
             () = wake.notified() => {}
             () = sleep_until(at) => {}
         }
-        if Instant::now() >= at {
+        Ok(())
+    }
+
+    /// The disk is used in full again after a while, however much there is to do.
+    async fn retry_where_due(&mut self) -> Result<(), Gone> {
+        if self.retry_at.is_some_and(|at| Instant::now() >= at) {
             self.retry_at = None;
-            self.ask(|| Retry).await?;
+            let looks_again = std::mem::take(&mut self.looks_again);
+            self.ask(|| Retry { looks_again }).await?;
         }
         Ok(())
     }
@@ -113,6 +124,7 @@ impl Keeper {
         let told = scan.await.unwrap_or_else(|error| Err(io::Error::other(error)));
         if let Err(error) = told {
             self.notice(&error, "read the disk tier's folder");
+            self.looks_again = true;
         }
         if self.life()? != life {
             // a fresh pool has missed a part, and wants a scan
@@ -123,9 +135,10 @@ impl Keeper {
 
     async fn remove(&mut self, hashes: Vec<BlockHash>) -> Result<(), Gone> {
         let files = Arc::clone(&self.files);
-        let removed = spawn_blocking(move || hashes.iter().try_for_each(|hash| files.remove(hash))).await;
+        let removed = spawn_blocking(move || each(&hashes, |hash| files.remove(hash))).await;
         if let Err(error) = removed.unwrap_or_else(|error| Err(io::Error::other(error))) {
             self.notice(&error, "remove a block from disk");
+            self.looks_again = true;
         }
         Ok(())
     }
@@ -133,10 +146,13 @@ impl Keeper {
     async fn write(&mut self, link: Link, bytes: Bytes, remove: Vec<BlockHash>) -> Result<(), Gone> {
         let files = Arc::clone(&self.files);
         let written = spawn_blocking(move || {
-            remove.iter().try_for_each(|hash| files.remove(hash))?;
-            files.write(&link, &bytes)
+            let removed = each(&remove, |hash| files.remove(hash));
+            let all_removed = removed.is_ok();
+            // without the room that was to be made nothing is written
+            (removed.and_then(|()| files.write(&link, &bytes)), all_removed)
         });
-        let written = written.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        let (written, all_removed) = written.await.unwrap_or_else(|error| (Err(io::Error::other(error)), false));
+        self.looks_again |= !all_removed;
         let is_full = written.as_ref().is_err_and(|error| {
             matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge)
         });

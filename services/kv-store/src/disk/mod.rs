@@ -9,8 +9,9 @@ mod keeper;
 pub use keeper::keep;
 
 use moesaic_types::{BlockHash, Error, Link, Result};
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// What [`Files::scan`] finds: a block and its bytes' length, or a file that is none.
@@ -36,7 +37,7 @@ pub trait Files: Send + Sync + 'static {
     /// Tells of every file, and removes what an earlier life left half written. Blocks are not read.
     ///
     /// # Errors
-    /// The system's.
+    /// The system's first; everything else was told of even so.
     fn scan(&self, found: &mut dyn FnMut(Found)) -> io::Result<()>;
 }
 
@@ -60,8 +61,8 @@ impl Folder {
             let message = format!("kv_store.disk_folder: {} cannot be used: {reason}", path.display());
             Error::invalid("kv_store.disk_folder", message)
         };
-        fs::create_dir_all(path.join(UNFINISHED)).map_err(|error| refused(&error))?;
-        let lock = File::create(path.join("lock")).map_err(|error| refused(&error))?;
+        make_folder(&path.join(UNFINISHED)).map_err(|error| refused(&error))?;
+        let lock = create(&path.join("lock")).map_err(|error| refused(&error))?;
         lock.try_lock().map_err(|error| match error {
             fs::TryLockError::WouldBlock => refused(&"another process has it"),
             fs::TryLockError::Error(error) => refused(&error),
@@ -73,6 +74,16 @@ impl Folder {
         let name = format!("{hash:?}");
         self.path.join(&name[..2]).join(name)
     }
+}
+
+/// Makes a folder that is this user's alone, and those above it; one that is there stays as it is.
+fn make_folder(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Makes a file that is this user's alone: blocks tell what was asked.
+fn create(path: &Path) -> io::Result<File> {
+    File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
 /// The name that a file's name says.
@@ -99,16 +110,46 @@ fn found(path: &Path, hash: BlockHash) -> io::Result<Found> {
     }
 }
 
+/// Whether the process or the system has no more files to open: that says nothing of the file.
+fn is_out_of_files(error: &io::Error) -> bool {
+    const ENFILE: i32 = 23;
+    const EMFILE: i32 = 24;
+    matches!(error.raw_os_error(), Some(ENFILE | EMFILE))
+}
+
+/// Keeps the first error, so that one does not end what goes on with others.
+#[derive(Default)]
+struct First(Option<io::Error>);
+
+impl First {
+    fn note<T>(&mut self, outcome: io::Result<T>) -> Option<T> {
+        outcome.map_err(|error| self.0.get_or_insert(error)).ok()
+    }
+
+    fn end(self) -> io::Result<()> {
+        self.0.map_or(Ok(()), Err)
+    }
+}
+
+/// Calls for each, and gives the first error when all are done.
+fn each<T>(items: impl IntoIterator<Item = T>, mut call: impl FnMut(T) -> io::Result<()>) -> io::Result<()> {
+    let mut first = First::default();
+    for item in items {
+        first.note(call(item));
+    }
+    first.end()
+}
+
 impl Files for Folder {
     fn write(&self, link: &Link, block: &[u8]) -> io::Result<()> {
         let (place, beside) = (self.place(&link.hash), self.path.join(UNFINISHED).join(format!("{:?}", link.hash)));
         let write = || {
-            let mut opened = File::create(&beside)?;
+            let mut opened = create(&beside)?;
             opened.write_all(&file::header(link, block))?;
             opened.write_all(block)?;
             drop(opened);
             if let Some(folder) = place.parent() {
-                fs::create_dir_all(folder)?;
+                make_folder(folder)?;
             }
             fs::rename(&beside, &place)
         };
@@ -135,24 +176,29 @@ impl Files for Folder {
     }
 
     fn scan(&self, tell: &mut dyn FnMut(Found)) -> io::Result<()> {
-        for left in fs::read_dir(self.path.join(UNFINISHED))? {
-            fs::remove_file(left?.path())?;
-        }
+        let mut first = First::default();
+        let left = first.note(fs::read_dir(self.path.join(UNFINISHED)));
+        first.note(each(left.into_iter().flatten(), |left| fs::remove_file(left?.path())));
         for folder in fs::read_dir(&self.path)? {
-            let folder = folder?;
-            let is_blocks = folder.file_name().len() == 2 && folder.file_type()?.is_dir();
-            if !is_blocks {
-                continue;
-            }
-            for entry in fs::read_dir(folder.path())? {
-                let path = entry?.path();
+            let Some(folder) = first.note(folder) else { continue };
+            let is_blocks = folder.file_name().len() == 2 && folder.file_type().is_ok_and(|kind| kind.is_dir());
+            let Some(entries) = is_blocks.then(|| first.note(fs::read_dir(folder.path()))).flatten() else { continue };
+            for entry in entries {
+                let Some(path) = first.note(entry).map(|entry| entry.path()) else { continue };
                 // what is not ours stays
-                if let Some(hash) = named(&path) {
-                    tell(found(&path, hash)?);
+                let Some(hash) = named(&path) else { continue };
+                match found(&path, hash) {
+                    Ok(found) => tell(found),
+                    Err(error) if error.kind() == ErrorKind::NotFound => {}
+                    Err(error) if is_out_of_files(&error) => drop(first.note::<()>(Err(error))),
+                    Err(error) => {
+                        tracing::warn!(%error, path = %path.display(), "read a block's header; the block is dropped");
+                        tell(Err(hash));
+                    }
                 }
             }
         }
-        Ok(())
+        first.end()
     }
 }
 
@@ -160,6 +206,7 @@ impl Files for Folder {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::os::unix::fs::PermissionsExt;
 
     fn chain(len: u8) -> Vec<BlockHash> {
         (0..len).map(|n| BlockHash([n.wrapping_mul(37).wrapping_add(1); 16])).collect()
@@ -197,6 +244,51 @@ mod tests {
         assert_eq!(folder.read(&chain[4]).unwrap_err().kind(), ErrorKind::NotFound);
         assert_eq!(fs::read_dir(place.path().join(UNFINISHED)).unwrap().count(), 0);
         assert!(place.path().join("01/not ours").exists());
+    }
+
+    #[test]
+    fn what_cannot_be_read_does_not_hide_the_rest() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = Folder::open(place.path()).unwrap();
+        let chain = chain(40);
+        let odd = |n: usize| n % 2 == 1;
+        for (n, hash) in chain.iter().enumerate() {
+            match odd(n) {
+                // its header cannot be read, whoever reads it
+                true => fs::create_dir_all(folder.place(hash)).unwrap(),
+                false => folder.write(&Link::of(&chain, n), &block(n)).unwrap(),
+            }
+        }
+        fs::create_dir(place.path().join(UNFINISHED).join("cannot be removed")).unwrap();
+        let mut all = Vec::new();
+        let told = folder.scan(&mut |found| all.push(found));
+        assert!(told.is_err(), "what is left half written stays");
+        let (mut good, mut bad): (Vec<_>, Vec<_>) = (Vec::new(), Vec::new());
+        all.into_iter().for_each(|found| match found {
+            Ok((link, _)) => good.push(link.hash),
+            Err(hash) => bad.push(hash),
+        });
+        let expected = |wanted: bool| {
+            let named = chain.iter().enumerate().filter(|(n, _)| odd(*n) == wanted);
+            let mut hashes: Vec<_> = named.map(|(_, hash)| *hash).collect();
+            hashes.sort_unstable();
+            hashes
+        };
+        good.sort_unstable();
+        bad.sort_unstable();
+        assert_eq!((good, bad), (expected(false), expected(true)));
+    }
+
+    #[test]
+    fn nobody_else_may_read_blocks() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("made");
+        let folder = Folder::open(&path).unwrap();
+        let chain = chain(1);
+        folder.write(&Link::of(&chain, 0), &block(0)).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let file = folder.place(&chain[0]);
+        assert_eq!((mode(&path), mode(file.parent().unwrap()), mode(&file)), (0o700, 0o700, 0o600));
     }
 
     #[test]

@@ -26,6 +26,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// Before the metadata are tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// How often one of the records is looked at: metadata that came back empty have none.
+const LOOK: Duration = Duration::from_secs(5);
+
 /// What a store must know to take part.
 pub struct Cluster {
     /// Where records stand.
@@ -74,6 +77,8 @@ impl Joined {
             lives: 0,
             records: HashMap::new(),
             due: BTreeMap::new(),
+            gone: HashMap::new(),
+            look_at: Instant::now() + LOOK,
         };
         let mut tasks = vec![tokio::spawn(announcer.run()).abort_handle()];
         let blocks = telling::blocks(store.pool.downgrade(), Arc::clone(&store.wakes.blocks), events, id.clone());
@@ -127,6 +132,10 @@ struct Announcer {
     records: HashMap<BlockHash, Record>,
     /// When each record must be renewed.
     due: BTreeMap<(Instant, BlockHash), ()>,
+    /// Records that are to be removed, and their versions.
+    gone: HashMap<BlockHash, u64>,
+    /// When it is looked whether the records still stand.
+    look_at: Instant,
 }
 
 impl Announcer {
@@ -151,7 +160,9 @@ impl Announcer {
                 if self.pool.upgrade().is_none() {
                     return;
                 }
-                let next = self.due.first_key_value().map(|((at, _), ())| *at);
+                // without a place in the cluster there is nothing to renew
+                let next = self.current().and_then(|_| self.due.first_key_value());
+                let next = next.map(|((at, _), ())| self.look_at.min(*at));
                 let renewal = sleep_until(next.unwrap_or_else(|| Instant::now() + LEASE));
                 tokio::select! {
                     () = self.groups.notified() => {}
@@ -169,6 +180,12 @@ impl Announcer {
         view.get(&self.id).map(|record| record.member.generation).filter(|generation| *generation >= self.born)
     }
 
+    /// Whether others see this life as the member's: then a record of a higher generation is of an earlier life, from
+    /// when generations were numbered otherwise.
+    fn is_current(&self, generation: u64) -> bool {
+        self.current() == Some(generation)
+    }
+
     /// Tells of some changes; whether there were any.
     async fn tell(&mut self) -> Result<bool> {
         let Some(pool) = self.pool.upgrade() else { return Ok(false) };
@@ -184,17 +201,22 @@ impl Announcer {
             pool.ask(Untell::All, DEADLINE).await?;
             self.generation = Some(generation);
         }
-        let mut changes = pool.ask(TakeUntold { limit: BATCH }, DEADLINE).await?;
-        changes.extend(self.renewals());
-        let any = !changes.is_empty();
-        let mut changes = changes.into_iter();
-        while let Some((group, tier)) = changes.next() {
-            let written = match tier {
-                Some(tier) => self.write(group, Holding { generation, tier }).await,
-                None => self.remove(group).await,
-            };
-            if let Err(error) = written {
-                let mut untold: Vec<_> = changes.map(|(group, _)| group).collect();
+        let changes = pool.ask(TakeUntold { limit: BATCH }, DEADLINE).await?;
+        let any = !changes.is_empty() || !self.gone.is_empty();
+        let mut held = Vec::new();
+        for (group, tier) in changes {
+            match tier {
+                Some(tier) => held.push((group, tier)),
+                None => self.gone.extend(self.forget(&group).map(|record| (group, record.version))),
+            }
+        }
+        let renewed = self.renewals();
+        let any = any || !renewed.is_empty();
+        held.extend(renewed);
+        let mut held = held.into_iter();
+        while let Some((group, tier)) = held.next() {
+            if let Err(error) = self.write(group, Holding { generation, tier }).await {
+                let mut untold: Vec<_> = held.map(|(group, _)| group).collect();
                 untold.push(group);
                 if pool.ask(Untell::These(untold), DEADLINE).await.is_err() {
                     // then everything is told again
@@ -203,14 +225,41 @@ impl Announcer {
                 return Err(error);
             }
         }
-        Ok(any)
+        self.remove_gone().await?;
+        Ok(self.look().await? || any)
+    }
+
+    /// Removes the records of what is here no longer; those that cannot be removed now, later.
+    async fn remove_gone(&mut self) -> Result<()> {
+        while let Some((group, version)) = self.gone.iter().next().map(|(group, version)| (*group, *version)) {
+            // one that is another's by now stays
+            self.metadata.remove(&Holding::key(&group, &self.id), version).await?;
+            self.gone.remove(&group);
+        }
+        Ok(())
+    }
+
+    /// Looks now and then whether the newest record stands. If not, the metadata have lost them all: everything is told
+    /// again. Whether that is to be done.
+    async fn look(&mut self) -> Result<bool> {
+        let Some(((_, group), ())) = self.due.last_key_value() else { return Ok(false) };
+        if self.look_at > Instant::now() {
+            return Ok(false);
+        }
+        let found = self.metadata.get(&Holding::key(group, &self.id)).await?;
+        self.look_at = Instant::now() + LOOK;
+        if found.is_none() {
+            tracing::warn!(records = self.records.len(), "the metadata lost which blocks are here; saying it again");
+            self.generation = None;
+        }
+        Ok(found.is_none())
     }
 
     /// Records whose lease is half over.
-    fn renewals(&self) -> Vec<(BlockHash, Option<Tier>)> {
+    fn renewals(&self) -> Vec<(BlockHash, Tier)> {
         let now = Instant::now();
         let due = self.due.keys().take_while(|(at, _)| *at <= now).take(BATCH);
-        due.filter_map(|(_, group)| Some((*group, Some(self.records.get(group)?.tier)))).collect()
+        due.filter_map(|(_, group)| Some((*group, self.records.get(group)?.tier))).collect()
     }
 
     fn forget(&mut self, group: &BlockHash) -> Option<Record> {
@@ -221,7 +270,7 @@ impl Announcer {
 
     async fn write(&mut self, group: BlockHash, holding: Holding) -> Result<()> {
         let key = Holding::key(&group, &self.id);
-        let mut expected = self.forget(&group).map(|record| record.version);
+        let mut expected = self.forget(&group).map(|record| record.version).or(self.gone.remove(&group));
         let renewed = Instant::now();
         let version = loop {
             let written = self.metadata.compare_and_set(&key, expected, holding.to_bytes(), Some(LEASE)).await?;
@@ -230,7 +279,9 @@ impl Announcer {
             }
             let found = self.metadata.get(&key).await?;
             let later = found.as_ref().and_then(|(bytes, _)| Holding::read(bytes));
-            if let Some(later) = later.filter(|later| later.generation > holding.generation) {
+            let is_other =
+                |later: &Holding| later.generation > holding.generation && !self.is_current(holding.generation);
+            if let Some(later) = later.filter(is_other) {
                 // a later process has this name: what it says counts
                 tracing::debug!(key, later.generation, "another life's record stands");
                 return Ok(());
@@ -240,14 +291,6 @@ impl Announcer {
         let due = renewed + LEASE / 2;
         self.records.insert(group, Record { version, tier: holding.tier, due });
         self.due.insert((due, group), ());
-        Ok(())
-    }
-
-    async fn remove(&mut self, group: BlockHash) -> Result<()> {
-        if let Some(record) = self.forget(&group) {
-            // one that is another's by now stays
-            self.metadata.remove(&Holding::key(&group, &self.id), record.version).await?;
-        }
         Ok(())
     }
 }

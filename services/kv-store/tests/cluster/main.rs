@@ -1,6 +1,8 @@
 //! Kv-stores as a cluster sees them: real gRPC servers, over memory and over real Redis.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails there")]
+mod announce;
+
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream;
@@ -78,6 +80,11 @@ impl Drop for Node {
 }
 
 async fn node(ground: &Ground, id: &'static str, config: &Config) -> Node {
+    node_that_tells(ground, id, config, ground.metadata.clone()).await
+}
+
+/// A node that says elsewhere what it has.
+async fn node_that_tells(ground: &Ground, id: &'static str, config: &Config, metadata: Arc<dyn Metadata>) -> Node {
     let store = KvStore::start(config).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -94,7 +101,7 @@ async fn node(ground: &Ground, id: &'static str, config: &Config) -> Node {
     let directory = ground.directory();
     let views = directory.watch();
     let cluster = Cluster {
-        metadata: ground.metadata.clone(),
+        metadata,
         events: ground.events.clone(),
         directory,
         id: id.into(),

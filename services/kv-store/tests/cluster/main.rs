@@ -20,7 +20,7 @@ use moesaic_transport::subjects::Subject;
 use moesaic_transport::{Directory, MemoryBus, MemoryMetadata, RedisMetadata, Registration, RemotePrefixStore};
 use moesaic_types::boundary::{EventBus, KvEvent, Metadata, PrefixStore};
 use moesaic_types::cluster::{Member, MemberState, Role, Service};
-use moesaic_types::{BlockHash, ErrorCode, Link};
+use moesaic_types::{BlockHash, ErrorCode, GROUP_BLOCKS, Link};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -291,6 +291,55 @@ async fn without_nodes_there_is_nothing_and_without_redis_the_known_nodes_serve(
     assert_eq!(fetched(&remote, &chain, 0).await, Ok(expected(0..20)));
     assert_eq!(remote.offer(Link::of(&chain, 20), block(20).1).await, Ok(true));
     assert_eq!(remote.longest(&chain, 0).await, Ok(21));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn without_redis_and_with_the_first_node_lost_its_copy_is_asked() {
+    let mut redis = servers::redis();
+    let metadata = Arc::new(RedisMetadata::connect(&redis.url(), "test").unwrap());
+    let ground = Ground { metadata, events: Arc::new(MemoryBus::new()) };
+    let config = Config { replication: 2, replication_queue: 1024, ..Config::default() };
+    let nodes = [node(&ground, "a", &config).await, node(&ground, "b", &config).await];
+    let remote = ground.remote();
+    sees(&remote, 2).await;
+    for node in &nodes {
+        let mut views = node.views.clone();
+        soon("the nodes see each other", views.wait_for(|view| view.ready().count() == 2)).await.unwrap();
+    }
+    let chain = chain(0..64);
+    offer(&remote, &chain, 0..64).await;
+    for node in &nodes {
+        until("each has all", || async { node.store.longest(&chain, 0).await == Ok(64) }).await;
+    }
+    redis.kill();
+    let first = ranked(&chain[0], ["a", "b"])[0];
+    let (lost, _kept): (Vec<_>, Vec<_>) = nodes.into_iter().partition(|node| node.id == first);
+    drop(lost);
+    assert_eq!(fetched(&remote, &chain, 0).await, Ok(expected(0..64)));
+    assert_eq!(remote.longest(&chain, 0).await, Ok(64));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_long_chain_is_found_among_many_nodes() {
+    let ground = Ground::memory();
+    let blocks = 40 * GROUP_BLOCKS as u32;
+    let first = node(&ground, "a", &Config::default()).await;
+    let remote = ground.remote();
+    sees(&remote, 1).await;
+    let chain = chain(0..blocks);
+    offer(&remote, &chain, 0..blocks).await;
+    for group in chain.iter().step_by(GROUP_BLOCKS) {
+        until("it says so", || async { ground.holding(group, "a").await.is_some() }).await;
+    }
+    // each group has now eleven others to look for
+    let mut others = Vec::new();
+    for id in ["b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l"] {
+        others.push(node(&ground, id, &Config::default()).await);
+    }
+    sees(&remote, 12).await;
+    assert_eq!(remote.longest(&chain, 0).await, Ok(blocks as usize));
+    assert_eq!(fetched(&remote, &chain, 0).await, Ok(expected(0..blocks)));
+    assert_eq!(first.id, "a");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

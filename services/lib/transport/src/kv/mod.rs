@@ -32,7 +32,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::Instrument;
 
-/// Nodes that a block is offered to, one after another, until one answers.
+/// Nodes that a block is offered to, or asked for where it belongs, one after another, until one answers.
 const TRIES: usize = 2;
 
 /// Blocks that are read ahead of who takes them.
@@ -84,17 +84,22 @@ impl RemotePrefixStore {
         }
     }
 
-    /// What the node has where a part belongs.
+    /// What the node has where a part belongs; where that node is away, what the next has: copies go there, and offers.
     async fn at_its_place(&self, chain: &[BlockHash], part: &Range<usize>) -> usize {
-        let Some(node) = self.first(chain, part) else { return 0 };
-        let found = node.longest(&chain[part.clone()]).await;
-        self.notice(&found);
-        found.unwrap_or(0)
+        for node in self.places(&group(chain, part)) {
+            let found = node.longest(&chain[part.clone()]).await;
+            self.notice(&found);
+            if let Ok(found) = found {
+                return found;
+            }
+        }
+        0
     }
 
-    fn first(&self, chain: &[BlockHash], part: &Range<usize>) -> Option<KvNode> {
-        let first = self.nodes.ranked(&group(chain, part)).into_iter().next();
-        first.map(|(_, node)| node).filter(KvNode::is_usable)
+    /// The nodes where a group belongs, those left out that are away.
+    fn places(&self, group: &BlockHash) -> Vec<KvNode> {
+        let nodes = self.nodes.ranked(group).into_iter().map(|(_, node)| node);
+        nodes.filter(KvNode::is_usable).take(TRIES).collect()
     }
 
     async fn count(&self, chain: &[BlockHash], from: usize) -> usize {
@@ -105,14 +110,15 @@ impl RemotePrefixStore {
         let mut found = join_all(parts.iter().map(|part| self.at_its_place(chain, part))).await;
         let is_short = |at: &usize| found[*at] < parts[*at].len();
         let short: Vec<usize> = (0..parts.len()).filter(is_short).collect();
-        if !short.is_empty() {
+        'all: for short in short.chunks(self.nodes.groups_at_once()) {
             let groups: Vec<_> = short.iter().map(|at| group(chain, &parts[*at])).collect();
             let holders = self.nodes.exceptions(&groups).await;
-            for (at, holders) in short.into_iter().zip(holders) {
+            for (at, holders) in short.iter().copied().zip(holders) {
                 let elsewhere = self.nodes.best(chain, parts[at].clone(), &holders).await;
                 found[at] = found[at].max(elsewhere);
+                // nothing behind a gap is asked for
                 if found[at] < parts[at].len() {
-                    break;
+                    break 'all;
                 }
             }
         }
@@ -130,10 +136,14 @@ impl RemotePrefixStore {
     async fn pump(self, chain: Vec<BlockHash>, from: usize, blocks: mpsc::Sender<Result<Bytes>>) {
         for mut part in parts(chain.len(), from) {
             let mut failure = None;
-            if let Some(first) = self.first(&chain, &part) {
-                let outcome = relay(&first, &chain, &mut part, &blocks).await;
+            for node in self.places(&group(&chain, &part)) {
+                let outcome = relay(&node, &chain, &mut part, &blocks).await;
                 self.notice(&outcome);
                 failure = outcome.err();
+                // one that answers has what it has
+                if failure.is_none() {
+                    break;
+                }
             }
             if !part.is_empty() && !blocks.is_closed() {
                 let holders = self.nodes.exceptions(&[group(&chain, &part)]).await;
@@ -204,9 +214,8 @@ impl PrefixStore for RemotePrefixStore {
 
     fn offer(&self, link: Link, bytes: Bytes) -> BoxFuture<'_, Result<bool>> {
         async move {
-            let nodes = self.nodes.ranked(&link.group).into_iter().map(|(_, node)| node).filter(KvNode::is_usable);
             let mut outcome = Ok(false);
-            for node in nodes.take(TRIES).collect::<Vec<_>>() {
+            for node in self.places(&link.group) {
                 outcome = give(&node, &link, &bytes, true).await;
                 // one that is slow would not be faster with another on the link
                 if outcome.as_ref().map_or_else(|error| error.code != ErrorCode::Unavailable, |_| true) {

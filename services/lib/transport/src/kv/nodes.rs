@@ -47,6 +47,11 @@ impl KvNodes {
         view.members.keys().filter_map(|id| self.clients.get(id)).collect()
     }
 
+    /// Of how many groups the metadata say in one answer which nodes have them.
+    pub fn groups_at_once(&self) -> usize {
+        (RECORDS / self.directory().view().members.len().max(1)).max(1)
+    }
+
     /// Nodes beside the first that say in the metadata that they have blocks of these groups; RAM first. What an earlier
     /// life of a node said is not listened to. Where the metadata cannot be read there are none.
     pub async fn exceptions(&self, groups: &[BlockHash]) -> Vec<Vec<KvNode>> {
@@ -60,12 +65,18 @@ impl KvNodes {
                 asked.push((at, &record.member));
             }
         }
-        keys.truncate(RECORDS);
         let mut holders: Vec<Vec<_>> = vec![Vec::new(); groups.len()];
         if keys.is_empty() {
             return vec![Vec::new(); groups.len()];
         }
-        let found = self.read(&keys).await;
+        let mut found = Vec::with_capacity(keys.len());
+        for keys in keys.chunks(RECORDS) {
+            let read = self.read(keys).await;
+            if read.len() < keys.len() {
+                break;
+            }
+            found.extend(read);
+        }
         for ((at, member), value) in asked.into_iter().zip(found) {
             let holding = value.and_then(|(bytes, _)| Holding::read(&bytes));
             if let Some(holding) = holding.filter(|holding| holding.generation == member.generation)

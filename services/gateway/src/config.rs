@@ -32,8 +32,10 @@ pub struct Config {
     pub default_deadline: HumanDuration,
     /// How long running requests may go on after the signal to stop.
     pub drain_timeout: HumanDuration,
-    /// Replicas that a request is tried on, the first one included; 1..=16.
+    /// Replicas that a request is tried on, the first one included, before one gives it a token; 1..=16.
     pub attempts: usize,
+    /// How long an answer that lost its replica waits for another while none takes it; 0s..=24h. Its deadline ends it too.
+    pub migration_patience: HumanDuration,
     /// Origins whose pages may call the API from a browser (CORS); `*` is any, an empty list none.
     pub allowed_origins: Vec<String>,
     /// Tenants share prefix blocks; without it each API key has blocks of its own.
@@ -59,6 +61,7 @@ impl Default for Config {
             default_deadline: HumanDuration::from_secs(0),
             drain_timeout: HumanDuration::from_secs(30),
             attempts: 3,
+            migration_patience: HumanDuration::from_secs(30),
             allowed_origins: vec!["*".into()],
             share_prefixes: false,
             salt_secret: Secret::default(),
@@ -90,6 +93,7 @@ impl Config {
             ("read_timeout", self.read_timeout, HumanDuration::from_millis(1)),
             ("write_timeout", self.write_timeout, HumanDuration::from_millis(1)),
             ("drain_timeout", self.drain_timeout, HumanDuration::from_secs(0)),
+            ("migration_patience", self.migration_patience, HumanDuration::from_secs(0)),
         ];
         for (field, value, low) in times {
             if value.get() < low.get() || value.get() > longest.get() {

@@ -207,7 +207,10 @@ impl Announcer {
         for (group, tier) in changes {
             match tier {
                 Some(tier) => held.push((group, tier)),
-                None => self.gone.extend(self.forget(&group).map(|record| (group, record.version))),
+                None => {
+                    let forgotten = self.forget(&group);
+                    self.gone.extend(forgotten.map(|record| (group, record.version)));
+                }
             }
         }
         let renewed = self.renewals();

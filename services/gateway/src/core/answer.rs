@@ -12,6 +12,7 @@ use futures::stream::{self, BoxStream};
 use moesaic_types::boundary::{Placer, Replica};
 use moesaic_types::{Error, ErrorCode, FinishReason, ReplicaId, Result, SampledToken, TenantId, TenantSalt, Usage};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
 
 /// Finds a replica by its id.
 pub type ReplicaLookup = Arc<dyn Fn(&ReplicaId) -> Option<Arc<dyn Replica>> + Send + Sync>;
@@ -37,8 +38,10 @@ pub struct Core {
 
 /// What is known once there is a replica.
 pub(super) struct Backend {
-    /// Replicas that a request is tried on.
+    /// Replicas that a request is tried on before one gives it a token.
     pub(super) attempts: usize,
+    /// How long an answer that lost its replica waits for another.
+    pub(super) patience: Duration,
     models: Vec<Arc<ServedModel>>,
     pub(super) placer: Arc<dyn Placer>,
     pub(super) replicas: ReplicaLookup,
@@ -99,7 +102,8 @@ impl Core {
     /// Sets what is served; the gateway is ready from then on. A later call replaces it; requests that run go on with
     /// the model that they began with.
     pub fn serve(&self, models: Vec<Arc<ServedModel>>, placer: Arc<dyn Placer>, replicas: ReplicaLookup) {
-        let backend = Arc::new(Backend { attempts: self.config.attempts, models, placer, replicas });
+        let (attempts, patience) = (self.config.attempts, self.config.migration_patience.get());
+        let backend = Arc::new(Backend { attempts, patience, models, placer, replicas });
         *self.backend.write().unwrap_or_else(PoisonError::into_inner) = Ok(backend);
         self.served.notify_one();
     }

@@ -17,8 +17,13 @@ pub(super) struct Choice {
     job: Arc<Job>,
     index: usize,
     placed: Placed,
+    /// Replicas that failed it since the last token, the latest last.
     failed: Vec<ReplicaId>,
+    /// How often that was.
+    losses: usize,
     emitted: Vec<TokenId>,
+    /// Of these, tokens of earlier replicas.
+    resumed: usize,
     /// Prompt tokens that the first replica had in its prefix cache.
     cached: Option<usize>,
     text: Assembler,
@@ -32,8 +37,9 @@ impl Choice {
         let text = Assembler::new(&job);
         let mut failed = Vec::new();
         let placed = seek(&backend, &job, index, &[], &mut failed, None).await?;
-        let (emitted, cached, done) = (Vec::new(), None, false);
-        Ok(Self { backend, job, index, placed, failed, emitted, cached, text, done, _permit: permit })
+        let (losses, resumed, emitted, cached, done) = (0, 0, Vec::new(), None, false);
+        let _permit = permit;
+        Ok(Self { backend, job, index, placed, failed, losses, emitted, resumed, cached, text, done, _permit })
     }
 
     pub(super) fn into_stream(self) -> PieceStream {
@@ -69,11 +75,21 @@ impl Choice {
         None
     }
 
-    /// Asks another replica to go on with the prompt and the tokens so far.
+    /// Asks another replica to go on with the prompt and the tokens so far. A request that takes down one replica after
+    /// the other, without a token from any, is given up.
     async fn migrate(&mut self, error: Error) -> Result<()> {
-        let from = &self.placed.replica;
+        let from = self.placed.replica.clone();
         tracing::warn!(id = %self.job.id, %from, %error, "replica failed; going on elsewhere");
-        self.failed.push(from.clone());
+        if self.emitted.len() > self.resumed {
+            // those that failed before may be back
+            self.failed.clear();
+            (self.losses, self.resumed) = (0, self.emitted.len());
+        }
+        self.failed.push(from);
+        self.losses += 1;
+        if self.losses >= self.backend.attempts {
+            return Err(error);
+        }
         let earlier = Some((&self.placed.attempt, error));
         let placed = seek(&self.backend, &self.job, self.index, &self.emitted, &mut self.failed, earlier).await?;
         metrics::counter!(MIGRATIONS_TOTAL).increment(1);

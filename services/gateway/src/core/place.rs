@@ -6,6 +6,7 @@ use moesaic_telemetry::propagation;
 use moesaic_types::boundary::{DeltaStream, PlaceRequest, Replica};
 use moesaic_types::{Error, ErrorCode, GenerateRequest, ReplicaId, RequestId, Result, TokenId};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tracing::{Instrument, Span};
 
 /// A choice at a replica.
@@ -25,8 +26,13 @@ impl Placed {
     }
 }
 
-/// Tries replicas until one accepts; those that fail are added to `failed`. Where none does, the failure of the
-/// `earlier` attempt is told: it says more than that nobody is left.
+/// Before replicas are asked again; doubles.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Tries replicas until one accepts; those that do not are added to `failed`. Where none does, a fresh choice ends. One
+/// that lost its replica in an `earlier` attempt waits, for whoever failed may be back soon; what is told in the end is
+/// that loss: it says more than that nobody is left.
 pub(super) async fn seek(
     backend: &Backend,
     job: &Job,
@@ -35,17 +41,19 @@ pub(super) async fn seek(
     failed: &mut Vec<ReplicaId>,
     earlier: Option<(&Span, Error)>,
 ) -> Result<Placed> {
+    let patient_until = earlier.as_ref().map(|_| Instant::now() + backend.patience);
     let (mut linked, mut first) = match earlier {
         Some((attempt, error)) => (Some(attempt.clone()), Some(error)),
         None => (None, None),
     };
-    let mut full = Vec::new();
-    let mut latest_was_full = false;
-    while failed.len() + full.len() < backend.attempts {
+    let (mut full, mut latest_was_full) = (Vec::new(), false);
+    let (mut attempts, mut pause) = (failed.len(), FIRST_PAUSE);
+    loop {
+        attempts += 1;
         let attempt = tracing::info_span!(
             parent: &job.span,
             "attempt",
-            moesaic.attempt = failed.len() + full.len() + 1,
+            moesaic.attempt = attempts,
             moesaic.choice = index,
             moesaic.replica = tracing::field::Empty,
             moesaic.resumed_tokens = emitted.len(),
@@ -63,13 +71,26 @@ pub(super) async fn seek(
                 if latest_was_full { &mut full } else { &mut *failed }.push(replica);
                 linked = Some(attempt);
                 first.get_or_insert(error);
+                if failed.len() + full.len() < backend.attempts {
+                    continue;
+                }
             }
             // what a replica says of a fresh request is about the request
             Err((Some(_), error)) if emitted.is_empty() => return Err(error),
+            Err((None, error)) if elsewhere(&error) => {
+                first.get_or_insert(error);
+            }
             Err((_, error)) => return Err(first.unwrap_or(error)),
         }
+        // nobody is left
+        if patient_until.is_none_or(|until| Instant::now() + pause > until) {
+            return Err(first.unwrap_or_else(|| Error::unavailable("no replica took the request; send it again")));
+        }
+        deadline::by(job.deadline, tokio::time::sleep(pause)).await?;
+        pause = (pause * 2).min(LAST_PAUSE);
+        failed.clear();
+        full.clear();
     }
-    Err(first.unwrap_or_else(|| Error::unavailable("no replica took the request; send it again")))
 }
 
 /// Replicas that were asked.

@@ -1,6 +1,8 @@
 //! A replica fails in the middle of an answer: another goes on, and the client sees one answer.
 use crate::scripted::Act;
-use crate::server::Doors;
+use crate::server::{Doors, config, model};
+use moesaic_config::HumanDuration;
+use moesaic_gateway::Config;
 use moesaic_proto::inference::v1 as wire;
 use moesaic_types::Error;
 use serde_json::{Value, json};
@@ -116,9 +118,54 @@ async fn a_replica_that_has_sent_all_is_not_missed() {
     assert!(doors.replicas[1].requests().is_empty());
 }
 
+/// Doors where nobody waits for a replica to come back.
+async fn impatient<const N: usize>(replicas: [Vec<Act>; N]) -> Doors {
+    let config = Config { migration_patience: HumanDuration::default(), ..config() };
+    Doors::with(config, model(), replicas).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_failed_is_asked_again_once_another_has_sent_a_token() {
+    let body = ask(json!({"stream": true}));
+    let expected = undisturbed(&body, 1).await;
+    // as in a rolling restart: each is lost in turn, more often than a request is tried without a token
+    let one = vec![Act::Fail(3, lost()), Act::Fail(1, lost()), Act::Answer];
+    let doors = impatient([one, vec![Act::Fail(1, lost()), Act::Fail(2, lost())]]).await;
+    let events = doors.post("/v1/completions", &body).await.events();
+    assert_eq!(texts(&events, 1), expected);
+    let resumed = |i: usize| -> Vec<usize> { doors.replicas[i].requests().iter().map(|r| r.resumed_tokens).collect() };
+    assert_eq!((resumed(0), resumed(1)), (vec![0, 4, 7], vec![3, 5]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_waits_for_a_replica_to_come_back() {
+    let body = ask(json!({"stream": true}));
+    let expected = undisturbed(&body, 1).await;
+    let starting = || Act::Refuse(Error::unavailable("the engine is starting"));
+    let doors = Doors::open([vec![Act::Fail(3, lost()), starting(), starting(), Act::Answer]]).await;
+    let events = doors.post("/v1/completions", &body).await.events();
+    assert_eq!(texts(&events, 1), expected);
+    // not beyond its deadline
+    let mut body = ask(json!({"stream": true}));
+    body["deadline_ms"] = 300.into();
+    let doors = Doors::open([vec![Act::Fail(3, lost()), starting()]]).await;
+    let events = doors.post("/v1/completions", &body).await.events();
+    assert_eq!(events.last().unwrap()["error"]["code"], "deadline_exceeded", "{events:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_takes_replicas_down_is_given_up() {
+    let doors = Doors::open([vec![Act::Fail(0, lost())], vec![Act::Fail(0, lost())]]).await;
+    assert_eq!(doors.post("/v1/completions", &ask(json!({}))).await.status, 503);
+    let asked: usize = doors.replicas.iter().map(|replica| replica.requests().len()).sum();
+    assert_eq!(asked, config().attempts);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn with_all_replicas_gone_the_failure_is_told() {
-    let doors = Doors::open([vec![Act::Fail(3, lost()), Act::Answer], vec![Act::Fail(1, lost()), Act::Answer]]).await;
+    let gone = || Act::Refuse(Error::unavailable("the engine is starting"));
+    let both = || [vec![Act::Fail(3, lost()), gone()], vec![Act::Fail(1, lost()), gone()]];
+    let doors = impatient([vec![Act::Fail(0, lost()), Act::Answer], vec![Act::Fail(0, lost()), Act::Answer]]).await;
     let whole = doors.post("/v1/completions", &ask(json!({}))).await;
     assert_eq!(whole.status, 503, "{}", whole.text());
     let error = &whole.json()["error"];
@@ -127,7 +174,7 @@ async fn with_all_replicas_gone_the_failure_is_told() {
     assert_eq!(whole.header("retry-after"), Some("1"));
     assert_eq!(doors.post("/v1/completions", &ask(json!({}))).await.status, 200, "the next one is served");
 
-    let doors = Doors::open([vec![Act::Fail(3, lost())], vec![Act::Fail(1, lost())]]).await;
+    let doors = impatient(both()).await;
     let events = doors.post("/v1/completions", &ask(json!({"stream": true}))).await.events();
     let (last, before) = events.split_last().unwrap();
     assert_eq!(last["error"]["code"], "unavailable", "{last}");
@@ -161,6 +208,6 @@ async fn a_full_replica_sends_the_request_on_and_all_full_is_told() {
     assert_eq!(answer.header("retry-after"), Some("3"));
     assert_eq!(answer.json()["error"]["type"], "rate_limit_error");
     // a request that lost its replica finds the other full
-    let doors = Doors::open([vec![Act::Fail(2, lost())], vec![Act::Refuse(full())]]).await;
+    let doors = impatient([vec![Act::Fail(2, lost())], vec![Act::Refuse(full())]]).await;
     assert_eq!(doors.post("/v1/completions", &ask(json!({}))).await.status, 503);
 }

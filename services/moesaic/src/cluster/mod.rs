@@ -5,6 +5,7 @@ mod child;
 mod crew;
 mod folder;
 mod keeper;
+mod memory;
 mod plan;
 mod ports;
 mod probe;
@@ -17,6 +18,7 @@ use crew::Crew;
 use folder::Folder;
 use keeper::{Common, Spec, What};
 use moesaic_config::Secret;
+use moesaic_model::memory::Memory;
 use moesaic_telemetry::TelemetryConfig;
 use moesaic_transport::{Nats, RedisMetadata};
 use moesaic_types::boundary::Metadata;
@@ -59,7 +61,12 @@ async fn life(mut config: Config, counts: Counts) -> Result<ExitCode> {
         found = found => found.context("read the model")?.context("open the model")?,
         () = signals.received() => return Ok(ExitCode::SUCCESS),
     };
-    config.model.path = Some(found.path.canonicalize().unwrap_or(found.path));
+    let path = found.path.canonicalize().unwrap_or(found.path);
+    let schedulers = usize::from(counts.replicas) * usize::from(counts.stages);
+    let available = Memory::now().available;
+    let kv = memory::of_each(&config.scheduler, &found.spec, memory::size_of(&path), available, schedulers);
+    config.scheduler.kv_memory_bytes = config.scheduler.kv_memory_bytes.or(kv);
+    config.model.path = Some(path);
     let (http, grpc) = doors(&config)?;
     config.gateway.http = http.to_string();
     let folder = Folder::make(counts.logs.as_deref())?;

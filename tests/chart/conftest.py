@@ -69,9 +69,16 @@ def release(request):
     return [found for _, found in render(VARIANTS[request.param])]
 
 
-def settings(arguments, variables):
-    """Runs the program with these variables and no others; returns what it prints, or fails with what it says."""
-    program = os.environ.get("MOESAIC_BINARY", ROOT / "target/debug/moesaic")
-    done = subprocess.run([program, *arguments], env=variables, cwd="/", capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, f"{arguments} {variables}: {done.stderr}"
+PROGRAM = pathlib.Path(os.environ.get("MOESAIC_BINARY", ROOT / "target/debug/moesaic")).resolve()
+
+
+def run(command, variables):
+    """Runs a command with these variables and no others; returns what it prints, or fails with what it says."""
+    done = subprocess.run(command, env=variables, cwd="/", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{command} {variables}: {done.stderr}"
     return done.stdout
+
+
+def settings(arguments, variables):
+    """The same for the program."""
+    return run([PROGRAM, *arguments], variables)

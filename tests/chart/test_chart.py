@@ -2,12 +2,13 @@
 import json
 import pathlib
 import re
+import tempfile
 
 import helm_python as helm
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import CHART, ROOT, VARIANTS, render, settings
+from conftest import CHART, PROGRAM, ROOT, VARIANTS, render, run, settings
 
 try:
     import tomllib
@@ -36,12 +37,12 @@ def container(workload):
     return only
 
 
-def variables(workload, pod_ip="10.1.2.3"):
-    """A container's variables, as Kubernetes would set them in the pod of number 1."""
+def variables(workload, pod_ip="10.1.2.3", number=1):
+    """A container's variables, as Kubernetes would set them in the pod of a number."""
     known = {
         "status.podIP": pod_ip,
-        "metadata.name": workload["metadata"]["name"] + "-1",
-        "metadata.labels['apps.kubernetes.io/pod-index']": "1",
+        "metadata.name": workload["metadata"]["name"] + f"-{number}",
+        "metadata.labels['apps.kubernetes.io/pod-index']": str(number),
         "requests.cpu": "1",
     }
     found = {}
@@ -59,8 +60,13 @@ def variables(workload, pod_ip="10.1.2.3"):
 
 
 def effective(workload, **more):
-    """The settings that the service would have, as it prints them itself."""
-    return tomllib.loads(settings(["service", component(workload), "--dump-config"], variables(workload, **more)))
+    """The settings that the service would have, as it prints them itself when the container's command starts it."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = pathlib.Path(folder) / f"moesaic-{component(workload)}"
+        program.write_text(f'#!/bin/sh\nexec "{PROGRAM}" service {component(workload)} --dump-config\n')
+        program.chmod(0o755)
+        path = {"PATH": f"{folder}:/usr/bin:/bin"}
+        return tomllib.loads(run(container(workload)["command"], {**variables(workload, **more), **path}))
 
 
 def selects(selector, labels):
@@ -171,16 +177,60 @@ def test_free_settings_reach_the_services():
 
 def test_shards_cover_each_group_and_rank_once(release):
     shards = [workload for workload in services(release) if component(workload) == "expert-shard"]
-    groups = []
+    places = []
     for workload in shards:
-        own = effective(workload)["expert_shard"]
-        assert own["ranks"] == workload["spec"]["replicas"] and own["rank"] == 1
-        groups.append(own["group"])
-    assert groups == list(range(len(groups)))
+        for number in range(workload["spec"]["replicas"]):
+            own = effective(workload, number=number)["expert_shard"]
+            places.append((own["group"], own["rank"], own["ranks"]))
+    groups = {group for group, _, _ in places}
+    ranks = places[0][2] if places else 0
+    assert places == [(group, rank, ranks) for group in range(len(groups)) for rank in range(ranks)]
     [router] = [workload for workload in services(release) if component(workload) == "router"]
     assert effective(router)["router"]["placement"]["min_groups"] == max(1, len(groups))
     [scheduler] = [workload for workload in services(release) if component(workload) == "scheduler"]
     assert effective(scheduler)["scheduler"]["experts"] == ("shards" if groups else "own")
+
+
+def test_shards_of_another_model_or_of_other_slices_are_another_set():
+    def name(values):
+        return next(w["metadata"]["name"] for w in services([f for _, f in render(values)]) if component(w) == "expert-shard")
+
+    first = name({})
+    assert name({"expertShard": {"groups": 3}}) == name({"gateway": {"replicas": 3}}) == first
+    others = [{"expertShard": {"ranks": 1}}, {"model": {"path": "/x"}}, {"config": {"model.weights": "q8"}}]
+    assert len({first, *map(name, others)}) == 4
+
+
+def test_numbers_are_written_out():
+    release = [found for _, found in render({"config": {"scheduler.token_budget": 1000000, "router.queue_weight": 2.5}})]
+    own = {component(workload): effective(workload) for workload in services(release)}
+    assert own["scheduler"]["scheduler"]["token_budget"] == 1000000
+    assert own["router"]["router"]["queue_weight"] == 2.5
+
+
+def test_what_the_chart_sets_is_refused_elsewhere():
+    taken = set()
+    for values in VARIANTS.values():
+        for workload in services([found for _, found in render({**values, "config": {}})]):
+            names = {variable["name"] for variable in container(workload)["env"]}
+            taken |= {name[9:].replace("__", ".").lower() for name in names if name.startswith("MOESAIC__")}
+    for key in taken | {"cluster.redis_url", "expert_shard.group"}:
+        with pytest.raises(helm.HelmError, match=re.escape(key)):
+            render({"config": {key: "1"}})
+
+
+def test_nobody_else_reaches_the_admin_ports_where_none_is_named():
+    release = [found for _, found in render({"networkPolicy": {"adminFrom": []}})]
+    own = next(found for found in release if found["kind"] == "NetworkPolicy")
+    assert [list(rule) for rule in own["spec"]["ingress"]] == [["from"]] and own["spec"]["ingress"][0]["from"]
+
+
+def test_a_long_name_is_cut():
+    with helm.Chart.load(str(CHART)) as chart:
+        files = chart.render({}, name="a" * 53, namespace="prod")
+    for text in files.values():
+        for found in yaml.safe_load_all(text) if "kind:" in text else []:
+            assert not found or len(found["metadata"]["name"]) <= 52
 
 
 def test_a_pod_may_take_longer_to_end_than_its_drain(release):

@@ -1,10 +1,10 @@
 {{- define "moesaic.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | trunc 28 | trimSuffix "-" -}}
 {{- else if contains .Chart.Name .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 28 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 28 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 
@@ -112,7 +112,7 @@ spec:
     - name: {{ .component }}
       image: {{ printf "%s:%s" $root.Values.image.repository ($root.Values.image.tag | default $root.Chart.AppVersion) | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
-      command: [moesaic-{{ .component }}]
+      command: {{ .command | default (list (printf "moesaic-%s" .component)) | toJson }}
       env:
         - name: POD_IP
           valueFrom:
@@ -141,9 +141,18 @@ spec:
         {{- with .env }}
         {{- . | nindent 8 }}
         {{- end }}
+        {{- $taken := include "moesaic.taken" $root | fromYamlArray }}
         {{- range $key, $value := $root.Values.config }}
+        {{- if has $key $taken }}
+        {{- fail (printf "config: the chart itself sets %s, by another value" $key) }}
+        {{- end }}
         - name: MOESAIC__{{ $key | replace "." "__" | upper }}
+          {{- /* whole numbers come as floats, which would be printed as 2e+06 */}}
+          {{- if and (kindIs "float64" $value) (eq $value (floor $value)) }}
+          value: {{ $value | int64 | toString | quote }}
+          {{- else }}
           value: {{ $value | toString | quote }}
+          {{- end }}
         {{- end }}
       ports:
         - {name: grpc, containerPort: {{ .port }}}
@@ -278,4 +287,39 @@ spec:
 - name: MOESAIC__MODEL__THREADS
   valueFrom:
     resourceFieldRef: {resource: requests.cpu}
+{{- end -}}
+
+{{/* Settings that the chart makes of other values. */}}
+{{- define "moesaic.taken" -}}
+- model.path
+- cluster.id
+- cluster.advertise
+- cluster.redis_url
+- cluster.nats_url
+- telemetry.log_format
+- telemetry.otlp_endpoint
+- gateway.grpc
+- gateway.http
+- gateway.drain_timeout
+- gateway.salt_secret
+- router.grpc
+- router.drain_timeout
+- router.placement.min_groups
+- router.placement.min_copies
+- scheduler.grpc
+- scheduler.drain_timeout
+- scheduler.experts
+- scheduler.kv_memory_bytes
+- expert_shard.grpc
+- expert_shard.drain_timeout
+- expert_shard.group
+- expert_shard.rank
+- expert_shard.ranks
+- kv_store.grpc
+- kv_store.drain_timeout
+- kv_store.capacity
+- kv_store.replication
+- kv_store.disk_folder
+- kv_store.disk_capacity
+- model.threads
 {{- end -}}

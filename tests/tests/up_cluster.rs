@@ -312,3 +312,37 @@ fn a_service_that_cannot_start_ends_the_cluster_and_its_log_is_shown_and_kept() 
     let left: Vec<_> = std::fs::read_dir(&folders[0]).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["logs"]);
 }
+
+#[test]
+fn a_terminal_that_closes_ends_it_unless_that_is_ignored() {
+    let few = "--replicas 1 --expert-groups 0 --kv-stores 0 --http 127.0.0.1:0 --grpc 127.0.0.1:0";
+    let (folder, temporary) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let log = folder.path().join("log");
+    let file = File::create(&log).unwrap();
+    // as nohup does
+    let script = format!("trap '' HUP; exec \"$0\" up --cluster {few}");
+    let mut command = Command::new("sh");
+    for given in ["REDIS_URL", "NATS_URL"] {
+        command.env_remove(given);
+    }
+    let child = command
+        .args(["-c", &script])
+        .arg(binary().unwrap())
+        .env("TMPDIR", temporary.path())
+        .env("MOESAIC__MODEL__PATH", root().join("deploy/models/demo-moe"))
+        .current_dir(folder.path())
+        .stdin(Stdio::null())
+        .stdout(file.try_clone().unwrap())
+        .stderr(file)
+        .spawn()
+        .unwrap();
+    let mut up = Up { child, log, temporary, _folder: folder };
+    // it hears it, if at all, before it is ready
+    until("it has begun", || Ok(up.log().contains("started process=\"redis\""))).unwrap();
+    up.signal("-HUP", up.child.id());
+    until("it goes on", || Ok(up.log().contains("ready: http://")))
+        .unwrap_or_else(|error| panic!("{error}\n{}", up.log()));
+    up.signal("-TERM", up.child.id());
+    assert_eq!(up.ended().code(), Some(0), "{}", up.log());
+    up.leaves_nothing();
+}

@@ -41,10 +41,10 @@ struct Hand {
 }
 
 impl Crew {
-    /// Without anyone yet.
-    pub fn new() -> Self {
+    /// Without anyone yet; processes take ports of these.
+    pub fn new(ports: Arc<Ports>) -> Self {
         let (tell, hear) = mpsc::channel(NEWS);
-        Self { ports: Arc::default(), hands: Vec::new(), tell, hear }
+        Self { ports, hands: Vec::new(), tell, hear }
     }
 
     /// Starts a process, and keeps it running; it ends in this turn.

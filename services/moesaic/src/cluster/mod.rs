@@ -67,10 +67,11 @@ async fn life(mut config: Config, counts: Counts) -> Result<ExitCode> {
     let kv = memory::of_each(&config.scheduler, &found.spec, memory::size_of(&path), available, schedulers);
     config.scheduler.kv_memory_bytes = config.scheduler.kv_memory_bytes.or(kv);
     config.model.path = Some(path);
-    let (http, grpc) = doors(&config)?;
+    let ports = Arc::new(Ports::default());
+    let (http, grpc) = doors(&config, &ports)?;
     config.gateway.http = http.to_string();
     let folder = Folder::make(counts.logs.as_deref())?;
-    let mut crew = Crew::new();
+    let mut crew = Crew::new(ports);
     let started = async {
         let environment = servers(&mut crew, &mut config, &folder).await?;
         services(&mut crew, config, &counts, grpc, environment, &folder)?;
@@ -117,8 +118,7 @@ async fn end(mut crew: Crew, folder: Folder, mut signals: Signals, served: Resul
 }
 
 /// The gateway's HTTP and gRPC addresses, which are fixed and must be free; port 0 is any that is.
-fn doors(config: &Config) -> Result<(SocketAddr, SocketAddr)> {
-    let ports = Ports::default();
+fn doors(config: &Config, ports: &Ports) -> Result<(SocketAddr, SocketAddr)> {
     let place = |key: &str, address: &str| -> Result<SocketAddr> {
         let resolved = address.to_socket_addrs().map(|mut all| all.next());
         let resolved = resolved.with_context(|| format!("{key} is '{address}', which cannot be bound"))?;
@@ -136,6 +136,8 @@ fn doors(config: &Config) -> Result<(SocketAddr, SocketAddr)> {
         let offset = ports::ADMIN_OFFSET;
         bail!("gateway.grpc is '{grpc}', and the port {offset} above, for /metrics, /live and /ready, cannot be bound");
     }
+    ports.reserve(http);
+    ports.reserve(grpc);
     Ok((http, grpc))
 }
 
@@ -220,7 +222,8 @@ fn services(
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
-    hang_up: Signal,
+    /// `None` where whoever started us has it ignored, as nohup does.
+    hang_up: Option<Signal>,
 }
 
 impl Signals {
@@ -229,7 +232,7 @@ impl Signals {
         Ok(Self {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
-            hang_up: listen(SignalKind::hangup())?,
+            hang_up: if ignores_hang_up() { None } else { Some(listen(SignalKind::hangup())?) },
         })
     }
 
@@ -238,7 +241,24 @@ impl Signals {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
-            _ = self.hang_up.recv() => {}
+            () = hung_up(&mut self.hang_up) => {}
         }
     }
+}
+
+/// Waits for a SIGHUP that is listened for; for ever where none is. Cancel-safe.
+async fn hung_up(signal: &mut Option<Signal>) {
+    match signal {
+        Some(signal) => {
+            signal.recv().await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether SIGHUP, number 1, is ignored; where the system does not say, it is not.
+fn ignores_hang_up() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 == 1)
 }

@@ -44,6 +44,12 @@ impl Ports {
         }
         bail!("no two ports of the loopback interface that are {ADMIN_OFFSET} apart are free")
     }
+
+    /// Keeps a port, and that of its admin server, for who is to listen there.
+    pub fn reserve(&self, address: SocketAddr) {
+        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.extend([address.port()].into_iter().chain(address.port().checked_add(ADMIN_OFFSET)));
+    }
 }
 
 /// Whether nobody listens at this address, nor at its admin server's.
@@ -64,6 +70,11 @@ mod tests {
         all.sort_unstable();
         all.dedup();
         assert_eq!(all.len(), 100);
+        let reserving = Ports::default();
+        for port in FIRST..CLIENTS {
+            reserving.reserve(SocketAddr::from(([127, 0, 0, 1], port)));
+        }
+        assert!(reserving.take().is_err(), "all are reserved");
         let held = TcpListener::bind(taken[0]).expect("it is free");
         assert!(!is_free(taken[0]));
         drop(held);

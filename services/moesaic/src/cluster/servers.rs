@@ -90,7 +90,7 @@ impl Server {
 }
 
 /// On PATH, else where `tests/servers` puts it in a checkout: in the folder servers/bin of the target folder that this
-/// program is in.
+/// program is in, and of no other: above that, folders may be anybody's.
 fn program(kind: Kind) -> Result<PathBuf> {
     let (name, variable, get) = match kind {
         Kind::Redis => ("redis-server", "REDIS_URL", "apt-get install redis-server, brew install redis"),
@@ -102,7 +102,7 @@ fn program(kind: Kind) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let own = std::env::current_exe().unwrap_or_default();
     let on_path = std::env::split_paths(&path).map(|folder| folder.join(name));
-    let in_target = own.ancestors().skip(1).map(|folder| folder.join("servers/bin").join(name));
+    let in_target = own.ancestors().skip(1).take(2).map(|folder| folder.join("servers/bin").join(name));
     if let Some(found) = on_path.chain(in_target).find(|file| file.is_file()) {
         return Ok(found);
     }

@@ -4,7 +4,7 @@ use crate::app::ExpertShard;
 use crate::shelf::Held;
 use futures::Stream;
 use moesaic_model::backend::Backend;
-use moesaic_transport::pulse::{Inbox, Outbox, queue};
+use moesaic_transport::pulse::{DEAD_AFTER, Inbox, Outbox, STALLED_AFTER, queue};
 use moesaic_types::{Error, Result, Routing};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -89,9 +89,17 @@ impl<B: Backend> Executor<B> {
     /// Whether the thread is there.
     ///
     /// # Errors
-    /// `Unavailable` when it is gone.
+    /// `Unavailable` when it is gone, or hangs for good.
     pub fn live(&self) -> Result<()> {
-        if self.jobs.is_closed() { Err(gone()) } else { Ok(()) }
+        if self.jobs.is_closed() { Err(gone()) } else { self.jobs.check(DEAD_AFTER) }
+    }
+
+    /// Whether it gets on.
+    ///
+    /// # Errors
+    /// `Unavailable` when it is gone or hangs.
+    pub fn ready(&self) -> Result<()> {
+        if self.jobs.is_closed() { Err(gone()) } else { self.jobs.check(STALLED_AFTER) }
     }
 
     /// Waits until the thread is gone. Cancel-safe.
@@ -135,11 +143,11 @@ impl<B: Backend> Work<B> {
     fn serve(mut self) {
         loop {
             while self.waiting.len() < self.look_ahead
-                && let Some(job) = self.jobs.try_next()
+                && let Some(job) = self.jobs.try_take()
             {
                 self.waiting.push_back(job);
             }
-            match self.waiting.pop_front().or_else(|| self.jobs.next()) {
+            match self.waiting.pop_front().or_else(|| self.jobs.take()) {
                 Some(job) if job.caller.strong_count() == 0 => {}
                 Some(first) => {
                     let batch = self.batch(first);

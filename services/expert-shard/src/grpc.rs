@@ -30,8 +30,13 @@ pub trait ShardServer: ExpertService<ComputeStream = ComputeStream> {
     /// Whether it can compute.
     ///
     /// # Errors
-    /// `Unavailable` when its thread has ended: the process must be restarted.
+    /// `Unavailable` when its thread has ended or hangs for good: the process must be restarted.
     fn live(&self) -> Result<()>;
+    /// Whether it computes what is asked.
+    ///
+    /// # Errors
+    /// `Unavailable` when its thread hangs or has ended.
+    fn ready(&self) -> Result<()>;
     /// Waits until nobody waits for an answer; whether that was by the deadline.
     async fn idle_by(&self, deadline: Instant) -> bool;
 }
@@ -263,6 +268,10 @@ impl<B: Backend> ShardServer for Served<B> {
 
     fn live(&self) -> Result<()> {
         self.0.executor.live()
+    }
+
+    fn ready(&self) -> Result<()> {
+        self.0.executor.ready()
     }
 
     async fn idle_by(&self, deadline: Instant) -> bool {

@@ -95,10 +95,11 @@ impl Process for ShardProcess {
     }
 
     async fn ready(&self) -> Result<()> {
-        match self.shard.get()?.epoch() {
-            0 => Err(Error::unavailable("no experts yet: no router has placed any here")),
-            _ => Ok(()),
+        let shard = self.shard.get()?;
+        if shard.epoch() == 0 {
+            return Err(Error::unavailable("no experts yet: no router has placed any here"));
         }
+        shard.ready()
     }
 
     fn live(&self) -> Result<()> {

@@ -93,35 +93,38 @@ async fn readiness_names_a_shard_that_hangs_also_while_nothing_is_asked() {
     let reason = || experts.ready().unwrap_err().message;
     until("it says why", || async { reason().contains("neither computed nor answered for 0.6 s") }).await;
     assert!(reason().contains("shard-1-0"), "{}", reason());
+    let itself = &cluster.shards[1].served;
+    until("it says so itself", || async { itself.ready().is_err() }).await;
+    itself.live().unwrap();
+    cluster.shards[0].served.ready().unwrap();
     drop(hang);
     until("it is back", || async { experts.ready().is_ok() }).await;
+    itself.ready().unwrap();
     check(cluster.decoder(experts), 7).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shard_that_has_much_to_do_is_waited_for() {
     let cluster = two_groups(|expert| vec![expert % 2]).await;
-    let experts = cluster.experts(options()).await;
-    let model = cluster.decoder(experts.clone());
-    let shard = &cluster.shards[0];
-    let caller = Arc::new(());
-    let compute = |tokens| {
+    let patient = ExpertsOptions { silence: 2 * SILENCE, ..options() };
+    let experts = cluster.experts(patient.clone()).await;
+    let mut model = cluster.decoder(experts.clone());
+    let (shard, caller) = (&cluster.shards[0], Arc::new(()));
+    let mut tokens = 50_000;
+    loop {
         let (told, outcome) = tokio::sync::oneshot::channel();
         let job = shard.job(tokens, &caller, move |outcome| drop(told.send(outcome)));
-        (shard.executor.submit(job), outcome)
-    };
-    let (submitted, outcome) = compute(20_000);
-    submitted.await.unwrap();
-    let took = soon("it is computed", outcome).await.unwrap().computed;
-    // one job that takes three times as long as silence is borne
-    let tokens = 20_000.0 * (3.0 * SILENCE.as_secs_f64() / took.as_secs_f64()).min(40.0);
-    let (submitted, outcome) = compute(tokens as usize);
-    submitted.await.unwrap();
-    let (_, waited) = check(model, usize::MAX).await;
-    let outcome = soon("it is computed", outcome).await.unwrap();
-    assert!(outcome.output.is_ok() && outcome.computed > 2 * SILENCE, "{:?}", outcome.computed);
-    assert!(waited > SILENCE, "the layer was behind it: {waited:?}");
-    experts.ready().unwrap();
+        shard.executor.submit(job).await.unwrap();
+        // its layers are behind that job
+        (model, _) = check(model, usize::MAX).await;
+        experts.ready().unwrap();
+        let outcome = soon("it is computed", outcome).await.unwrap();
+        assert!(outcome.output.is_ok(), "{:?}", outcome.output);
+        if outcome.computed > 2 * patient.silence {
+            return;
+        }
+        tokens *= 2;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

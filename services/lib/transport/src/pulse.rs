@@ -8,9 +8,9 @@ use futures::stream::{self, Stream, StreamExt};
 use moesaic_types::{Error, Result};
 use std::future::ready;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tonic::{Status, Streaming};
@@ -20,6 +20,12 @@ pub const PULSE_EVERY: Duration = Duration::from_millis(200);
 
 /// The first pulse of a stream opens it, and should come soon.
 const FIRST_PULSE: Duration = Duration::from_millis(5);
+
+/// A process whose thread has stood still for so long is not ready.
+pub const STALLED_AFTER: Duration = Duration::from_secs(2);
+
+/// A process whose thread has stood still for so long must be restarted.
+pub const DEAD_AFTER: Duration = Duration::from_secs(60);
 
 /// Time for what has come already to be read: if our own process stood still, the peer did not.
 const GRACE: Duration = Duration::from_millis(100);
@@ -33,6 +39,8 @@ struct Heart {
     beats: AtomicU64,
     thread: OnceLock<Thread>,
     computed: OnceLock<Advanced>,
+    /// How far it was when it was last looked at, and since when.
+    looked: Mutex<Option<(u64, Instant)>>,
 }
 
 impl Heart {
@@ -43,6 +51,14 @@ impl Heart {
     fn count(&self) -> u64 {
         let computed = self.computed.get().map_or(0, |computed| computed());
         self.beats.load(Ordering::Relaxed).wrapping_add(computed)
+    }
+
+    fn stands_for(&self, now: Instant) -> Duration {
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = self.count();
+        let since = looked.filter(|(known, _)| *known == count).map_or(now, |(_, since)| since);
+        *looked = Some((count, since));
+        now.saturating_duration_since(since)
     }
 
     fn wake(&self) {
@@ -98,6 +114,19 @@ impl<T> Outbox<T> {
         self.jobs.closed().await;
     }
 
+    /// Checks that the thread gets on, by what it was like when this was last asked: ask at least once a second.
+    ///
+    /// # Errors
+    /// `Unavailable` when it has stood still for `patience`.
+    pub fn check(&self, patience: Duration) -> Result<()> {
+        let stands_for = self.heart.stands_for(Instant::now());
+        if stands_for < patience {
+            return Ok(());
+        }
+        let seconds = stands_for.as_secs_f64();
+        Err(Error::unavailable(format!("the computing thread hangs: it has not got on for {seconds:.1} s")))
+    }
+
     /// One soon, then one every [`PULSE_EVERY`], but only while the thread gets on.
     fn pulses(&self) -> impl Stream<Item = ()> + Send + 'static {
         let seen = self.heart.count();
@@ -140,12 +169,12 @@ impl<T> Inbox<T> {
     }
 
     /// A job that waits.
-    pub fn try_next(&mut self) -> Option<T> {
+    pub fn try_take(&mut self) -> Option<T> {
         self.jobs.try_recv().ok()
     }
 
     /// The next job; `None` when nobody can send any longer, noticed within [`PULSE_EVERY`]. Always on one thread.
-    pub fn next(&mut self) -> Option<T> {
+    pub fn take(&mut self) -> Option<T> {
         self.heart.thread.get_or_init(std::thread::current);
         loop {
             self.beat();
@@ -183,13 +212,12 @@ pub async fn heard<T>(
 mod tests {
     use super::*;
     use std::sync::mpsc as blocking;
-    use tokio::time::Instant;
 
     /// A thread that runs what it gets.
     fn thread() -> Outbox<Box<dyn FnOnce() + Send>> {
         let (outbox, mut inbox) = queue::<Box<dyn FnOnce() + Send>>(4);
         std::thread::spawn(move || {
-            while let Some(job) = inbox.next() {
+            while let Some(job) = inbox.take() {
                 job();
             }
         });
@@ -213,11 +241,16 @@ mod tests {
         begun.await.expect("it begins");
         // one may have been under way
         let _ = timeout(2 * PULSE_EVERY, pulses.next()).await;
+        outbox.check(PULSE_EVERY).expect("nobody looked before");
         assert!(timeout(3 * PULSE_EVERY, pulses.next()).await.is_err(), "it hangs");
+        outbox.check(DEAD_AFTER).expect("not for so long");
+        let error = outbox.check(PULSE_EVERY).expect_err("it has stood still since");
+        assert!(error.message.contains("hangs"), "{error}");
         let mut late = Box::pin(outbox.pulses());
         assert!(timeout(2 * PULSE_EVERY, late.next()).await.is_err(), "it hangs for new streams too");
         drop(release);
         timeout(10 * PULSE_EVERY, pulses.next()).await.expect("it goes on").expect("it does not end");
+        outbox.check(PULSE_EVERY).expect("it got on since");
     }
 
     #[tokio::test]

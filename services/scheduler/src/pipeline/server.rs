@@ -10,7 +10,7 @@ use moesaic_proto::stage::v1::stage_service_server::{StageService as Service, St
 use moesaic_proto::{WireDType, decode_tensor, encode_tensor, into_status};
 use moesaic_telemetry::propagation::traced;
 use moesaic_transport::channel::MAX_MESSAGE;
-use moesaic_transport::pulse::{Inbox, Outbox, queue};
+use moesaic_transport::pulse::{DEAD_AFTER, Inbox, Outbox, STALLED_AFTER, queue};
 use moesaic_types::{Error, ErrorCode, Result};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -68,20 +68,28 @@ impl StageServer {
         Ok(server)
     }
 
-    /// Whether the layers are loaded and the thread runs.
+    /// Whether the layers are loaded and the thread gets on.
     ///
     /// # Errors
     /// `Unavailable` with the reason.
     pub fn ready(&self) -> Result<()> {
+        self.running().and_then(|()| self.jobs.check(STALLED_AFTER))
+    }
+
+    /// Whether the layers are loaded and the thread runs.
+    fn running(&self) -> Result<()> {
         self.state.borrow().clone().unwrap_or_else(|| Err(Error::unavailable("the stage is loading its layers")))
     }
 
     /// Whether the thread can still answer, or will once it has loaded.
     ///
     /// # Errors
-    /// `Unavailable` when it has ended: the process must be restarted.
+    /// `Unavailable` when it has ended or hangs for good: the process must be restarted.
     pub fn live(&self) -> Result<()> {
-        if self.jobs.is_closed() { self.ready().and_then(|()| Err(ended())) } else { Ok(()) }
+        if self.jobs.is_closed() {
+            return self.running().and_then(|()| Err(ended()));
+        }
+        if self.running().is_ok() { self.jobs.check(DEAD_AFTER) } else { Ok(()) }
     }
 
     /// Waits until the layers are loaded, or could not be.
@@ -92,7 +100,7 @@ impl StageServer {
         let mut state = self.state.clone();
         let known = state.wait_for(Option::is_some).await;
         known.map_err(|_| Error::unavailable("the stage's thread has ended"))?;
-        self.ready()
+        self.running()
     }
 
     /// Answers a stream: a life of the replica's engine.
@@ -160,7 +168,7 @@ fn ended() -> Error {
 /// Does what is asked, in order; not what nobody waits for, nor what an older life asked for.
 fn serve(mut runner: Box<dyn StageRunner>, mut jobs: Inbox<Job>, fence: &Fence) {
     let mut taken = Vec::new();
-    while let Some(Job { life, ask, answer, caller }) = jobs.next() {
+    while let Some(Job { life, ask, answer, caller }) = jobs.take() {
         if !fence.holds(life) || caller.strong_count() == 0 {
             continue;
         }
@@ -255,7 +263,7 @@ impl Service for LateStage {
     async fn run(&self, request: Request<Streaming<wire::RunRequest>>) -> Result<Response<Self::RunStream>, Status> {
         let none = || into_status(Error::unavailable("this scheduler is no later stage, or looks at its model yet"));
         let server = self.get().map(Arc::clone).ok_or_else(none)?;
-        server.ready().map_err(into_status)?;
+        server.running().map_err(into_status)?;
         Ok(Response::new(server.answer(request.into_inner())))
     }
 }

@@ -238,10 +238,10 @@ impl<B: Backend> Decoder<B> {
             let mut micro_batches = halves.iter().map(|half| self.embed(half)).collect::<Result<Vec<_>>>()?;
             let mut record = self.record_routing.then_some(&mut self.routing);
             self.stack.run(&mut micro_batches, record.as_deref_mut())?;
-            let (mut x, mut wanted, mut first) = (Vec::with_capacity(rows * self.spec.hidden), Vec::new(), 0);
+            let (mut x, mut wanted, mut first) = (Vec::new(), Vec::new(), 0);
             for mut micro_batch in micro_batches {
                 let ended = micro_batch.end(&self.stack.backend, record.as_deref_mut())?;
-                x.append(&mut self.stack.backend.to_host(&ended)?);
+                append(&mut x, self.stack.backend.to_host(&ended)?);
                 wanted.extend(micro_batch.wanted.iter().map(|row| first + row));
                 first += micro_batch.rows as u32;
             }
@@ -267,6 +267,11 @@ impl<B: Backend> Decoder<B> {
     fn later(&mut self) -> &mut dyn LaterStages {
         self.later.as_deref_mut().expect("only a first stage asks for later ones")
     }
+}
+
+/// Adds rows, without a copy where they are the first.
+fn append(rows: &mut Vec<f32>, mut more: Vec<f32>) {
+    if rows.is_empty() { *rows = more } else { rows.append(&mut more) }
 }
 
 /// A chunk's rows.

@@ -2,7 +2,7 @@
 use super::micro_batch::cut_rows;
 use super::stack::{Stack, load_layers};
 use super::weights::Weights;
-use super::{LoadOptions, Part};
+use super::{LoadOptions, Part, append};
 use crate::backend::{AttentionSequence, Backend};
 use crate::expert_pool::ExpertPool;
 use crate::pipeline::{Advanced, StageInput, StageRunner, StageSequence};
@@ -112,9 +112,9 @@ impl<B: Backend> StageRunner for Stage<B> {
         for mut micro_batch in micro_batches {
             let x = micro_batch.end(&backend, None)?;
             match micro_batch.wanted.len() {
-                count if !self.is_last || count == micro_batch.rows => output.extend(backend.to_host(&x)?),
+                count if !self.is_last || count == micro_batch.rows => append(&mut output, backend.to_host(&x)?),
                 0 => {}
-                _ => output.extend(backend.to_host(&backend.rows(&x, &micro_batch.wanted)?)?),
+                _ => append(&mut output, backend.to_host(&backend.rows(&x, &micro_batch.wanted)?)?),
             }
         }
         Ok(output)

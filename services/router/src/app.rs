@@ -3,9 +3,11 @@ use crate::actors::prefix_index::{Forget, IndexActor, Overlap, Size};
 use crate::actors::replica_table::{
     Choose, Chosen, InLine, Parts, Ready, Refresh, Registered, Registrations, ReplicaTable, Status, Statuses,
 };
+use crate::canary;
 use crate::config::Config;
 use crate::feeds::Feeds;
 use crate::index::Owner;
+use crate::news;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use moesaic_actors::{Handle, Supervised};
@@ -44,11 +46,17 @@ impl Router {
         let entries = config.index_entries;
         let new_index = move || IndexActor::new(entries, questions.clone());
         let index = Supervised::spawn("prefix_index", config.mailbox, new_index);
-        let parts =
-            Parts { config: Arc::clone(&config), registrations: registrations.clone(), index: index.clone(), news };
+        let name = news::own_name();
+        let parts = Parts {
+            canary_interval: config.canary_interval().map(|interval| canary::own_interval(&name, interval)),
+            config: Arc::clone(&config),
+            registrations: registrations.clone(),
+            index: index.clone(),
+            news,
+        };
         let new_table = move || ReplicaTable::new(parts.clone());
         let table = Supervised::spawn("replica_table", config.mailbox, new_table);
-        let feeds = Feeds::start(events, &index, &table, told, asked);
+        let feeds = Feeds::start(events, name, &index, &table, told, asked);
         Ok(Arc::new(Self { config, registrations, table, index, _feeds: feeds }))
     }
 

@@ -33,21 +33,21 @@ pub enum Outcome {
 }
 
 /// Whether a replica is to be sent a canary now.
-pub fn is_due(id: &ReplicaId, entry: &Entry, interval: Duration, now: Instant) -> bool {
+pub fn is_due(entry: &Entry, interval: Duration, now: Instant) -> bool {
     let State::Ready(load) = &entry.state else { return false };
     let has_place = load.waiting == 0 && (load.max_running == 0 || load.running < load.max_running);
     if entry.check.is_running || !entry.may_be_asked(now) || !has_place {
         return false;
     }
-    let is_over = |last: Instant| now.saturating_duration_since(last) >= spread(id, interval);
+    let is_over = |last: Instant| now.saturating_duration_since(last) >= interval;
     entry.check.is_required || (entry.is_idle() && (!entry.check.is_proven || entry.check.last.is_none_or(is_over)))
 }
 
-/// The interval, longer by up to a quarter: different from replica to replica, and from router to router.
-fn spread(id: &ReplicaId, interval: Duration) -> Duration {
-    let bytes = id.0.bytes().chain(std::process::id().to_le_bytes());
-    let hash = bytes.fold(0x811c_9dc5u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
-    interval + interval * (hash % 64) / 256
+/// A router's own interval, longer by up to a quarter by its name: routers that hear of each other's canaries then send
+/// few of them at the same time.
+pub fn own_interval(name: &str, interval: Duration) -> Duration {
+    let hash = name.bytes().fold(0x811c_9dc5u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    interval + interval * (hash >> 26) / 256
 }
 
 /// Sends one, and waits for its answer.
@@ -130,4 +130,90 @@ pub fn disagrees_with(replicas: &BTreeMap<ReplicaId, Entry>, id: &ReplicaId) -> 
     let cast: usize = votes.values().sum();
     let (token, count) = votes.into_iter().max_by_key(|(_, count)| *count)?;
     (count >= MAJORITY && 2 * count > cast && own.check.token.is_some_and(|own| own != token)).then_some(token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::breaker::Breaker;
+    use moesaic_types::Digest;
+    use moesaic_types::boundary::ReplicaLoad;
+
+    const INTERVAL: Duration = Duration::from_secs(30);
+
+    fn entry(running: usize, waiting: usize, now: Instant) -> Entry {
+        let mut entry = Entry::new(None, Breaker::new(3, Duration::from_secs(1)));
+        let load = ReplicaLoad { running, waiting, max_running: 4, ..ReplicaLoad::default() };
+        entry.heard(Ok(load), now, now);
+        entry
+    }
+
+    #[test]
+    fn one_is_due_where_it_tells_something_and_has_a_place() {
+        let now = Instant::now();
+        let is_due = |entry: &Entry, now| is_due(entry, INTERVAL, now);
+        let mut fresh = Entry::new(None, Breaker::new(3, Duration::from_secs(1)));
+        assert!(!is_due(&fresh, now), "nothing is known of it");
+        fresh = entry(0, 0, now);
+        assert!(is_due(&fresh, now));
+        fresh.check.is_running = true;
+        assert!(!is_due(&fresh, now), "one is on its way");
+        returned(&mut fresh, &Outcome::Works(7), now);
+        let later = now + INTERVAL;
+        assert!(!is_due(&fresh, now + INTERVAL - Duration::from_millis(1)) && is_due(&fresh, later));
+        let busy = entry(1, 0, now);
+        assert!(!is_due(&busy, now) && !is_due(&busy, later), "it works");
+        let mut back = entry(4, 0, now);
+        back.trip(now);
+        let after = now + Duration::from_secs(1);
+        assert!(!is_due(&back, after), "it has no place");
+        let place = ReplicaLoad { running: 3, max_running: 4, ..ReplicaLoad::default() };
+        back.heard(Ok(place), after, after);
+        assert!(!is_due(&back, now) && is_due(&back, after), "when its pause is over");
+    }
+
+    #[test]
+    fn routers_have_intervals_of_their_own_and_none_a_shorter_one() {
+        let own = |n: usize| own_interval(&format!("router.1.{n}"), INTERVAL);
+        assert!((0..100).all(|n| (INTERVAL..=INTERVAL * 5 / 4).contains(&own(n))));
+        assert!((1..100).filter(|n| own(*n) != own(0)).count() > 80);
+    }
+
+    #[test]
+    fn a_failure_counts_by_whether_anything_excuses_it() {
+        let now = Instant::now();
+        let failed = Outcome::Failed(Error::unavailable("no token"));
+        let mut idle = entry(0, 0, now);
+        returned(&mut idle, &failed, now);
+        assert!(!idle.is_ready(now) && idle.check.is_required);
+        let mut busy = entry(2, 0, now);
+        returned(&mut busy, &failed, now);
+        assert!(busy.is_ready(now), "one failure of three");
+        let after = now + Duration::from_secs(1);
+        returned(&mut idle, &failed, after);
+        assert!(!idle.may_be_asked(after + Duration::from_secs(1)), "the pause doubled");
+        returned(&mut idle, &Outcome::Unclear(Error::internal("x")), after + Duration::from_secs(2));
+        assert!(idle.is_ready(after + Duration::from_secs(2)));
+    }
+
+    #[test]
+    fn an_answer_is_doubted_where_two_others_of_the_model_agree_on_another() {
+        let of = |model: &[u8], token| {
+            let mut entry = Entry::new(Some(Digest::of(model)), Breaker::new(3, Duration::from_secs(1)));
+            entry.check.token = token;
+            entry
+        };
+        let doubted = |tokens: &[(&[u8], Option<TokenId>)]| {
+            let entries = tokens.iter().enumerate();
+            let replicas: BTreeMap<_, _> =
+                entries.map(|(n, (model, token))| (ReplicaId::new(n.to_string()), of(model, *token))).collect();
+            disagrees_with(&replicas, &ReplicaId::new("0"))
+        };
+        assert_eq!(doubted(&[(b"m", Some(1)), (b"m", Some(2)), (b"m", Some(2))]), Some(2));
+        assert_eq!(doubted(&[(b"m", Some(2)), (b"m", Some(2)), (b"m", Some(2))]), None);
+        assert_eq!(doubted(&[(b"m", Some(1)), (b"m", Some(2)), (b"x", Some(2))]), None, "one alone is no majority");
+        let split = [1, 2, 2, 1, 1].map(|token| (b"m".as_slice(), Some(token)));
+        assert_eq!(doubted(&split), None, "half of them");
+        assert_eq!(doubted(&[(b"m", None), (b"m", Some(2)), (b"m", Some(2))]), None, "it has said nothing");
+    }
 }

@@ -33,15 +33,16 @@ impl Drop for Feeds {
 }
 
 impl Feeds {
-    /// Feeds the actors from the bus, and publishes news and questions.
+    /// Feeds the actors from the bus, and publishes news and questions under this name.
     pub fn start(
         events: Arc<dyn EventBus>,
+        name: String,
         index: &Handle<IndexActor>,
         table: &Handle<ReplicaTable>,
         news: mpsc::Receiver<News>,
         questions: mpsc::Receiver<Subject>,
     ) -> Self {
-        let name: Arc<str> = news::own_name().into();
+        let name: Arc<str> = name.into();
         let own = Arc::clone(&name);
         let tasks = [
             tokio::spawn(feed(Arc::clone(&events), Plane::Kv, index.downgrade(), |event| Some(Apply(event)))),

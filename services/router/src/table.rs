@@ -159,21 +159,27 @@ impl<R> Table<R> {
 
     /// The replicas that can take a request, with room or without.
     fn able(&self, request: &PlaceRequest, now: Instant) -> Vec<(&ReplicaId, &Entry)> {
-        let PlaceRequest { exclude, full, model, prompt_tokens, .. } = request;
-        // who waits may go where there was no room; who does not would find none
-        let is_out = |id: &ReplicaId| exclude.contains(id) && (self.rules.line == 0 || !full.contains(id));
-        let ready = self
-            .replicas
-            .iter()
-            .filter(|(id, entry)| entry.is_ready(now) && entry.serves(*model) && (exclude.is_empty() || !is_out(id)));
-        let mut able: Vec<_> = ready.collect();
+        let mut able: Vec<_> =
+            self.replicas.iter().filter(|(id, entry)| self.may_take(request, id, entry, now)).collect();
         // A prompt that fits nowhere goes anywhere: the replica's refusal names the limit.
-        narrow(&mut able, |entry| entry.load().max_context == 0 || *prompt_tokens < entry.load().max_context);
+        let fits = |entry: &Entry| {
+            let limit = entry.load().max_context;
+            limit == 0 || request.prompt_tokens < limit
+        };
+        narrow(&mut able, fits);
         if self.rules.canary_interval.is_some() {
             // One that has not shown that it works takes requests where nobody else can.
             narrow(&mut able, |entry| entry.check.is_proven);
         }
         able
+    }
+
+    /// Whether a replica takes requests, and this one among them.
+    fn may_take(&self, request: &PlaceRequest, id: &ReplicaId, entry: &Entry, now: Instant) -> bool {
+        let PlaceRequest { exclude, full, model, .. } = request;
+        // who waits may go where there was no room; who does not would find none
+        let is_out = || exclude.contains(id) && (self.rules.line == 0 || !full.contains(id));
+        entry.is_ready(now) && entry.serves(*model) && (exclude.is_empty() || !is_out())
     }
 
     fn nobody(&self, exclude: &[ReplicaId], model: Option<Digest>) -> Error {
@@ -216,20 +222,27 @@ impl<R> Table<R> {
 
     /// Takes the next request out of the line for which a replica has room now; [`Self::bind`] it.
     pub fn next(&mut self, now: Instant) -> Option<Waiting<Pending<R>>> {
-        if self.line.is_empty() || !self.has_room(now) {
+        if self.line.is_empty() {
+            return None;
+        }
+        let ahead = self.rules.ahead;
+        let has_room = |(_, entry): &(&ReplicaId, &Entry)| entry.is_ready(now) && entry.room(0, ahead) > 0;
+        let with_room: Vec<_> = self.replicas.iter().filter(has_room).collect();
+        if with_room.is_empty() {
             return None;
         }
         // the line is looked through while the replicas are
         let mut line = std::mem::replace(&mut self.line, Queue::new(self.rules.promote_after));
         let nothing = Prefixes::default();
-        let next = line.take(now, |pending| matches!(self.pick(&pending.request, &nothing, now), Ok(Some(_))));
+        let next = line.take(now, |Pending { request, .. }| {
+            let blocks = blocks_of(request);
+            let may = |(id, entry): &(&ReplicaId, &Entry)| {
+                self.may_take(request, id, entry, now) && entry.room(blocks, ahead) > 0
+            };
+            with_room.iter().any(may) && matches!(self.pick(request, &nothing, now), Ok(Some(_)))
+        });
         self.line = line;
         next
-    }
-
-    /// Whether any replica could take anything.
-    fn has_room(&self, now: Instant) -> bool {
-        self.replicas.values().any(|entry| entry.is_ready(now) && entry.room(0, self.rules.ahead) > 0)
     }
 
     /// Gives a request that was taken to the best replica now, or puts it back. A reply that nobody waits for
@@ -268,8 +281,10 @@ impl<R> Table<R> {
             waiting.request.request.deadline.is_some_and(|deadline| deadline <= now)
                 || now.saturating_duration_since(waiting.since) >= self.rules.line_timeout
         };
+        let is_hopeless =
+            |request: &PlaceRequest| !self.replicas.iter().any(|(id, entry)| self.may_take(request, id, entry, now));
         let is_over = |waiting: &Waiting<Pending<R>>| {
-            is_gone(&waiting.request.reply) || is_late(waiting) || self.able(&waiting.request.request, now).is_empty()
+            is_gone(&waiting.request.reply) || is_late(waiting) || is_hopeless(&waiting.request.request)
         };
         let over = line.remove(is_over);
         self.line = line;

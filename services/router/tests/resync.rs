@@ -17,18 +17,22 @@ use moesaic_types::boundary::{Event, EventBus, KvEvent, Placer, ReplicaLoad};
 use moesaic_types::cluster::Service;
 use moesaic_types::{BlockHash, Result};
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex};
 
-/// A bus whose readers lose KV events as long as they are told to.
+/// A bus whose readers lose KV events as long as they are told to, and who asks loses questions.
 struct Leaky {
     bus: Arc<MemoryBus>,
     loses: Arc<AtomicBool>,
+    questions_to_lose: AtomicUsize,
 }
 
 impl EventBus for Leaky {
     fn publish(&self, source: &str, subject: &str, payload: Bytes) -> BoxFuture<'_, Result<()>> {
-        self.bus.publish(source, subject, payload)
+        let is_lost = subject.ends_with(".anew")
+            && self.questions_to_lose.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_ok();
+        if is_lost { async { Ok(()) }.boxed() } else { self.bus.publish(source, subject, payload) }
     }
 
     fn subscribe(&self, prefix: &str) -> BoxFuture<'_, Result<BoxStream<'static, Event>>> {
@@ -37,7 +41,7 @@ impl EventBus for Leaky {
             let events = self.bus.subscribe(&prefix).await?;
             let kept = events.filter(move |event| {
                 let is_kv = event.subject.ends_with(".blocks");
-                std::future::ready(!(is_kv && loses.load(Ordering::SeqCst)))
+                std::future::ready(!(is_kv && loses.load(SeqCst)))
             });
             Ok(kept.boxed())
         }
@@ -100,7 +104,7 @@ async fn a_lost_event_is_noticed_and_all_routers_know_the_same_again() {
     let bus = Arc::new(MemoryBus::new());
     let loses = [false, false].map(|loses| Arc::new(AtomicBool::new(loses)));
     let routers = loses.each_ref().map(|loses| {
-        let leaky = Leaky { bus: bus.clone(), loses: Arc::clone(loses) };
+        let leaky = Leaky { bus: bus.clone(), loses: Arc::clone(loses), questions_to_lose: AtomicUsize::new(0) };
         let router = Router::start(&config(), Arc::new(leaky)).unwrap();
         router.register(id("a"), Fake::with(Ok(ReplicaLoad::default())));
         router
@@ -116,12 +120,12 @@ async fn a_lost_event_is_noticed_and_all_routers_know_the_same_again() {
     all_know(&[1, 2, 3, 4], 3).await;
 
     // one loses that a block went and others came
-    loses[1].store(true, Ordering::SeqCst);
+    loses[1].store(true, SeqCst);
     cache.evict(3).await;
     cache.store(&[4, 5]).await;
     until("one has heard", || async { overlap(&routers[0], &[4, 5]).await == 2 }).await;
     assert_eq!(overlap(&routers[1], &[1, 2, 3]).await, 3, "the other believes what is no longer so");
-    loses[1].store(false, Ordering::SeqCst);
+    loses[1].store(false, SeqCst);
     // the next event, even one of another block, shows the gap
     cache.store(&[9]).await;
     all_know(&[1, 2, 3], 2).await;
@@ -142,4 +146,19 @@ async fn a_router_that_comes_later_learns_what_was_there_before_it() {
     router.register(id("a"), Fake::with(Ok(ReplicaLoad::default())));
     // nothing changes any longer; a sign of life is enough
     until("it knows", || async { overlap(&router, &[1, 2, 3]).await == 3 }).await;
+}
+
+#[tokio::test]
+async fn a_question_that_is_lost_is_asked_again() {
+    let bus = Arc::new(MemoryBus::new());
+    let cache = Cache::start(&bus);
+    cache.store(&[1, 2, 3]).await;
+    let leaky = Leaky { bus, loses: Arc::default(), questions_to_lose: AtomicUsize::new(1) };
+    let router = Router::start(&config(), Arc::new(leaky)).unwrap();
+    router.register(id("a"), Fake::with(Ok(ReplicaLoad::default())));
+    until("it knows", || async {
+        cache.store(&[9]).await;
+        overlap(&router, &[1, 2, 3]).await == 3
+    })
+    .await;
 }

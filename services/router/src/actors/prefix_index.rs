@@ -9,7 +9,7 @@ use moesaic_transport::subjects::Subject;
 use moesaic_types::ReplicaId;
 use moesaic_types::boundary::{Event, KvEvent, PlaceRequest};
 use moesaic_types::cluster::Service;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -17,11 +17,16 @@ use tokio::sync::mpsc;
 /// An owner is asked to say everything anew no more often than this.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 
+/// Owners that are asked within that time: what all of them say at once would be lost again.
+const ASKED_AT_ONCE: usize = 16;
+
 /// The actor's state.
 pub struct IndexActor {
     index: PrefixIndex,
     /// To the owners, who say everything anew then.
     questions: mpsc::Sender<Subject>,
+    /// Owners of which not everything is known.
+    incomplete: HashSet<Owner>,
     /// When each was asked.
     asked: HashMap<Subject, Instant>,
 }
@@ -30,10 +35,10 @@ impl IndexActor {
     /// An empty index of at most `max_entries`. Owners whose events were lost are asked through `questions`.
     pub fn new(max_entries: usize, questions: mpsc::Sender<Subject>) -> Self {
         metrics::index_entries(0);
-        Self { index: PrefixIndex::new(max_entries), questions, asked: HashMap::new() }
+        Self { index: PrefixIndex::new(max_entries), questions, incomplete: HashSet::new(), asked: HashMap::new() }
     }
 
-    /// Asks an owner to say everything anew. A question that finds no room is asked with its next event.
+    /// Asks an owner to say everything anew, if it is its turn; otherwise with its next event.
     fn ask_anew(&mut self, owner: &Owner) {
         let now = Instant::now();
         self.asked.retain(|_, at| now.saturating_duration_since(*at) < ASK_AGAIN);
@@ -41,7 +46,8 @@ impl IndexActor {
             Owner::Replica(id) => Subject::kv_anew(Service::Scheduler, &id.0),
             Owner::Store(id, _) => Subject::kv_anew(Service::KvStore, id),
         };
-        if !self.asked.contains_key(&question) && self.questions.try_send(question.clone()).is_ok() {
+        let is_turn = self.asked.len() < ASKED_AT_ONCE && !self.asked.contains_key(&question);
+        if is_turn && self.questions.try_send(question.clone()).is_ok() {
             self.asked.insert(question, now);
         }
     }
@@ -88,7 +94,12 @@ impl Handler<Apply> for IndexActor {
             metrics::event_gap();
             tracing::debug!(?owner, sequence = event.sequence, "kv events were lost");
         }
-        if matches!(applied, Applied::AfterGap | Applied::Late) {
+        match applied {
+            Applied::AfterGap | Applied::Late => drop(self.incomplete.insert(owner.clone())),
+            Applied::InOrder if kv == KvEvent::Cleared => drop(self.incomplete.remove(&owner)),
+            Applied::InOrder | Applied::Stale => {}
+        }
+        if self.incomplete.contains(&owner) {
             self.ask_anew(&owner);
         }
         metrics::index_entries(self.index.len());
@@ -107,6 +118,7 @@ impl Handler<Forget> for IndexActor {
     type Result = ();
 
     fn handle(&mut self, Forget(owner): Forget, _: &mut Context<Self>) {
+        self.incomplete.remove(&owner);
         self.index.forget(&owner);
     }
 }

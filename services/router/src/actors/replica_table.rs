@@ -25,7 +25,7 @@ use moesaic_types::boundary::{Replica, ReplicaLoad};
 use moesaic_types::{ReplicaId, Result};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 /// What the actor works with.
@@ -39,6 +39,8 @@ pub struct Parts {
     pub index: Handle<IndexActor>,
     /// To the other routers.
     pub news: mpsc::Sender<News>,
+    /// How often this router sends a canary to a replica without work.
+    pub canary_interval: Option<Duration>,
 }
 
 /// The actor's state.

@@ -77,9 +77,9 @@ impl ReplicaTable {
     }
 
     fn send_canary_if_due(&mut self, id: &ReplicaId, context: &mut Context<Self>) {
-        let Some(interval) = self.parts.config.canary_interval() else { return };
+        let Some(interval) = self.parts.canary_interval else { return };
         let now = Instant::now();
-        if self.table.replicas().get(id).is_some_and(|entry| canary::is_due(id, entry, interval, now)) {
+        if self.table.replicas().get(id).is_some_and(|entry| canary::is_due(entry, interval, now)) {
             self.send_canary(id, context);
         }
     }

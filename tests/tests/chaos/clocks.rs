@@ -7,7 +7,7 @@ use crate::suite::{Fault, GENERATED, Suite};
 use anyhow::Result;
 use moesaic_tests::until;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 const HOUR: i64 = 3600;
 const DAY_MINUTES: i64 = 24 * 60;
@@ -45,7 +45,7 @@ fn leases(suite: &mut Suite) {
     };
     let over = each("redis.call('del', key)");
     let fault = Fault::new("Redis's clock jumps an hour forward: all leases are over", "they are taken again");
-    suite.fault(fault.lasting(SOON), |c| c.member("redis").evaluate(&over), |_| Ok(()));
+    suite.fault(fault.lasting_shortly(), |c| c.member("redis").evaluate(&over), |_| Ok(()));
     let longer = each("redis.call('pexpire', key, left + 3600000)");
     let fault = Fault::new(
         "Redis's clock jumps an hour back, and a scheduler is killed: its lease lasts",
@@ -58,8 +58,6 @@ fn leases(suite: &mut Suite) {
     suite.fault(fault.then_works("s0", GENERATED), begin, |c| c.start("s0"));
 }
 
-const SOON: Duration = Duration::from_secs(2);
-
 fn clocks(suite: &mut Suite) {
     let services = |c: &Cluster| -> Vec<&'static str> {
         let is_service = |kind: Kind| !matches!(kind, Kind::Redis | Kind::Nats);
@@ -68,7 +66,7 @@ fn clocks(suite: &mut Suite) {
     for (how, offset) in [("forward", HOUR), ("back", -HOUR)] {
         let name = format!("the clocks of all services jump an hour {how}");
         let fault = Fault::new(name, "nothing: no lease or deadline is counted by them");
-        suite.fault(fault.lasting(SOON), |c| jump(c, &services(c), offset), |c| jump(c, &services(c), 0));
+        suite.fault(fault.lasting_shortly(), |c| jump(c, &services(c), offset), |c| jump(c, &services(c), 0));
     }
     let name = "a scheduler is killed and starts with a clock an hour back";
     let fault = Fault::new(name, "it is the later one all the same");

@@ -118,10 +118,12 @@ fn questions() -> Vec<Value> {
         greedy(prefix("Page") + "The second town", 40),
         json!({"prompt": "A thing as JSON:", "max_tokens": 120, "temperature": 0, "response_format": format}),
         greedy(prefix("Note") + "The last well", 40),
+        greedy(prefix("Verse") + "A third town", 40),
         json!({"prompt": prefix("Line") + "A town", "max_tokens": 40, "temperature": 0.7, "seed": 5,
             "ignore_eos": true}),
         json!({"prompt": "Two things as JSON:", "max_tokens": 120, "temperature": 0.9, "seed": 11,
             "response_format": format}),
+        greedy(prefix("Entry") + "A fourth town", 40),
         json!({"prompt": prefix("Word") + "No town", "max_tokens": 40, "temperature": 0, "ignore_eos": true,
             "repetition_penalty": 1.1}),
     ]

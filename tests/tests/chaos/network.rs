@@ -75,7 +75,8 @@ fn from_servers(suite: &mut Suite) {
     }
     for (kind, who) in kinds {
         let pairs: Vec<_> = suite.cluster.names(kind).into_iter().map(|name| (name, "nats")).collect();
-        cut(suite, Fault::new(format!("cut: {who} and NATS"), "changes are seen later"), &pairs);
+        let fault = Fault::new(format!("cut: {who} and NATS"), "changes are seen later");
+        cut(suite, fault, &pairs);
     }
 }
 

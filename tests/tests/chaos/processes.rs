@@ -2,7 +2,7 @@
 use crate::cluster::{Cluster, Kind};
 use crate::hosts::Hosts;
 use crate::load::Outcome;
-use crate::suite::{EXPERT_TOKENS, FOUND, Fault, GENERATED, PLACED, Suite, leader};
+use crate::suite::{ASKED, EXPERT_TOKENS, FOUND, Fault, GENERATED, PLACED, Suite, leader};
 use anyhow::Result;
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ pub fn two_of_everything(hosts: Hosts, copies: usize) -> Result<Cluster> {
 pub fn add_two_of_everything(cluster: &mut Cluster, copies: usize, stores: &[&str]) -> Result<()> {
     let copies = format!("router.placement.min_copies={copies}");
     let router = [&copies, "router.placement.min_groups=2", "router.placement.settle=200ms"];
-    let scheduler = ["scheduler.experts=shards", "scheduler.kv_blocks=48", "scheduler.prefix_store_fetch=always"];
+    let scheduler = ["scheduler.experts=shards", "scheduler.kv_blocks=32", "scheduler.prefix_store_fetch=always"];
     for (name, group) in [("e0", "expert_shard.group=0"), ("e1", "expert_shard.group=1")] {
         cluster.add(Kind::Shard, name, &[group])?;
     }
@@ -49,19 +49,39 @@ fn killed_frozen_and_restarted_processes() {
 }
 
 fn kill(suite: &mut Suite) {
-    let scheduler = Fault::new("kill -9 a scheduler", "its streams go on at the other").then_works("s0", GENERATED);
-    suite.fault(scheduler, |c| c.kill("s0"), |c| c.start("s0"));
-    let shard = Fault::new("kill -9 a shard, its experts have copies", "the copies answer");
-    suite.fault(shard.then_works("e0", EXPERT_TOKENS), |c| c.kill("e0"), |c| c.start("e0"));
     let leading = leader(&suite.cluster).unwrap();
-    let router = Fault::new("kill -9 the leading router", "the other places and leads");
-    suite.fault(router.then_works(leading, PLACED), move |c| c.kill(leading), move |c| c.start(leading));
-    let store = Fault::new("kill -9 a kv-store", "its blocks are computed or come from the other");
-    suite.fault(store.then_works("k0", FOUND), |c| c.kill("k0"), |c| c.start("k0"));
+    let all = [
+        ("s0", "a scheduler", "its streams go on at the other", GENERATED),
+        ("e0", "a shard, its experts have copies", "the copies answer", EXPERT_TOKENS),
+        (leading, "the leading router", "the other places and leads", PLACED),
+        ("k0", "a kv-store", "its blocks are computed or come from the other", ASKED),
+    ];
+    for (name, what, expected, metric) in all {
+        let fault = Fault::new(format!("kill -9 {what}"), expected).lasting_shortly().then_works(name, metric);
+        suite.fault(fault, move |c| c.kill(name), move |c| c.start(name));
+    }
     let door = suite.cluster.member("g0").address;
-    let gateway =
-        Fault::new("kill -9 a gateway", "its connections break, clients ask again at the other; no other is lost");
-    suite.fault(gateway.losing(door), |c| c.kill("g0"), |c| c.start("g0"));
+    let expected = "its connections break, clients ask again at the other; no other is lost";
+    let fault = Fault::new("kill -9 a gateway", expected).lasting_shortly().losing(door);
+    suite.fault(fault, |c| c.kill("g0"), |c| c.start("g0"));
+    both(suite);
+}
+
+/// Nobody is left of a kind.
+fn both(suite: &mut Suite) {
+    let kill = |names: [&'static str; 2]| move |c: &mut Cluster| names.iter().try_for_each(|name| c.kill(name));
+    let start = |names: [&'static str; 2]| move |c: &mut Cluster| names.iter().try_for_each(|name| c.start(name));
+    let fault = |what: &str, expected| Fault::new(format!("kill -9 {what}"), expected).lasting_shortly();
+    let (schedulers, shards, routers, stores) = (["s0", "s1"], ["e0", "e1"], ["r0", "r1"], ["k0", "k1"]);
+    let all = fault("all schedulers", "requests end with the error `unavailable`, at once").unavailable();
+    suite.fault(all.then_works("s0", GENERATED), kill(schedulers), start(schedulers));
+    let all = fault("all shards", "streams wait until they are back and go on");
+    suite.fault(all.then_works("e0", EXPERT_TOKENS), kill(shards), start(shards));
+    let all = fault("all routers", "what is new is refused with `unavailable`; what runs goes on");
+    let all = all.allowing(|ended| matches!(ended.outcome, Outcome::Refused { status: Some(503), .. }));
+    suite.fault(all.then_works("r0", PLACED), kill(routers), start(routers));
+    let all = fault("all kv-stores", "their blocks are computed");
+    suite.fault(all.then_works("k0", ASKED), kill(stores), start(stores));
 }
 
 fn freeze(suite: &mut Suite) {
@@ -85,7 +105,7 @@ fn freeze(suite: &mut Suite) {
 fn servers(suite: &mut Suite) {
     for (name, what) in [("redis", "Redis"), ("nats", "NATS")] {
         let fault = |how: &str| Fault::new(format!("{what} {how}"), "all go on with what they know");
-        suite.fault(fault("killed and restarted"), move |c| c.kill(name), move |c| c.start(name));
+        suite.fault(fault("killed and restarted").lasting_shortly(), move |c| c.kill(name), move |c| c.start(name));
         suite.fault(fault("killed and restarted empty"), move |c| c.kill(name), move |c| c.start_empty(name));
     }
     let fault = Fault::new("Redis and NATS gone, then a scheduler killed", "its streams go on at the other");

@@ -15,6 +15,8 @@ pub const GENERATED: &str = "vllm:generation_tokens_total";
 pub const EXPERT_TOKENS: &str = "moesaic_expert_tokens_total";
 pub const PLACED: &str = "moesaic_router_placements_total";
 pub const FOUND: &str = "moesaic_kv_store_hits_total";
+/// Grows where a kv-store is asked and has nothing, as one that came back empty.
+pub const ASKED: &str = "moesaic_kv_store_misses_total";
 
 const LEADER: &str = "moesaic_placement_leader";
 
@@ -31,6 +33,9 @@ pub fn leader(cluster: &Cluster) -> Result<&'static str> {
     })?;
     found.context("a router leads")
 }
+
+/// The same where those who are concerned notice at once.
+const SHORT: Duration = Duration::from_secs(2);
 
 /// Whether a request may end in this way, other than with the undisturbed answer.
 type Allows = Box<dyn Fn(&Ended) -> bool>;
@@ -56,6 +61,11 @@ impl Fault {
         Self { lasts, ..self }
     }
 
+    /// As long as who lost a connection at once needs to find another way.
+    pub fn lasting_shortly(self) -> Self {
+        self.lasting(SHORT)
+    }
+
     /// Other ends of requests that are right.
     pub fn allowing(self, allows: impl Fn(&Ended) -> bool + 'static) -> Self {
         Self { allows: Box::new(allows), ..self }
@@ -65,6 +75,15 @@ impl Fault {
     pub fn losing(self, door: SocketAddr) -> Self {
         self.allowing(move |ended| {
             ended.door == door && matches!(ended.outcome, Outcome::Refused { .. } | Outcome::Cut { .. })
+        })
+    }
+
+    /// Requests may end with an error that says who is missing: before they are accepted, or in the stream.
+    pub fn unavailable(self) -> Self {
+        self.allowing(|ended| match &ended.outcome {
+            Outcome::Refused { status: Some(503), why } => why.contains("\"unavailable\""),
+            Outcome::Failed { error } => error["code"] == "unavailable",
+            _ => false,
         })
     }
 

@@ -111,7 +111,12 @@ impl BlockPool {
 
     /// The prefix store has this block: it need not be offered when it is evicted.
     pub fn set_stored(&mut self, hash: &BlockHash) {
-        self.index.set_stored(hash);
+        self.index.set_stored(hash, true);
+    }
+
+    /// The prefix store did not get this block after all.
+    pub fn set_unstored(&mut self, hash: &BlockHash) {
+        self.index.set_stored(hash, false);
     }
 
     /// The block of a name that the prefix store does not have, as far as is known.
@@ -238,6 +243,9 @@ mod tests {
         assert_eq!((pool.unstored(&hash(1)), pool.unstored(&hash(3))), (Some(a), None));
         pool.set_stored(&hash(1));
         assert_eq!(pool.unstored(&hash(1)), None);
+        pool.set_unstored(&hash(1));
+        assert_eq!(pool.unstored(&hash(1)), Some(a));
+        pool.set_stored(&hash(1));
         [a, b].into_iter().for_each(|block| pool.release(block));
         assert!(pool.allocate().is_some() && pool.allocate().is_some());
         assert_eq!(pool.take_evicted(), [(b, link(2))]);

@@ -44,9 +44,9 @@ impl PrefixIndex {
     }
 
     /// The prefix store has this block.
-    pub fn set_stored(&mut self, hash: &BlockHash) {
+    pub fn set_stored(&mut self, hash: &BlockHash, is_stored: bool) {
         if let Some(named) = self.by_hash.get(hash).and_then(|block| self.names.get_mut(block)) {
-            named.is_stored = true;
+            named.is_stored = is_stored;
         }
     }
 

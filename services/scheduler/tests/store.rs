@@ -14,6 +14,7 @@ use moesaic_transport::subjects::Subject;
 use moesaic_types::boundary::{Event, EventBus, KvEvent, PrefixStore};
 use moesaic_types::{BLOCK_TOKENS, BlockHash, Error, Link, Result};
 use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
 
@@ -26,6 +27,8 @@ struct Store {
     hang: bool,
     /// It sends so many blocks and then nothing.
     stall_after: Option<usize>,
+    /// So many offers fail.
+    refuse: AtomicUsize,
     /// How many blocks each fetch asked for.
     asked: Mutex<Vec<usize>>,
     /// It sends nothing until it is told to.
@@ -58,6 +61,9 @@ impl PrefixStore for Store {
     }
 
     fn offer(&self, link: Link, bytes: Bytes) -> BoxFuture<'_, Result<bool>> {
+        if self.refuse.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
+            return Box::pin(async { Err(Error::unavailable("the store is away")) });
+        }
         let new = self.blocks.lock().unwrap().insert(link.hash, bytes).is_none();
         self.count.send_modify(|count| *count += usize::from(new));
         Box::pin(async move { Ok(new) })
@@ -213,6 +219,36 @@ async fn what_came_before_a_store_stalled_is_used() {
     let found = generate(&*over(&store, config, &levers).await, wanted).await.unwrap();
     assert_eq!((found.usage().cached_tokens, found.tokens), (3 * 64, expected.tokens));
     assert_eq!(levers.computed.load(std::sync::atomic::Ordering::SeqCst), 500 - 3 * 64 + 19);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_block_whose_offer_failed_is_offered_again_when_it_is_evicted() {
+    let store = Arc::new(Store { is_shared: true, refuse: 4.into(), ..Store::default() });
+    // room for two such requests
+    let config = Config { kv_blocks: Some(12), prefix_store_offers: 1024, ..config() };
+    let replica = over(&store, config, &Arc::default()).await;
+    let wanted = request(prompt(1, 300), 2);
+    generate(&replica, wanted.clone()).await.unwrap();
+    tokio::time::timeout(PATIENCE, async {
+        while store.refuse.load(Ordering::SeqCst) > 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+    // some steps, in which the replica hears of it
+    for seed in 5001..5004 {
+        generate(&replica, request(prompt(seed, 20), 2)).await.unwrap();
+    }
+    let chain = hasher().chain(&wanted.salt, &wanted.prompt);
+    let offered = || chain.iter().filter(|hash| store.blocks.lock().unwrap().contains_key(hash)).count();
+    for seed in 2.. {
+        assert!(seed < 1000, "{} of its blocks were offered", offered());
+        generate(&replica, request(prompt(seed, 600), 2)).await.unwrap();
+        if offered() == 4 {
+            break;
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -21,7 +21,7 @@ use crate::pool::{BlockIndex, BlockPool};
 use moesaic_model::Runner;
 use moesaic_model::memory::Memory;
 use moesaic_types::boundary::{KvEvent, PrefixStore};
-use moesaic_types::{BLOCK_TOKENS, BlockHasher, Error, FinishReason, Link, Result, TokenId};
+use moesaic_types::{BLOCK_TOKENS, BlockHash, BlockHasher, Error, FinishReason, Link, Result, TokenId};
 use serde::Serialize;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -127,6 +127,8 @@ pub enum Command {
         /// What came.
         fetched: Fetched,
     },
+    /// The prefix store did not answer to the offer of a block, which is offered again when it is evicted.
+    NotStored(BlockHash),
     /// Look around: something outside changed.
     Wake,
     /// Say anew which blocks are here: somebody lost an event.
@@ -325,6 +327,7 @@ impl Engine {
                     sequence.fetched = fetched;
                 }
             }
+            Command::NotStored(hash) => self.pool.set_unstored(&hash),
             Command::Wake => {}
             Command::TellBlocks => self.pool.tell_anew(),
             #[cfg(any(test, feature = "fault-injection"))]

@@ -133,12 +133,15 @@ impl Engine {
             let sealed = spawn_blocking(move || seal::seal(&link.hash, bytes)).await;
             let sealed = sealed.map_err(|error| Error::internal(error.to_string()));
             let offered = async { store.offer(link, sealed?).await };
-            if let Err(error) = offered.await {
-                tracing::debug!(%error, "offer a block to the prefix store");
-            }
+            let outcome = offered.await;
             drop(place);
+            let Some(replies) = replies else { return };
+            if let Err(error) = outcome {
+                tracing::debug!(%error, "offer a block to the prefix store");
+                reply(&replies, Command::NotStored(link.hash)).await;
+            }
             // others may wait for the place; an engine whose queue is full looks by itself
-            let _ = replies.map(|replies| replies.try_send(Command::Wake));
+            let _ = replies.try_send(Command::Wake);
         });
         true
     }

@@ -112,7 +112,7 @@ async fn a_replica_s_blocks_serve_another_to_the_bit_and_only_its_tenant() {
         patience: Patience::default(),
     };
     let joined = Joined::start(&store, cluster);
-    let routes = Routes::new(kv_service(store.clone(), Some(joined), config.max_streams));
+    let routes = Routes::new(kv_service(store.clone(), Some(joined), &config));
     let (_stop, stopped) = watch::channel(false);
     tokio::spawn(moesaic_transport::serve(routes, listener, None, stopped));
     let remote = async || {

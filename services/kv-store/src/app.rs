@@ -11,7 +11,7 @@ use futures::stream::{self, BoxStream};
 use futures::{FutureExt, StreamExt};
 use moesaic_actors::{Handle, Supervised};
 use moesaic_types::boundary::PrefixStore;
-use moesaic_types::{BlockHash, GROUP_BLOCKS, Link, Result};
+use moesaic_types::{BlockHash, Link, Result};
 use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -20,9 +20,6 @@ use tokio::task::{AbortHandle, spawn_blocking};
 
 /// Longest wait for the pool; a slower answer is worth less than computing the block.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
-
-/// Blocks that a reader holds at once.
-const PAGE: usize = GROUP_BLOCKS;
 
 /// A store in this process.
 pub struct KvStore {
@@ -124,13 +121,7 @@ impl KvStore {
 
     /// A chain's blocks from its start; each is read when it is asked for.
     pub fn blocks(&self, chain: Vec<BlockHash>) -> BoxStream<'static, Result<Bytes>> {
-        let reader = Reader {
-            pool: self.pool.clone(),
-            files: self.files.clone(),
-            left: chain.into(),
-            page: VecDeque::new(),
-            is_last_page: false,
-        };
+        let reader = Reader { pool: self.pool.clone(), files: self.files.clone(), left: chain.into() };
         stream::try_unfold(reader, |mut reader| async move { Ok(reader.next().await?.map(|block| (block, reader))) })
             .boxed()
     }
@@ -140,33 +131,23 @@ impl KvStore {
 struct Reader {
     pool: Handle<BlockPool>,
     files: Option<Arc<dyn Files>>,
-    /// Not located yet.
+    /// Not read yet.
     left: VecDeque<BlockHash>,
-    page: VecDeque<Place>,
-    is_last_page: bool,
 }
 
 impl Reader {
     async fn next(&mut self) -> Result<Option<Bytes>> {
-        if self.page.is_empty() && !self.is_last_page {
-            let asked: Vec<_> = self.left.drain(..self.left.len().min(PAGE)).collect();
-            let count = asked.len();
-            if count > 0 {
-                self.page = self.pool.ask(Locate(asked), DEADLINE).await?.into();
-            }
-            self.is_last_page = self.page.len() < count || self.left.is_empty();
+        let Some(hash) = self.left.pop_front() else { return Ok(None) };
+        // one at a time: those that a reader holds take memory even when they are evicted
+        let block = match self.pool.ask(Locate(vec![hash]), DEADLINE).await?.pop() {
+            None => None,
+            Some(Place::Ram(bytes)) => Some(bytes),
+            Some(Place::Disk(link)) => self.read(link).await,
+        };
+        if block.is_none() {
+            self.left.clear();
         }
-        match self.page.pop_front() {
-            None => Ok(None),
-            Some(Place::Ram(bytes)) => Ok(Some(bytes)),
-            Some(Place::Disk(link)) => {
-                let block = self.read(link).await;
-                if block.is_none() {
-                    (self.page, self.is_last_page) = (VecDeque::new(), true);
-                }
-                Ok(block)
-            }
-        }
+        Ok(block)
     }
 
     /// Reads a block from disk and brings it back to RAM; one that is gone or broken is forgotten.

@@ -29,6 +29,10 @@ pub struct Config {
     pub replication_queue: usize,
     /// Calls that move blocks at once; 1..=65536. More are refused.
     pub max_streams: usize,
+    /// Bytes of blocks that these calls hold, beside what is kept; 64MiB..=1TiB. Others wait.
+    pub transfer_memory: ByteSize,
+    /// A call that moves no block for so long is ended; 10ms..=1h.
+    pub stream_idle: HumanDuration,
 }
 
 impl Default for Config {
@@ -44,6 +48,8 @@ impl Default for Config {
             replication: 1,
             replication_queue: 16,
             max_streams: 256,
+            transfer_memory: ByteSize::mib(512),
+            stream_idle: HumanDuration::from_secs(30),
         }
     }
 }
@@ -68,9 +74,15 @@ impl Config {
             }
         }
         let (least, most) = (HumanDuration::from_millis(10), HumanDuration::from_secs(3600));
-        if !(least.get()..=most.get()).contains(&self.disk_retry.get()) {
-            let message = format!("kv_store.disk_retry is {}; use 10ms to 1h", self.disk_retry);
-            return Err(Error::invalid("kv_store.disk_retry", message));
+        for (field, value) in [("disk_retry", self.disk_retry), ("stream_idle", self.stream_idle)] {
+            if !(least.get()..=most.get()).contains(&value.get()) {
+                let name = format!("kv_store.{field}");
+                return Err(Error::invalid(name.clone(), format!("{name} is {value}; use 10ms to 1h")));
+            }
+        }
+        if !(ByteSize::mib(64)..=ByteSize::gib(1024)).contains(&self.transfer_memory) {
+            let message = format!("kv_store.transfer_memory is {}; use 64MiB to 1TiB", self.transfer_memory);
+            return Err(Error::invalid("kv_store.transfer_memory", message));
         }
         Ok(())
     }
@@ -88,6 +100,8 @@ mod tests {
             ("replication", Config { replication: 9, ..Config::default() }),
             ("replication_queue", Config { replication_queue: 0, ..Config::default() }),
             ("max_streams", Config { max_streams: 0, ..Config::default() }),
+            ("transfer_memory", Config { transfer_memory: ByteSize::mib(63), ..Config::default() }),
+            ("stream_idle", Config { stream_idle: HumanDuration::from_millis(9), ..Config::default() }),
             ("disk_retry", Config { disk_retry: HumanDuration::from_millis(9), ..Config::default() }),
         ];
         for (field, config) in wrong {

@@ -1,6 +1,9 @@
 //! `moesaic.kv.v1`: schedulers and other nodes read and offer blocks.
 use crate::app::KvStore;
+use crate::budget::{Budget, Room};
 use crate::cluster::Joined;
+use crate::config::Config;
+use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 use moesaic_proto::kv::v1 as wire;
@@ -10,18 +13,16 @@ use moesaic_telemetry::propagation::{extract_metadata, set_parent};
 use moesaic_transport::channel::MAX_MESSAGE;
 use moesaic_types::boundary::PrefixStore;
 use moesaic_types::{Error, Result};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{Instrument, Span};
 
 /// The longest pin.
 const LONGEST_PIN: Duration = Duration::from_secs(600);
-
-/// A call that offers nothing for so long is ended: it holds a place.
-const IDLE: Duration = Duration::from_secs(30);
 
 /// Serves a store to other processes.
 pub struct KvService {
@@ -29,17 +30,22 @@ pub struct KvService {
     joined: Option<Arc<Joined>>,
     streams: Arc<Semaphore>,
     max_streams: usize,
+    budget: Arc<Budget>,
+    /// A call that moves no block for so long is ended.
+    idle: Duration,
 }
 
-/// The gRPC service of a store; `joined`: its part in a cluster, which copies blocks to other nodes. Blocks are moved by
-/// `max_streams` calls at once, each of which holds a group of the store's own blocks, or one that comes.
+/// The gRPC service of a store; `joined`: its part in a cluster, which copies blocks to other nodes.
 pub fn kv_service(
     store: Arc<KvStore>,
     joined: Option<Arc<Joined>>,
-    max_streams: usize,
+    config: &Config,
 ) -> KvStoreServiceServer<KvService> {
+    let max_streams = config.max_streams;
     let streams = Arc::new(Semaphore::new(max_streams));
-    let service = KvStoreServiceServer::new(KvService { store, joined, streams, max_streams });
+    let budget = Arc::new(Budget::new(config.transfer_memory.bytes(), MAX_MESSAGE as u64));
+    let idle = config.stream_idle.get();
+    let service = KvStoreServiceServer::new(KvService { store, joined, streams, max_streams, budget, idle });
     service.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE)
 }
 
@@ -69,19 +75,77 @@ struct Offers {
     requests: Streaming<wire::OfferRequest>,
     store: Arc<KvStore>,
     joined: Option<Arc<Joined>>,
+    budget: Arc<Budget>,
+    idle: Duration,
     _place: OwnedSemaphorePermit,
 }
 
 impl Offers {
     async fn next(&mut self) -> Result<Option<wire::OfferResponse>, Status> {
-        let Ok(request) = timeout(IDLE, self.requests.message()).await else { return Ok(None) };
+        // before it comes: what is not read waits at its sender
+        let mut room = reserve(&self.budget, self.idle).await?;
+        let Ok(request) = timeout(self.idle, self.requests.message()).await else { return Ok(None) };
         let Some(request) = request? else { return Ok(None) };
         let Offered { link, block, replicate } = request.try_into().map_err(into_status)?;
+        room.fit(block.len());
         let stored = self.store.offer(link, block.clone()).await.map_err(into_status)?;
         if let Some(joined) = self.joined.as_ref().filter(|_| stored && replicate) {
             joined.copy(link, block);
         }
         Ok(Some(wire::OfferResponse { stored }))
+    }
+}
+
+/// Room for a block, unless it takes too long.
+async fn reserve(budget: &Arc<Budget>, idle: Duration) -> Result<Room, Status> {
+    timeout(idle, budget.reserve()).await.map_err(|_| {
+        let message = "other blocks take all of kv_store.transfer_memory";
+        into_status(Error::exhausted(message, Duration::from_secs(1)))
+    })
+}
+
+/// A block on its way to a reader, until it is taken by it, or taken back.
+type Slot = Arc<Mutex<Option<(Bytes, Room)>>>;
+
+fn take(slot: &Slot) -> Option<(Bytes, Room)> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+/// Sends a chain's blocks, each as soon as the one before was taken. Ends when the reader is gone, or takes nothing for
+/// too long.
+async fn send(
+    mut blocks: BoxStream<'static, Result<Bytes>>,
+    budget: Arc<Budget>,
+    idle: Duration,
+    reader: mpsc::Sender<Result<Slot, Status>>,
+) {
+    let mut last = Slot::default();
+    loop {
+        let Ok(place) = timeout(idle, reader.reserve()).await else {
+            // what it did not take is not kept for it
+            drop(take(&last));
+            return;
+        };
+        let Ok(place) = place else { return };
+        let next = async {
+            let mut room = reserve(&budget, idle).await?;
+            let block = blocks.next().await.transpose().map_err(into_status)?;
+            Ok(block.map(|block| {
+                room.fit(block.len());
+                Arc::new(Mutex::new(Some((block, room))))
+            }))
+        };
+        match next.await {
+            Ok(Some(slot)) => {
+                last = Arc::clone(&slot);
+                place.send(Ok(slot));
+            }
+            Ok(None) => return,
+            Err(status) => {
+                place.send(Err(status));
+                return;
+            }
+        }
     }
 }
 
@@ -101,9 +165,17 @@ impl KvStoreService for KvService {
         let (_, chain) = chain_of(request, &span, |request| &request.chain)?;
         span.record("blocks", chain.len());
         let place = self.stream()?;
-        let blocks = self.store.blocks(chain).map(move |block| {
-            let _held = (&place, &span);
-            block.map(|block| wire::FetchResponse { block }).map_err(into_status)
+        let (sender, slots) = mpsc::channel(1);
+        let sending = send(self.store.blocks(chain), Arc::clone(&self.budget), self.idle, sender);
+        tokio::spawn(sending.instrument(span));
+        let mut held = None;
+        let blocks = ReceiverStream::new(slots).map(move |slot| {
+            let _place = &place;
+            // the one before has left
+            drop(held.take());
+            let (block, room) = take(&slot?).ok_or_else(|| Status::aborted("the blocks were not read in time"))?;
+            held = Some(room);
+            Ok(wire::FetchResponse { block })
         });
         Ok(Response::new(blocks.boxed()))
     }
@@ -116,7 +188,8 @@ impl KvStoreService for KvService {
     ) -> Result<Response<Self::OfferStream>, Status> {
         let place = self.stream()?;
         let (store, joined) = (Arc::clone(&self.store), self.joined.clone());
-        let offers = Offers { requests: request.into_inner(), store, joined, _place: place };
+        let (budget, idle) = (Arc::clone(&self.budget), self.idle);
+        let offers = Offers { requests: request.into_inner(), store, joined, budget, idle, _place: place };
         let answers =
             stream::try_unfold(
                 offers,

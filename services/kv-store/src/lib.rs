@@ -3,6 +3,7 @@
 
 pub mod actors;
 mod app;
+mod budget;
 mod cluster;
 pub mod config;
 pub mod disk;

@@ -53,7 +53,7 @@ impl moesaic_service::Settings for Settings {
 pub struct KvStoreProcess {
     store: Arc<KvStore>,
     joined: Arc<Joined>,
-    max_streams: usize,
+    config: Config,
 }
 
 impl Process for KvStoreProcess {
@@ -74,11 +74,11 @@ impl Process for KvStoreProcess {
             patience: cluster_config.kv_patience(),
         };
         let joined = Joined::start(&store, cluster);
-        Ok(Self { store, joined, max_streams: config.max_streams })
+        Ok(Self { store, joined, config })
     }
 
     async fn serve(self: Arc<Self>, doors: Doors, stop: watch::Receiver<bool>) -> Result<()> {
-        let service = kv_service(Arc::clone(&self.store), Some(Arc::clone(&self.joined)), self.max_streams);
+        let service = kv_service(Arc::clone(&self.store), Some(Arc::clone(&self.joined)), &self.config);
         let routes = Routes::new(service);
         serve(routes, doors.listener, doors.socket, stop).await
     }

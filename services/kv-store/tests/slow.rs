@@ -61,7 +61,7 @@ async fn behind_a_link(patience: Patience) -> (Arc<KvStore>, KvNode, watch::Send
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let near = link(listener.local_addr().unwrap()).await;
     let (stop, stopped) = watch::channel(false);
-    let routes = Routes::new(kv_service(store.clone(), None, config.max_streams));
+    let routes = Routes::new(kv_service(store.clone(), None, &config));
     tokio::spawn(moesaic_transport::serve(routes, listener, None, stopped));
     let member = Member {
         service: Service::KvStore,

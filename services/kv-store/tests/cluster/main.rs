@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails there")]
 mod announce;
+mod memory;
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -111,7 +112,7 @@ async fn node_that_tells(ground: &Ground, id: &'static str, config: &Config, met
         patience: PATIENCE,
     };
     let joined = Joined::start(&store, cluster);
-    let service = kv_service(store.clone(), Some(joined), config.max_streams);
+    let service = kv_service(store.clone(), Some(joined), config);
     let (stop, stopped) = watch::channel(false);
     let serving = moesaic_transport::serve(Routes::new(service), listener, None, stopped);
     let server = tokio::spawn(async move { serving.await.unwrap() }).abort_handle();

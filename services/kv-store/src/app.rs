@@ -1,6 +1,6 @@
 //! Composition: the block pool, its disk, and the `PrefixStore` boundary over both.
 use crate::actors::block_pool::{
-    BlockPool, Forget, Locate, Longest, Lost, Offer, Pin, Promote, Save, Size, Sizes, Unsaved, Wakes,
+    BlockPool, Forget, Locate, Longest, Lost, Offer, Pin, Promote, Save, Size, Sizes, Stalled, Unsaved, Wakes,
 };
 use crate::config::Config;
 use crate::disk::{self, Files, Folder};
@@ -17,6 +17,7 @@ use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::{AbortHandle, spawn_blocking};
+use tokio::time::timeout;
 
 /// Longest wait for the pool; a slower answer is worth less than computing the block.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
@@ -26,6 +27,7 @@ pub struct KvStore {
     pub(crate) pool: Handle<BlockPool>,
     pub(crate) wakes: Wakes,
     files: Option<Arc<dyn Files>>,
+    disk_timeout: Duration,
     keeper: Option<AbortHandle>,
 }
 
@@ -61,10 +63,10 @@ impl KvStore {
         let new = move || BlockPool::new(ram, disk, for_pool.clone());
         let pool = Supervised::spawn("block_pool", config.mailbox, new);
         let keeper = files.clone().map(|files| {
-            let (work, retry) = (Arc::clone(&wakes.work), config.disk_retry.get());
-            tokio::spawn(disk::keep(pool.downgrade(), files, work, retry)).abort_handle()
+            let (work, patience) = (Arc::clone(&wakes.work), disk::Patience::of(config));
+            tokio::spawn(disk::keep(pool.downgrade(), files, work, patience)).abort_handle()
         });
-        Ok(Arc::new(Self { pool, wakes, files, keeper }))
+        Ok(Arc::new(Self { pool, wakes, files, disk_timeout: config.disk_timeout.get(), keeper }))
     }
 
     /// What is kept.
@@ -121,7 +123,12 @@ impl KvStore {
 
     /// A chain's blocks from its start; each is read when it is asked for.
     pub fn blocks(&self, chain: Vec<BlockHash>) -> BoxStream<'static, Result<Bytes>> {
-        let reader = Reader { pool: self.pool.clone(), files: self.files.clone(), left: chain.into() };
+        let reader = Reader {
+            pool: self.pool.clone(),
+            files: self.files.clone(),
+            timeout: self.disk_timeout,
+            left: chain.into(),
+        };
         stream::try_unfold(reader, |mut reader| async move { Ok(reader.next().await?.map(|block| (block, reader))) })
             .boxed()
     }
@@ -131,6 +138,8 @@ impl KvStore {
 struct Reader {
     pool: Handle<BlockPool>,
     files: Option<Arc<dyn Files>>,
+    /// Longest wait for the disk.
+    timeout: Duration,
     /// Not read yet.
     left: VecDeque<BlockHash>,
 }
@@ -153,7 +162,12 @@ impl Reader {
     /// Reads a block from disk and brings it back to RAM; one that is gone or broken is forgotten.
     async fn read(&self, link: Link) -> Option<Bytes> {
         let files = Arc::clone(self.files.as_ref()?);
-        let read = spawn_blocking(move || files.read(&link.hash)).await;
+        let read = timeout(self.timeout, spawn_blocking(move || files.read(&link.hash))).await;
+        let Ok(read) = read else {
+            tracing::warn!(block = ?link.hash, "the disk does not answer");
+            let _ = self.pool.try_tell(Stalled);
+            return None;
+        };
         let told = match read {
             Ok(Ok(Some(block))) => {
                 let bytes = Bytes::from(block);

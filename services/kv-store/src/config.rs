@@ -21,6 +21,9 @@ pub struct Config {
     pub disk_capacity: ByteSize,
     /// How long a disk that failed is left alone; 10ms..=1h.
     pub disk_retry: HumanDuration,
+    /// A disk that takes longer for one thing is left alone until it answers, and blocks are served from RAM;
+    /// 10ms..=1h.
+    pub disk_timeout: HumanDuration,
     /// Messages that the block pool holds at most; 1..=65536.
     pub mailbox: usize,
     /// Nodes that keep a block, this one included; 1..=8. A node that is lost costs its blocks, unless others keep them.
@@ -44,6 +47,7 @@ impl Default for Config {
             disk_folder: None,
             disk_capacity: ByteSize(16 << 30),
             disk_retry: HumanDuration::from_secs(30),
+            disk_timeout: HumanDuration::from_secs(5),
             mailbox: 1024,
             replication: 1,
             replication_queue: 16,
@@ -74,7 +78,9 @@ impl Config {
             }
         }
         let (least, most) = (HumanDuration::from_millis(10), HumanDuration::from_secs(3600));
-        for (field, value) in [("disk_retry", self.disk_retry), ("stream_idle", self.stream_idle)] {
+        let durations =
+            [("disk_retry", self.disk_retry), ("disk_timeout", self.disk_timeout), ("stream_idle", self.stream_idle)];
+        for (field, value) in durations {
             if !(least.get()..=most.get()).contains(&value.get()) {
                 let name = format!("kv_store.{field}");
                 return Err(Error::invalid(name.clone(), format!("{name} is {value}; use 10ms to 1h")));
@@ -102,6 +108,7 @@ mod tests {
             ("max_streams", Config { max_streams: 0, ..Config::default() }),
             ("transfer_memory", Config { transfer_memory: ByteSize::mib(63), ..Config::default() }),
             ("stream_idle", Config { stream_idle: HumanDuration::from_millis(9), ..Config::default() }),
+            ("disk_timeout", Config { disk_timeout: HumanDuration::from_millis(9), ..Config::default() }),
             ("disk_retry", Config { disk_retry: HumanDuration::from_millis(9), ..Config::default() }),
         ];
         for (field, config) in wrong {

@@ -24,6 +24,8 @@ pub enum Place {
 pub enum Work {
     /// Tell what is there.
     Scan,
+    /// The disk did not answer: nothing but a retry, and that later.
+    Wait,
     /// Remove files.
     Remove(Vec<BlockHash>),
     /// Write a block, after removing others for it.
@@ -79,6 +81,8 @@ struct Disk {
     queue: VecDeque<BlockHash>,
     removing: Vec<BlockHash>,
     is_scanned: bool,
+    /// It did not answer, and who works on it was not told.
+    is_stalled: bool,
     room: Room,
 }
 
@@ -93,6 +97,7 @@ impl Pool {
             queue: VecDeque::new(),
             removing: Vec::new(),
             is_scanned: false,
+            is_stalled: false,
             room: Room::All,
         });
         Self { ram: Shelf::new(ram), disk, groups: Groups::default(), counts: Counts::default() }
@@ -257,6 +262,9 @@ impl Pool {
     /// [`Pool::written`] or [`Pool::failed`].
     pub fn next_work(&mut self, now: Instant) -> Option<Work> {
         let disk = self.disk.as_mut()?;
+        if std::mem::take(&mut disk.is_stalled) {
+            return Some(Work::Wait);
+        }
         let mut remove = std::mem::take(&mut disk.removing);
         if !disk.is_scanned {
             // a file that is to go is not to be found
@@ -282,7 +290,8 @@ impl Pool {
 
     /// Whether [`Pool::next_work`] has something.
     pub fn has_work(&self) -> bool {
-        let waits = |disk: &Disk| !disk.is_scanned || !disk.queue.is_empty() || !disk.removing.is_empty();
+        let waits =
+            |disk: &Disk| disk.is_stalled || !disk.is_scanned || !disk.queue.is_empty() || !disk.removing.is_empty();
         self.disk.as_ref().is_some_and(waits)
     }
 
@@ -357,6 +366,21 @@ impl Pool {
             self.counts.evicted += u64::from(!self.ram.contains(&hash));
             self.unspill(&hash);
         }
+    }
+
+    /// The disk does not answer. What is on it counts as gone, so that nobody waits for it, until it is looked at again.
+    pub fn stalled(&mut self) {
+        let Some(disk) = &mut self.disk else { return };
+        (disk.room, disk.is_stalled) = (Room::None, true);
+        let links: Vec<Link> = disk.shelf.links().copied().collect();
+        for link in links {
+            disk.shelf.remove(&link.hash);
+            // one that is being written is on its way still, in memory
+            if !disk.spilling.contains_key(&link.hash) {
+                self.groups.remove(Tier::Disk, &link);
+            }
+        }
+        self.drop_spilling();
     }
 
     /// The disk may be used as configured again; `looks_again`: there may be files that are not known here.

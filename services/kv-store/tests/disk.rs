@@ -309,3 +309,75 @@ async fn a_disk_that_was_full_is_used_again_also_when_it_never_rests() {
     *offered.0.lock().unwrap() = ALL;
     offered.1.notify_all();
 }
+
+/// A disk that can be made to answer nothing.
+struct Hanging {
+    folder: Folder,
+    hangs: Mutex<bool>,
+    changed: Condvar,
+    waiting: AtomicUsize,
+}
+
+impl Hanging {
+    fn pass(&self) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let hangs = self.hangs.lock().unwrap();
+        let (hangs, _) = self.changed.wait_timeout_while(hangs, PATIENCE, |hangs| *hangs).unwrap();
+        assert!(!*hangs);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    fn hang(&self, hangs: bool) {
+        *self.hangs.lock().unwrap() = hangs;
+        self.changed.notify_all();
+    }
+}
+
+impl Files for Hanging {
+    fn write(&self, link: &Link, block: &[u8]) -> io::Result<()> {
+        self.pass();
+        self.folder.write(link, block)
+    }
+
+    fn read(&self, hash: &BlockHash) -> io::Result<Option<Vec<u8>>> {
+        self.pass();
+        self.folder.read(hash)
+    }
+
+    fn remove(&self, hash: &BlockHash) -> io::Result<()> {
+        self.pass();
+        self.folder.remove(hash)
+    }
+
+    fn scan(&self, found: &mut dyn FnMut(Found)) -> io::Result<()> {
+        self.pass();
+        self.folder.scan(found)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_does_not_answer_is_left_alone_until_it_does() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = Folder::open(place.path()).unwrap();
+    let hanging = Hanging { folder, hangs: false.into(), changed: Condvar::new(), waiting: 0.into() };
+    let hanging = Arc::new(hanging);
+    let config = Config { disk_timeout: HumanDuration::from_millis(100), ..config(4) };
+    let store = KvStore::start_on(&config, Some(hanging.clone())).unwrap();
+    let chain = chain(0..12);
+    offer(&store, &chain, 0..12).await;
+    until("its end is written", || async { files(place.path()).len() == 8 }).await;
+    hanging.hang(true);
+    assert_eq!(fetched(&*store, &chain, 0).await, Ok(expected(0..4)), "what RAM has");
+    until("what is on disk counts as gone", || async { store.longest(&chain, 0).await == Ok(4) }).await;
+    let fetch = || fetched(&*store, &chain, 0);
+    for _ in 0..20 {
+        assert_eq!(fetch().await, Ok(expected(0..4)));
+    }
+    let others = moesaic_testkit::conformance::chain(100..104);
+    offer(&store, &others, 100..104).await;
+    assert_eq!(fetched(&*store, &others, 0).await, Ok(expected(100..104)), "RAM takes blocks");
+    assert!(hanging.waiting.load(Ordering::SeqCst) <= 2, "one reads, and one looks at the disk again");
+    hanging.hang(false);
+    until("what is on disk is back", || async { store.longest(&chain, 4).await == Ok(8) }).await;
+    assert_eq!(fetched(&*store, &chain, 4).await, Ok(expected(4..12)));
+}

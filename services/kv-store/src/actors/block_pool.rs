@@ -340,6 +340,20 @@ impl Handler<Retry> for BlockPool {
     }
 }
 
+/// The disk does not answer.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Stalled;
+
+impl Handler<Stalled> for BlockPool {
+    type Result = ();
+
+    fn handle(&mut self, _: Stalled, _: &mut Context<Self>) {
+        self.pool.stalled();
+        self.settle();
+    }
+}
+
 /// Groups whose tier changed; `None`: it is here no longer. They count as told then.
 #[derive(Message)]
 #[rtype(result = "Vec<(BlockHash, Option<Tier>)>")]

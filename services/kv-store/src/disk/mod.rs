@@ -6,7 +6,7 @@
 mod file;
 mod keeper;
 
-pub use keeper::keep;
+pub use keeper::{Patience, keep};
 
 use moesaic_types::{BlockHash, Error, Link, Result};
 use std::fs::{self, DirBuilder, File};

@@ -306,10 +306,12 @@ def test_replicas_are_the_autoscalers_where_there_is_one(release):
     for scaler in scalers:
         target = scaler["spec"]["scaleTargetRef"]
         assert (target["kind"], target["name"]) == (scheduler["kind"], scheduler["metadata"]["name"])
-        text = json.dumps(scaler).replace("vllm_num", "vllm:num")
+        values = (CHART / "values.yaml").read_text()
         known = (ROOT / "services/lib/telemetry/src/metrics.rs").read_text()
-        assert "vllm:num_requests_waiting" in text and '"vllm:num_requests_waiting"' in known
+        waiting = ["vllm:num_requests_waiting", "moesaic_router_queue_waiting"]
+        assert all(f'"{name}"' in known and name in values for name in waiting)
         if scaler["kind"] == "ScaledObject":
+            assert all(name in json.dumps(scaler) for name in waiting)
             pod = re.search(r'pod=~\\"([^"]+)\\"', json.dumps(scaler["spec"]["triggers"]).replace('\\\\\\"', '\\"'))[1]
             assert re.fullmatch(pod, scheduler["metadata"]["name"] + "-12")
 

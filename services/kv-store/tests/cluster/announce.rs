@@ -90,6 +90,17 @@ async fn what_went_while_the_metadata_were_away_is_said_when_they_are_back() {
     }
 }
 
+/// Whether a record stands for each group.
+async fn all_told(ground: &Ground, groups: &[BlockHash]) -> bool {
+    for group in groups {
+        let found = ground.metadata.get(&Holding::key(group, "a")).await;
+        if !found.is_ok_and(|found| found.is_some()) {
+            return false;
+        }
+    }
+    true
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn metadata_that_come_back_empty_are_told_again() {
     let mut redis = servers::redis();
@@ -101,19 +112,10 @@ async fn metadata_that_come_back_empty_are_told_again() {
     let chain = chain(0..40);
     offer(&*node.store, &chain, 0..40).await;
     let groups: Vec<_> = chain.iter().step_by(16).copied().collect();
-    let all_told = async || {
-        for group in &groups {
-            let found = ground.metadata.get(&Holding::key(group, "a")).await;
-            if !found.is_ok_and(|found| found.is_some()) {
-                return false;
-            }
-        }
-        true
-    };
-    until("it says what it has", || all_told()).await;
+    until("it says what it has", || all_told(&ground, &groups)).await;
     redis.restart_empty();
     until("redis answers", || async { ground.metadata.get("x").await == Ok(None) }).await;
-    until("it says it again", || all_told()).await;
+    until("it says it again", || all_told(&ground, &groups)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

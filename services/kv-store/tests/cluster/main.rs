@@ -394,7 +394,7 @@ async fn routers_hear_which_blocks_are_here_and_everything_anew_when_they_ask() 
         match serde_json::from_slice(&event.payload).unwrap() {
             KvEvent::Cleared => known.clear(),
             KvEvent::Stored { blocks } => known.extend(blocks),
-            KvEvent::Evicted { blocks } => blocks.iter().for_each(|block| drop(known.remove(block))),
+            KvEvent::Evicted { blocks } => known.retain(|block| !blocks.contains(block)),
         }
         event.sequence
     };

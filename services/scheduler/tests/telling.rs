@@ -54,7 +54,7 @@ async fn blocks_are_told_anew_when_somebody_asks() {
         match serde_json::from_slice(&event.payload).unwrap() {
             KvEvent::Cleared => (known, is_anew) = (BTreeSet::new(), true),
             KvEvent::Stored { blocks } => known.extend(blocks),
-            KvEvent::Evicted { blocks } => blocks.iter().for_each(|block| drop(known.remove(block))),
+            KvEvent::Evicted { blocks } => known.retain(|block| !blocks.contains(block)),
         }
     }
 }

@@ -302,6 +302,10 @@ impl Placer for Sure {
     }
 }
 
+fn place_request() -> PlaceRequest {
+    PlaceRequest::new(RequestId::new("r"), 1, 1)
+}
+
 #[tokio::test]
 async fn any_router_that_answers_will_do() {
     let (metadata, events) = (Arc::new(MemoryMetadata::new()), Arc::new(MemoryBus::new()));
@@ -309,10 +313,8 @@ async fn any_router_that_answers_will_do() {
     let directory = Directory::start(metadata.clone(), events.clone(), Service::Router, lease);
     let mut views = directory.watch();
     let routers = Routers::new(directory);
-    let place = || async {
-        let request = PlaceRequest::new(RequestId::new("r"), 1, 1);
-        soon("an answer", routers.place(request)).await.map(|placed| placed.replica.to_string())
-    };
+    let place =
+        || async { soon("an answer", routers.place(place_request())).await.map(|placed| placed.replica.to_string()) };
     assert!(place().await.unwrap_err().message.contains("no router is ready (0 known)"));
     let (a, b) = (Arc::new(Sure(Some("a"))), Arc::new(Sure(Some("b"))));
     let serving =
@@ -375,12 +377,11 @@ async fn a_request_may_wait_at_a_router_longer_than_a_router_may_say_nothing() {
     let router = Arc::new(Patient(watch::Sender::new(0), Duration::from_secs(3)));
     let serving = serve(Routes::new(placer_service(router.clone())), None).await;
     let placer = GrpcPlacer::new("router", to_address(&format!("http://{}", serving.address)).unwrap());
-    let request = || PlaceRequest::new(RequestId::new("r"), 1, 1);
-    let placed = soon("a late answer", placer.place(request())).await.unwrap();
+    let placed = soon("a late answer", placer.place(place_request())).await.unwrap();
     assert_eq!(placed, Placed { replica: ReplicaId::new("late"), overlap_blocks: 3 });
 
     let mut open = router.0.subscribe();
-    let waiting = tokio::spawn(async move { placer.place(request()).await });
+    let waiting = tokio::spawn(async move { placer.place(place_request()).await });
     soon("it stands in line", open.wait_for(|open| *open == 1)).await.unwrap();
     waiting.abort();
     soon("it left the line", open.wait_for(|open| *open == 0)).await.unwrap();
@@ -408,7 +409,7 @@ async fn a_request_that_waits_at_a_lost_router_stands_in_line_at_another() {
         lives.push(Some(runtime));
     }
     soon("both are known", views.wait_for(|view| view.members.len() == 2)).await.unwrap();
-    let waiting = tokio::spawn(async move { routers.place(PlaceRequest::new(RequestId::new("r"), 1, 1)).await });
+    let waiting = tokio::spawn(async move { routers.place(place_request()).await });
     let stands = || async { lines.iter().position(|line| *line.0.borrow() == 1) };
     until("it stands in line", || async { stands().await.is_some() }).await;
     let first = stands().await.unwrap();
@@ -419,4 +420,37 @@ async fn a_request_that_waits_at_a_lost_router_stands_in_line_at_another() {
     for life in lives.into_iter().flatten() {
         life.shutdown_background();
     }
+}
+
+/// Lays a cable whose first connection breaks when something is sent on it: as one that broke while nobody looked.
+async fn lay_with_a_break(server: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let whole = watch::Sender::new(Cable::Whole);
+    tokio::spawn(async move {
+        let (first, _) = listener.accept().await.unwrap();
+        first.readable().await.unwrap();
+        drop(first);
+        loop {
+            tokio::spawn(pass(listener.accept().await.unwrap().0, server, whole.subscribe()));
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_router_behind_a_broken_connection_is_asked_again() {
+    let serving = serve(Routes::new(placer_service(Arc::new(Sure(Some("a"))))), None).await;
+    for is_placed in [true, false] {
+        let address = format!("http://{}", lay_with_a_break(serving.address).await);
+        let router = GrpcPlacer::new("router r0", channel(&member(&address, None)).unwrap());
+        match is_placed {
+            true => assert_eq!(soon("a place", router.place(place_request())).await.unwrap().replica.to_string(), "a"),
+            false => assert_eq!(soon("a list", router.ready()).await.unwrap().len(), 1),
+        }
+    }
+    drop(serving.stop);
+    let router = GrpcPlacer::new("router r0", channel(&member("http://127.0.0.1:9", None)).unwrap());
+    let error = soon("a refusal", router.place(place_request())).await.unwrap_err();
+    assert!(error.code == ErrorCode::Unavailable && error.message.starts_with("router r0: "), "{error}");
 }

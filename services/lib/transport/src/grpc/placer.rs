@@ -3,16 +3,16 @@ use super::{explain, traced};
 use crate::channel::MAX_MESSAGE;
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, BoxStream, Stream, StreamExt};
-use moesaic_proto::into_status;
 use moesaic_proto::router::v1 as wire;
 use moesaic_proto::router::v1::router_service_client::RouterServiceClient;
 use moesaic_proto::router::v1::router_service_server::{RouterService, RouterServiceServer};
+use moesaic_proto::{from_status, into_status};
 use moesaic_telemetry::propagation::{extract_metadata, set_parent};
 use moesaic_types::boundary::{PlaceRequest, Placed, Placer};
-use moesaic_types::{Error, ReplicaId, Result};
+use moesaic_types::{Error, ErrorCode, ReplicaId, Result};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::{Instant, interval_at, timeout};
+use tokio::time::{Instant, interval_at, sleep, timeout};
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 use tracing::Instrument;
@@ -22,6 +22,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How often a router says that a request still waits.
 const STILL_WAITS: Duration = Duration::from_millis(500);
+
+/// Before a call is made again whose connection failed.
+const PAUSES: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(20)];
 
 /// A router in another process; cheap to clone. One that says nothing for two seconds is `Unavailable`; a request that
 /// waits there is spoken of.
@@ -38,9 +41,30 @@ impl GrpcPlacer {
         let client = client.max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
         Self { peer: peer.into(), client }
     }
-}
 
-impl GrpcPlacer {
+    /// Makes a call, and again where the connection failed: one that broke while nobody looked is noticed by the calls
+    /// on it, and the next has a new one. A decision that nobody heard of costs nothing.
+    async fn call<T, F>(&self, call: impl Fn(RouterServiceClient<Channel>) -> F) -> Result<T>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        // a router that refuses says so in details
+        let is_broken =
+            |status: &Status| status.details().is_empty() && from_status(status).code == ErrorCode::Unavailable;
+        let called = async {
+            let mut answer = call(self.client.clone()).await;
+            for pause in PAUSES {
+                if !answer.as_ref().is_err_and(is_broken) {
+                    break;
+                }
+                sleep(pause).await;
+                answer = call(self.client.clone()).await;
+            }
+            answer.map(Response::into_inner)
+        };
+        self.heard(called).await
+    }
+
     /// What a router says, if it says it in time: one that hangs is as good as gone.
     async fn heard<T>(&self, said: impl Future<Output = Result<T, Status>>) -> Result<T> {
         let late = |_| Error::unavailable(format!("{} did not answer within {PATIENCE:?}", self.peer));
@@ -51,8 +75,12 @@ impl GrpcPlacer {
 impl Placer for GrpcPlacer {
     fn place(&self, request: PlaceRequest) -> BoxFuture<'_, Result<Placed>> {
         async move {
-            let mut client = self.client.clone();
-            let mut words = self.heard(client.place(traced(request.into()))).await?.into_inner();
+            let request = wire::PlaceRequest::from(request);
+            let place = |mut client: RouterServiceClient<Channel>| {
+                let request = traced(request.clone());
+                async move { client.place(request).await }
+            };
+            let mut words = self.call(place).await?;
             while let Some(word) = self.heard(words.message()).await? {
                 if let Some(placed) = word.placed() {
                     return Ok(placed);
@@ -65,9 +93,10 @@ impl Placer for GrpcPlacer {
 
     fn ready(&self) -> BoxFuture<'_, Result<Vec<ReplicaId>>> {
         async move {
-            let mut client = self.client.clone();
-            let ready = self.heard(client.list_ready(traced(wire::ListReadyRequest {}))).await?.into_inner();
-            Ok(ready.replicas.into_iter().map(ReplicaId::new).collect())
+            let list = |mut client: RouterServiceClient<Channel>| async move {
+                client.list_ready(traced(wire::ListReadyRequest {})).await
+            };
+            Ok(self.call(list).await?.replicas.into_iter().map(ReplicaId::new).collect())
         }
         .boxed()
     }

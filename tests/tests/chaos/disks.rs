@@ -1,6 +1,6 @@
 //! A kv-store's disk that is full, and files on it that are not what was written.
 use crate::cluster::{Cluster, Kind};
-use crate::suite::{ASKED, FOUND, Fault, Suite};
+use crate::suite::{Fault, Suite, stores_are_used};
 use anyhow::{Context, Result, bail};
 use moesaic_tests::until;
 use std::fs::{self, File};
@@ -34,7 +34,10 @@ fn corrupt(suite: &mut Suite) {
         }
         if flipped == 0 { bail!("there is no block on disk") } else { Ok(()) }
     };
-    suite.fault(fault.lasting(Duration::from_secs(1)).then_works("k0", FOUND), begin, |c| grows(c));
+    suite.fault(fault.lasting(Duration::ZERO), begin, |c| {
+        stores_are_used(c, "s0")?;
+        grows(c)
+    });
 }
 
 /// Changes a bit in the middle of each block's file; how many there were.
@@ -76,7 +79,7 @@ fn full(suite: &mut Suite) {
         disk.make_room()?;
         until("k0 writes again", || Ok(c.member("k0").metric(DISK_BYTES)? > 0.0))
     };
-    suite.fault(fault.lasting_shortly().then_works("k0", ASKED), begin, end);
+    suite.fault(fault.lasting_shortly(), begin, end);
     // the process must be gone before the disk can be
     let again = Fault::new("kill -9 a kv-store, its disk is lost", "its blocks are computed or come from the other");
     let begin = |c: &mut Cluster| c.kill("k0");

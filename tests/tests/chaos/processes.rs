@@ -2,7 +2,7 @@
 use crate::cluster::{Cluster, Kind};
 use crate::hosts::Hosts;
 use crate::load::Outcome;
-use crate::suite::{ASKED, EXPERT_TOKENS, FOUND, Fault, GENERATED, PLACED, Suite, leader};
+use crate::suite::{EXPERT_TOKENS, Fault, GENERATED, PLACED, Suite, leader, stores_are_used};
 use anyhow::Result;
 use std::time::Duration;
 
@@ -54,12 +54,20 @@ fn kill(suite: &mut Suite) {
         ("s0", "a scheduler", "its streams go on at the other", GENERATED),
         ("e0", "a shard, its experts have copies", "the copies answer", EXPERT_TOKENS),
         (leading, "the leading router", "the other places and leads", PLACED),
-        ("k0", "a kv-store", "its blocks are computed or come from the other", ASKED),
     ];
     for (name, what, expected, metric) in all {
         let fault = Fault::new(format!("kill -9 {what}"), expected).lasting_shortly().then_works(name, metric);
         suite.fault(fault, move |c| c.kill(name), move |c| c.start(name));
     }
+    let fault = Fault::new("kill -9 a kv-store", "its blocks are computed or come from the other").lasting_shortly();
+    suite.fault(
+        fault,
+        |c| {
+            c.kill("k0")?;
+            stores_are_used(c, "s0")
+        },
+        |c| c.start("k0"),
+    );
     let door = suite.cluster.member("g0").address;
     let expected = "its connections break, clients ask again at the other; no other is lost";
     let fault = Fault::new("kill -9 a gateway", expected).lasting_shortly().losing(door);
@@ -81,7 +89,10 @@ fn both(suite: &mut Suite) {
     let all = all.allowing(|ended| matches!(ended.outcome, Outcome::Refused { status: Some(503), .. }));
     suite.fault(all.then_works("r0", PLACED), kill(routers), start(routers));
     let all = fault("all kv-stores", "their blocks are computed");
-    suite.fault(all.then_works("k0", ASKED), kill(stores), start(stores));
+    suite.fault(all, kill(stores), move |c| {
+        start(stores)(c)?;
+        stores_are_used(c, "s0")
+    });
 }
 
 fn freeze(suite: &mut Suite) {
@@ -90,7 +101,7 @@ fn freeze(suite: &mut Suite) {
         ("s1", "a scheduler", "its streams go on at the other", Some(GENERATED)),
         ("e1", "a shard, its experts have copies", "the copies answer", Some(EXPERT_TOKENS)),
         (leading, "the leading router", "the other places and leads", Some(PLACED)),
-        ("k1", "a kv-store", "its blocks are computed or come from the other", Some(FOUND)),
+        ("k1", "a kv-store", "its blocks are computed or come from the other", None),
         ("g1", "a gateway", "its streams stand still and go on", None),
         ("redis", "Redis", "all go on with what they know", None),
         ("nats", "NATS", "all go on with what they know", None),

@@ -10,13 +10,12 @@ use std::time::{Duration, Instant};
 /// How long a fault lasts where nothing else is said: longer than a lease, and than it takes to notice a silent peer.
 const LASTS: Duration = Duration::from_secs(4);
 
-/// Metrics that grow as long as a scheduler, a shard, a router, or a kv-store works.
+/// Metrics that grow as long as a scheduler, a shard, or a router works.
 pub const GENERATED: &str = "vllm:generation_tokens_total";
 pub const EXPERT_TOKENS: &str = "moesaic_expert_tokens_total";
 pub const PLACED: &str = "moesaic_router_placements_total";
-pub const FOUND: &str = "moesaic_kv_store_hits_total";
-/// Grows where a kv-store is asked and has nothing, as one that came back empty.
-pub const ASKED: &str = "moesaic_kv_store_misses_total";
+const FOUND: &str = "moesaic_kv_store_hits_total";
+const KEPT: &str = "moesaic_kv_store_bytes";
 
 const LEADER: &str = "moesaic_placement_leader";
 
@@ -36,6 +35,22 @@ pub fn leader(cluster: &Cluster) -> Result<&'static str> {
 
 /// The same where those who are concerned notice at once.
 const SHORT: Duration = Duration::from_secs(2);
+
+/// Waits until the kv-stores are used: a scheduler that starts empty asks them, and offers what they have not.
+///
+/// # Errors
+/// When they are not, in time.
+pub fn stores_are_used(cluster: &mut Cluster, scheduler: &str) -> Result<()> {
+    let used = |cluster: &Cluster| -> Vec<Option<f64>> {
+        let stores = cluster.names(Kind::Store).into_iter().map(|name| cluster.member(name));
+        // one that is lost is not used
+        stores.map(|store| Some(store.metric(FOUND).ok()? + store.metric(KEPT).ok()?)).collect()
+    };
+    cluster.kill(scheduler)?;
+    let before = used(cluster);
+    cluster.start(scheduler)?;
+    until("the kv-stores are used", || Ok(used(cluster).iter().zip(&before).any(|(now, before)| now > before)))
+}
 
 /// Whether a request may end in this way, other than with the undisturbed answer.
 type Allows = Box<dyn Fn(&Ended) -> bool>;

@@ -3,7 +3,7 @@
 //! A server is ready when its constructor returns, and gone with all that it wrote when it is dropped; the process is
 //! gone even where the test was killed. `tests/servers` installs the programs where they are missing.
 pub mod ports;
-mod process;
+pub mod process;
 mod ready;
 
 use process::Process;

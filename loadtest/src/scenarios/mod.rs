@@ -1,0 +1,4 @@
+//! What is measured: one module each.
+pub mod distribution;
+pub mod gateway;
+pub mod prefix;

@@ -11,6 +11,16 @@ use tonic::transport::{Channel, Endpoint, Server};
 /// The largest message between services.
 pub const MAX_MESSAGE: usize = 64 << 20;
 
+/// The largest piece of a stream's tokens, rows or blocks, in bytes: a peer is heard when a message of it has come whole,
+/// and its pulses wait behind it. A longer one would make a peer behind a slow link look lost.
+pub const MAX_PIECE: usize = 4 << 20;
+
+/// Bytes of tensors or of a block in one message of a stream, at least 1; the rest is for what goes with them.
+pub fn payload(max_message: usize) -> usize {
+    let most = max_message.min(MAX_PIECE);
+    (most - most / 16).max(1)
+}
+
 /// Longest wait for a peer to accept.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 

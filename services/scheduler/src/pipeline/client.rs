@@ -5,7 +5,7 @@ use moesaic_model::pipeline::{LaterStages, StageInput, StageSequence};
 use moesaic_proto::stage::v1 as wire;
 use moesaic_proto::{WireDType, encode_tensor};
 use moesaic_telemetry::propagation::current_traceparent;
-use moesaic_transport::channel::MAX_MESSAGE;
+use moesaic_transport::channel::{MAX_MESSAGE, payload};
 use moesaic_types::{Error, ErrorCode, Result};
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -53,7 +53,8 @@ pub struct StageOptions {
     /// A stage of which nothing came for so long hangs or is cut off, and is lost. Some times
     /// [`PULSE_EVERY`](moesaic_transport::pulse::PULSE_EVERY).
     pub silence: Duration,
-    /// The largest message, in bytes: what is longer travels in pieces.
+    /// The largest message, in bytes: what is longer than it, or than
+    /// [`MAX_PIECE`](moesaic_transport::channel::MAX_PIECE), travels in pieces.
     pub max_message: usize,
 }
 
@@ -64,9 +65,9 @@ impl Default for StageOptions {
 }
 
 impl StageOptions {
-    /// Bytes of tensors or of a block in one message; the rest is for what goes with them.
+    /// Bytes of tensors or of a block in one message.
     fn payload(&self) -> usize {
-        (self.max_message - self.max_message / 16).max(1)
+        payload(self.max_message)
     }
 }
 

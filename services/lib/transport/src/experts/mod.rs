@@ -5,7 +5,7 @@ mod link;
 mod plan;
 mod view;
 
-use crate::channel::MAX_MESSAGE;
+use crate::channel::{MAX_MESSAGE, payload};
 use crate::membership::Directory;
 use crate::placement::Placements;
 use crate::pulse::PULSE_EVERY;
@@ -38,7 +38,8 @@ pub struct ExpertsOptions {
     /// A shard of which nothing came for so long hangs or is cut off: its copies are asked. Some times
     /// [`PULSE_EVERY`](crate::pulse::PULSE_EVERY).
     pub silence: Duration,
-    /// The largest message, in bytes: what is longer is sent as several.
+    /// The largest message, in bytes: what is longer than it, or than
+    /// [`MAX_PIECE`](crate::channel::MAX_PIECE), is sent as several.
     pub max_message: usize,
     /// Longest wait for a placement that a shard follows already, or for a lost shard's replica.
     pub patience: Duration,
@@ -49,6 +50,16 @@ impl Default for ExpertsOptions {
         let (timeout, silence) = (Duration::from_secs(30), Duration::from_millis(1500));
         let (activations, outputs) = (WireDType::F32, WireDType::F32);
         Self { activations, outputs, timeout, silence, max_message: MAX_MESSAGE, patience: Duration::from_secs(1) }
+    }
+}
+
+impl ExpertsOptions {
+    /// Cuts parts whose request or answer would be above the limit of a piece.
+    fn fit(&self, parts: Vec<Part>, hidden: usize) -> Vec<Part> {
+        let room = payload(self.max_message);
+        let row = self.activations.row_bytes(hidden).max(self.outputs.row_bytes(hidden));
+        let (offset, choice) = (size_of::<u32>(), size_of::<u32>() + size_of::<f32>());
+        parts.into_iter().flat_map(|part| plan::fit(part, room, row + offset, choice)).collect()
     }
 }
 
@@ -142,7 +153,7 @@ impl RemoteExperts {
             let groups = holders.get(expert as usize).map_or(&[][..], |groups| groups);
             unreached(tokens.layer, expert as usize, groups, &reach)
         })?;
-        let parts = self.fit(cut, tokens.hidden);
+        let parts = self.options.fit(cut, tokens.hidden);
         let (sender, answers) = mpsc::channel();
         let mut replies = Vec::new();
         for (at, part) in parts.iter().enumerate() {
@@ -157,14 +168,6 @@ impl RemoteExperts {
             }
         }
         Ok(Sent { parts, epoch: placement.epoch, replies, answers })
-    }
-
-    /// Cuts parts whose request or answer would be above the limit of a message.
-    fn fit(&self, parts: Vec<Part>, hidden: usize) -> Vec<Part> {
-        let room = self.options.max_message - self.options.max_message / 16;
-        let row = self.options.activations.row_bytes(hidden).max(self.options.outputs.row_bytes(hidden));
-        let (offset, choice) = (size_of::<u32>(), size_of::<u32>() + size_of::<f32>());
-        parts.into_iter().flat_map(|part| plan::fit(part, room, row + offset, choice)).collect()
     }
 
     fn request(&self, tokens: &Tokens, part: &Part, epoch: u64, traceparent: &str) -> ComputeRequest {
@@ -353,5 +356,38 @@ impl Sent {
             }
             Some(Outcome::Pulse(_)) | None => Err(Error::internal("a shard's answer has no outcome").into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::MAX_PIECE;
+
+    #[test]
+    fn a_large_request_or_answer_travels_in_pieces_that_a_slow_link_passes() {
+        const TOKENS: u32 = 4096;
+        let hidden = 2048;
+        let part = || {
+            let mut routing = Routing::new();
+            (0..TOKENS).for_each(|token| routing.push([(token % 8, 0.5), (8 + token % 8, 0.5)]));
+            Part { group: 1, tokens: (0..TOKENS).collect(), routing }
+        };
+        let (wide, narrow) = (WireDType::F32, WireDType::Bf16);
+        for (activations, outputs) in [(wide, narrow), (narrow, wide), (narrow, narrow)] {
+            let options = ExpertsOptions { activations, outputs, ..ExpertsOptions::default() };
+            let bytes = |part: &Part, dtype: WireDType| {
+                dtype.row_bytes(hidden) * part.tokens.len() + 8 * part.routing.experts.len() + 4 * part.tokens.len()
+            };
+            assert!(bytes(&part(), narrow) > 3 * MAX_PIECE, "it is large");
+            let pieces = options.fit(vec![part()], hidden);
+            let largest = pieces.iter().map(|piece| bytes(piece, activations).max(bytes(piece, outputs))).max();
+            assert!(largest.is_some_and(|bytes| bytes <= MAX_PIECE && bytes > MAX_PIECE / 2), "{largest:?}");
+            let tokens = pieces.iter().flat_map(|piece| piece.tokens.iter().copied());
+            assert!(tokens.eq(0..TOKENS), "every token travels once, in order");
+        }
+        let small = ExpertsOptions { max_message: MAX_PIECE / 4, ..ExpertsOptions::default() };
+        let most = small.fit(vec![part()], hidden).iter().map(|piece| piece.tokens.len()).max();
+        assert!(most.is_some_and(|tokens| tokens * 4 * hidden < MAX_PIECE / 4), "a lower limit holds as well");
     }
 }

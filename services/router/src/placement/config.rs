@@ -15,7 +15,10 @@ pub struct Config {
     /// others at once; 1..=64.
     pub min_copies: usize,
     /// Experts of a layer that a group holds at most; copies give way to it, and it gives way where the experts would
-    /// not fit at all. 0: no limit; 0..=65536.
+    /// not fit at all. For a group that is told to stop it does not: what only that group has goes to the others at
+    /// once where they can hold it within this limit, and else only when it is gone for `lost_after`. Set it where a
+    /// group's memory does not hold the whole model: with no limit the last group that stays is given all of it.
+    /// 0: no limit; 0..=65536.
     pub max_experts: usize,
     /// Groups that the first placement waits for; 1..=1024.
     pub min_groups: usize,

@@ -40,9 +40,18 @@ fn grid<'a>(shards: impl IntoIterator<Item = &'a Seen>) -> BTreeMap<usize, Vec<V
 
 /// The groups of which every rank answered, and stays.
 pub(super) fn whole(shards: &[Seen]) -> BTreeSet<usize> {
-    let is_whole =
+    complete(shards.iter().filter(|seen| !seen.leaves))
+}
+
+/// The groups of which every rank answered, be it one that leaves.
+pub(super) fn serving(shards: &[Seen]) -> BTreeSet<usize> {
+    complete(shards)
+}
+
+fn complete<'a>(shards: impl IntoIterator<Item = &'a Seen>) -> BTreeSet<usize> {
+    let is_complete =
         |(group, ranks): (usize, Vec<Vec<&Report>>)| ranks.iter().all(|rank| !rank.is_empty()).then_some(group);
-    grid(shards.iter().filter(|seen| !seen.leaves)).into_iter().filter_map(is_whole).collect()
+    grid(shards).into_iter().filter_map(is_complete).collect()
 }
 
 /// The groups that a shard leaves without another in its place.

@@ -1,7 +1,7 @@
 //! What the router that leads knows of one model's shards, and what it does next: plain data, and the caller's clock.
 use super::config::Config;
 use super::plan::{self, Layers, Load};
-use super::seen::{Seen, answers, gathered, lacks, left, load, whole};
+use super::seen::{Seen, answers, gathered, lacks, left, load, serving, whole};
 use moesaic_transport::placement::Standing;
 use moesaic_types::cluster::{Placement, Shares};
 use moesaic_types::{Error, Result};
@@ -53,6 +53,18 @@ pub struct Mend {
     pub epoch: u64,
     /// What it has to hold.
     pub shares: Shares,
+}
+
+/// Which groups are how.
+struct Groups {
+    /// Every rank answers, and stays.
+    whole: BTreeSet<usize>,
+    /// A shard leaves, and none takes its place.
+    left: BTreeSet<usize>,
+    /// Every rank answers, be it one that leaves.
+    serving: BTreeSet<usize>,
+    /// Those that are whole and can be given experts.
+    usable: BTreeSet<usize>,
 }
 
 /// What to do next.
@@ -193,13 +205,13 @@ impl Model {
             Some(stands) => self.is_due && lacks(&shards, stands),
             None => true,
         };
-        let left = left(&shards, &whole);
-        let (is_planned, is_renumbered) = self.wants(now, config, (&whole, &left), present.as_ref(), &load);
-        let is_renumbered = is_renumbered && must_renumber;
         let holders = present.as_ref().map(holders).unwrap_or_default();
         let refuses = |group: &usize| self.refused.get(group).is_some_and(|retry| !retry.allows(now));
-        let usable: BTreeSet<usize> =
-            whole.into_iter().filter(|group| holders.contains(group) || !refuses(group)).collect();
+        let usable = whole.iter().copied().filter(|group| holders.contains(group) || !refuses(group)).collect();
+        let groups = Groups { left: left(&shards, &whole), serving: serving(&shards), usable, whole };
+        let (is_planned, is_renumbered) = self.wants(now, config, &groups, present.as_ref(), &load);
+        let is_renumbered = is_renumbered && must_renumber;
+        let usable = groups.usable;
         let is_asked = |group: usize| usable.contains(&group) || holders.contains(&group);
         // one that leaves serves those who do not follow the next placement yet
         let asked = answers(&shards).filter(|(seen, _)| !seen.leaves && is_asked(seen.info.group));
@@ -303,7 +315,7 @@ impl Model {
         &mut self,
         now: Instant,
         config: &Config,
-        (whole, left): (&BTreeSet<usize>, &BTreeSet<usize>),
+        Groups { whole, left, serving, usable }: &Groups,
         present: Option<&Layers>,
         load: &Load,
     ) -> (bool, bool) {
@@ -311,27 +323,39 @@ impl Model {
             |layers: &Layers| load.iter().all(|(index, counts)| layers.get(index).map(Vec::len) == Some(counts.len()));
         let is_whole = present.is_some_and(|layers| is_complete(layers) && has_shape(layers));
         let holders = present.map(holders).unwrap_or_default();
-        let (mut awaited, mut lost) = (Vec::new(), Vec::new());
+        let has_room = fits(load, usable.len(), config.max_experts);
+        let (mut awaited, mut is_lost, mut is_handed_over) = (Vec::new(), false, false);
         for group in holders.difference(whole) {
+            let is_needed = present.is_some_and(|present| is_needed(present, *group, whole));
+            let takes_along = is_needed && left.contains(group);
+            if takes_along && !has_room && serving.contains(group) {
+                // it serves until it goes, and may be about to start again: its time begins then
+                self.whole_at.insert(*group, now);
+            }
             let missed = now.saturating_duration_since(*self.whole_at.entry(*group).or_insert(now));
             // nobody waits for one that leaves with what nobody else has
-            let is_lost = left.contains(group) && present.is_some_and(|present| is_needed(present, *group, whole));
-            let list = if is_lost || missed >= config.lost_after.get() { &mut lost } else { &mut awaited };
-            list.push(*group);
+            is_handed_over |= takes_along && has_room;
+            if takes_along && has_room || missed >= config.lost_after.get() {
+                is_lost = true;
+            } else {
+                awaited.push(is_needed);
+            }
         }
         if self.is_changing || !self.retry.allows(now) || whole.is_empty() {
             return (false, false);
         }
         let is_loading = self.mending.values().any(|mending| mending.is_running);
         let is_wanted = if is_whole {
-            !lost.is_empty() || self.is_due
+            is_lost || self.is_due
         } else {
             // those who hold something of a placement that is lost may not all be there yet
             let patience = if holders.is_empty() { config.settle } else { config.lost_after };
             let settled = self.settled.as_ref().map(|(_, since)| now.saturating_duration_since(*since));
             whole.len() >= config.min_groups && settled.is_some_and(|settled| settled >= patience.get())
         };
-        (is_wanted && awaited.is_empty() && !is_loading, is_whole)
+        // one that leaves may not have the time to wait for copies that are away
+        let is_waiting = awaited.iter().any(|is_needed| *is_needed || !(is_whole && is_handed_over));
+        (is_wanted && !is_waiting && !is_loading, is_whole)
     }
 
     /// Shards that are behind.
@@ -350,6 +374,11 @@ impl Model {
         }
         mends
     }
+}
+
+/// Whether so many groups can hold all experts, without one that holds more than `max_experts` of a layer (0: any).
+fn fits(load: &Load, groups: usize, max_experts: usize) -> bool {
+    max_experts == 0 || load.values().all(|counts| counts.len() <= max_experts.saturating_mul(groups))
 }
 
 /// The groups that hold something.

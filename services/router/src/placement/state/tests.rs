@@ -156,6 +156,66 @@ fn what_only_a_group_has_that_leaves_goes_to_the_others_at_once() {
     assert_eq!(Model::new(None).next(now, &config, found(&all, Some(7))), Steps::default());
 }
 
+/// Experts of layer 0 that these groups hold.
+fn placed(shards: &[Seen], holders: &[&[usize]]) -> Found {
+    let mut found = found(shards, Some(7));
+    let standing = found.standing.as_mut().and_then(|standing| standing.placement.as_mut());
+    let layers = Layers::from([(0, holders.iter().map(|groups| groups.to_vec()).collect())]);
+    standing.expect("one stands").layers = layers;
+    found
+}
+
+#[test]
+fn what_a_group_takes_along_stays_with_it_where_the_others_have_no_room() {
+    let now = Instant::now();
+    let leaving = [both(7)[0].clone(), Seen { leaves: true, ..both(7)[1].clone() }];
+    let limited = |max_experts: usize| Config { max_experts, ..config() };
+    let next = |model: &mut Model, config: &Config, now: Instant, shards: &[Seen]| {
+        model.next(now, config, found(shards, Some(7))).change.map(|change| change.groups)
+    };
+    let roomy = limited(4);
+    assert_eq!(next(&mut Model::new(None), &roomy, now, &leaving), Some(BTreeSet::from([0])), "all four just fit");
+
+    let (mut model, tight) = (Model::new(None), limited(3));
+    assert_eq!(next(&mut model, &tight, now, &both(7)), None);
+    assert_eq!(next(&mut model, &tight, now, &leaving), None);
+    // however long it takes to go, it serves
+    let late = now + 10 * tight.lost_after.get();
+    assert_eq!(next(&mut model, &tight, late, &leaving), None);
+    let gone = [both(7)[0].clone()];
+    assert_eq!(next(&mut model, &tight, late + SECOND, &gone), None, "it may be about to start again");
+    assert_eq!(next(&mut model, &tight, late + SECOND, &both(7)), None, "so it did");
+    assert_eq!(next(&mut model, &tight, late + 2 * SECOND, &gone), None);
+    let lost = late + SECOND + tight.lost_after.get();
+    assert_eq!(next(&mut model, &tight, lost, &gone), Some(BTreeSet::from([0])), "an expert is somewhere, room or not");
+
+    // a third group has room for them
+    let three = [leaving[0].clone(), leaving[1].clone(), seen(2, 0, &[])];
+    assert_eq!(next(&mut Model::new(None), &limited(2), now, &three), Some(BTreeSet::from([0, 2])));
+    assert_eq!(next(&mut Model::new(None), &limited(1), now, &three), None);
+    // but not while it refuses
+    let mut model = Model::new(None);
+    model.changed(now, &limited(2), failed(Some(2)));
+    model.retry = Retry::default();
+    assert_eq!(next(&mut model, &limited(2), now, &three), None);
+}
+
+#[test]
+fn one_that_leaves_waits_for_others_only_where_they_alone_have_something() {
+    let (now, config) = (Instant::now(), config());
+    let shards = [seen(0, 7, &[0, 1]), Seen { leaves: true, ..seen(1, 7, &[2, 3]) }, silent(2)];
+    let copied: [&[usize]; 4] = [&[0], &[0, 2], &[1], &[1]];
+    let change = Model::new(None).next(now, &config, placed(&shards, &copied)).change;
+    assert_eq!(change.map(|change| change.groups), Some(BTreeSet::from([0])), "its copies are elsewhere");
+    let alone: [&[usize]; 4] = [&[0], &[2], &[1], &[1]];
+    assert_eq!(Model::new(None).next(now, &config, placed(&shards, &alone)), Steps::default(), "it may come back");
+    // without one that leaves, copies that are away are waited for as before
+    let stays = [shards[0].clone(), seen(1, 7, &[2, 3]), silent(2)];
+    let mut model = Model::new(None);
+    model.rebalance();
+    assert_eq!(model.next(now, &config, placed(&stays, &copied)), Steps::default());
+}
+
 #[test]
 fn lost_metadata_get_what_is_known_best_with_a_later_epoch() {
     let (now, config) = (Instant::now(), config());

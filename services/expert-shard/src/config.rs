@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 pub struct Config {
     /// Address of the shard's own process; its /metrics, /live and /ready are 1000 ports above.
     pub grpc: String,
-    /// How long answers that schedulers wait for may take after the signal to stop; 0s..=24h.
+    /// How long it may take after the signal to stop to hand over the experts that only this shard's group has, and then
+    /// to compute what schedulers wait for; 0s..=24h. The others must load those experts, for which they have
+    /// `router.placement.prepare_timeout`: give it the time that this takes.
     pub drain_timeout: HumanDuration,
     /// The expert-parallel group that it is in; shards of one group hold slices of the same experts. 0..=4095.
     pub group: usize,

@@ -111,7 +111,9 @@ impl Process for ShardProcess {
     async fn drain(&self, deadline: Instant) -> bool {
         let (Ok(shard), Some(info)) = (self.shard.get(), self.info.get()) else { return true };
         let leaving = leaving::handed_over(&self.cluster, info);
-        if tokio::time::timeout_at(deadline.into(), leaving).await.is_err() {
+        // what is left after a hand-over that does not end is for the last answers
+        let until = deadline.checked_sub(LAST_ANSWERS).unwrap_or(deadline);
+        if tokio::time::timeout_at(until.into(), leaving).await.is_err() {
             tracing::warn!("nobody took the experts that only this shard has");
         }
         shard.idle_by(deadline).await

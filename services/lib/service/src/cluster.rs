@@ -3,6 +3,7 @@ use moesaic_transport::{ClusterConfig, Directory, Nats, NatsBus, RedisMetadata};
 use moesaic_types::Result;
 use moesaic_types::boundary::{EventBus, Metadata};
 use moesaic_types::cluster::Service;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,18 +16,21 @@ pub struct Cluster {
     pub events: Arc<dyn EventBus>,
     /// This process's name among those of its service.
     pub id: Arc<str>,
+    /// Where others reach this process.
+    pub address: Arc<str>,
     /// A member that was not heard of for so long is gone.
     pub lease: Duration,
     nats: Nats,
 }
 
 impl Cluster {
-    pub(crate) async fn connect(config: &ClusterConfig, service: Service, port: u16) -> Result<Self> {
-        let id: Arc<str> = config.id_of(port).into();
+    pub(crate) async fn connect(config: &ClusterConfig, service: Service, listening: SocketAddr) -> Result<Self> {
+        let id: Arc<str> = config.id_of(listening.port()).into();
+        let address = config.address_of(listening).into();
         let metadata = Arc::new(RedisMetadata::connect(config.redis(), &config.key_prefix)?);
         let nats = Nats::connect(config.nats(), &format!("moesaic-{service} {id}")).await?;
         let events = Arc::new(NatsBus::new(nats.clone()));
-        Ok(Self { metadata, events, id, lease: config.lease.get(), nats })
+        Ok(Self { metadata, events, id, address, lease: config.lease.get(), nats })
     }
 
     /// Watches the members of a service.

@@ -99,13 +99,13 @@ async fn life<P: Process>(name: &'static str, settings: P::Settings) -> Result<E
     let (key, address) = settings.grpc();
     let bound = doors::bind(key, address, P::SERVICE, settings.cluster()).await?;
     let Bound { doors, address, socket, admin, admin_address } = bound;
-    let cluster = Cluster::connect(settings.cluster(), P::SERVICE, address.port()).await?;
+    let cluster = Cluster::connect(settings.cluster(), P::SERVICE, address).await?;
     let process = Arc::new(P::new(settings.clone(), cluster.clone()).await?);
     let member = Member {
         service: P::SERVICE,
         id: Arc::clone(&cluster.id),
         generation: 0,
-        address: settings.cluster().address_of(address),
+        address: cluster.address.to_string(),
         socket,
         state: MemberState::Starting,
         role: Role::Plain,

@@ -4,7 +4,7 @@
 //! matrix; each later one is a [`Stage`](crate::decoder::Stage) of consecutive layers. All have the same number of KV
 //! blocks, and a block's index means the same tokens in each. The rows that the last stage gives return to the first.
 use crate::Result;
-use crate::runner::BlockIndex;
+use crate::runner::{BlockIndex, Waker};
 
 /// One micro-batch between two stages.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -36,6 +36,13 @@ pub trait LaterStages: Send {
     fn max_rows(&self) -> usize {
         usize::MAX
     }
+    /// Takes what is called when one is lost, in lives that begin later.
+    fn wake_with(&mut self, waker: Waker);
+    /// Whether all are there, as far as is known; does not wait. Call it between steps.
+    ///
+    /// # Errors
+    /// `Stage` when one is lost.
+    fn check(&mut self) -> Result<()>;
     /// Makes their KV pools, and begins a new life: what was sent and not received is forgotten.
     ///
     /// # Errors

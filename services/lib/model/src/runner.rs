@@ -2,6 +2,7 @@
 use crate::{Result, spec::ModelSpec};
 use bytes::Bytes;
 use moesaic_types::{KvFormat, TokenId};
+use std::sync::Arc;
 
 /// Index of a KV block in the replica's pool.
 pub type BlockIndex = u32;
@@ -31,6 +32,9 @@ pub struct SequenceChunk<'a> {
     pub logits: LogitsWanted,
 }
 
+/// Wakes the thread that drives a model; called on any thread.
+pub type Waker = Arc<dyn Fn() + Send + Sync>;
+
 /// A loaded model with its KV pool on one device. One thread drives it.
 pub trait Runner: Send {
     /// The model's architecture.
@@ -39,6 +43,18 @@ pub trait Runner: Send {
     fn kv_block_bytes(&self) -> usize;
     /// How keys and values are stored.
     fn kv_format(&self) -> KvFormat;
+    /// Takes what is called when [`Self::check_parts`] may fail from now on, though nothing runs. Call it before
+    /// `allocate_kv`.
+    fn wake_with(&mut self, waker: Waker) {
+        drop(waker);
+    }
+    /// Whether all parts of the model are there, as far as is known; does not wait. Call it between steps.
+    ///
+    /// # Errors
+    /// `Stage` when a pipeline stage is lost.
+    fn check_parts(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Makes the KV pool of `blocks` blocks; their contents are unspecified. Call once before `forward`.
     fn allocate_kv(&mut self, blocks: usize) -> Result<()>;
     /// Runs one step. Appends to `logits` the wanted rows (`[rows, vocab]` f32, in the order of the chunks and

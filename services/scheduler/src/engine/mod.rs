@@ -201,6 +201,11 @@ impl Engine {
         let mut runner = (parts.runner_factory)().map_err(|error| failed("load the model", error))?;
         let (block_bytes, model_context) = (runner.kv_block_bytes(), runner.spec().max_context);
         let kv_blocks = parts.config.blocks(block_bytes, model_context, Memory::now())?;
+        let waking = replies.clone();
+        runner.wake_with(Arc::new(move || {
+            // a full queue means that it is awake anyway
+            let _ = waking.try_send(Command::Wake);
+        }));
         runner.allocate_kv(kv_blocks).map_err(|error| failed("allocate the KV pool", error))?;
         let info = Info::new(runner.spec().vocab, model_context, kv_blocks);
         tracing::info!(
@@ -261,6 +266,11 @@ impl Engine {
             self.parts.pulse.begin();
             while let Ok(command) = self.commands.try_recv() {
                 self.handle(command);
+            }
+            // also where nothing runs that would fail
+            if let Err(error) = self.runner.check_parts() {
+                self.lose(Error::unavailable(format!("{error}; send the request again")));
+                break;
             }
             self.remove_overdue_and_abandoned();
             let advanced = self.step() | (self.lost.is_none() && self.offer_full());

@@ -2,6 +2,7 @@
 use super::relay::{self, Item, LOST, Onward, Output, Relay};
 use bytes::Bytes;
 use moesaic_model::pipeline::{LaterStages, StageInput, StageSequence};
+use moesaic_model::runner::Waker;
 use moesaic_proto::stage::v1 as wire;
 use moesaic_proto::{WireDType, encode_tensor};
 use moesaic_telemetry::propagation::current_traceparent;
@@ -12,6 +13,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc as blocking;
+use std::sync::mpsc::TryRecvError;
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -78,6 +80,7 @@ pub struct RemoteStages {
     owner: StageOwner,
     options: StageOptions,
     runtime: Handle,
+    waker: Waker,
     life: Option<Life>,
 }
 
@@ -106,7 +109,7 @@ impl RemoteStages {
         options: StageOptions,
         runtime: Handle,
     ) -> Self {
-        Self { peers, hidden, owner, options, runtime, life: None }
+        Self { peers, hidden, owner, options, runtime, waker: Arc::new(|| ()), life: None }
     }
 
     /// Whether all stages would take a stream now.
@@ -151,7 +154,7 @@ impl RemoteStages {
         for (stream, peer) in opened.into_iter().zip(&self.peers).rev() {
             let (sender, queue) = mpsc::unbounded_channel();
             block_bytes.push_front(stream.block_bytes);
-            let onward = Onward { next, outputs: outputs_in.clone() };
+            let onward = Onward { next, outputs: outputs_in.clone(), waker: Arc::clone(&self.waker) };
             let (name, silence) = (peer.name.clone(), self.options.silence);
             tasks.spawn(Relay { name, hidden: self.hidden, silence, queue, onward }.run(stream));
             next = Some(sender.clone());
@@ -166,6 +169,10 @@ fn lost(error: Error) -> moesaic_model::Error {
     moesaic_model::Error::Stage { reason: error.message }
 }
 
+fn ended() -> moesaic_model::Error {
+    lost(Error::unavailable("the stages' streams have ended"))
+}
+
 /// What a step fails with: experts come back, anything else would come again.
 fn failed(error: Error) -> moesaic_model::Error {
     match error.code {
@@ -177,8 +184,11 @@ fn failed(error: Error) -> moesaic_model::Error {
 impl Life {
     /// What came of the next micro-batch, by its number. Ends, for a stage of which nothing comes is lost.
     fn next(&mut self) -> moesaic_model::Result<Output> {
-        let output = self.outputs.recv();
-        let (number, output) = output.map_err(|_| lost(Error::unavailable("the stages' streams have ended")))?;
+        let output = self.outputs.recv().map_err(|_| ended())?;
+        self.take(output)
+    }
+
+    fn take(&mut self, (number, output): Output) -> moesaic_model::Result<Output> {
         if number == LOST {
             return output.map(|rows| (number, Ok(rows))).map_err(lost);
         }
@@ -204,6 +214,22 @@ impl LaterStages for RemoteStages {
 
     fn max_rows(&self) -> usize {
         (self.options.payload() / (self.hidden * size_of::<f32>()).max(1)).max(1)
+    }
+
+    fn wake_with(&mut self, waker: Waker) {
+        self.waker = waker;
+    }
+
+    fn check(&mut self) -> moesaic_model::Result<()> {
+        let Some(life) = &mut self.life else { return Ok(()) };
+        loop {
+            match life.outputs.try_recv() {
+                // of a step that failed: nobody wants what came of it
+                Ok(output) => drop(life.take(output)?),
+                Err(TryRecvError::Empty) => return Ok(()),
+                Err(TryRecvError::Disconnected) => return Err(ended()),
+            }
+        }
     }
 
     fn allocate_kv(&mut self, blocks: usize) -> moesaic_model::Result<()> {

@@ -1,5 +1,6 @@
 //! One stage of a replica: its stream, and the task that hands micro-batches on to the next one.
 use super::client::{StageOptions, StagePeer};
+use moesaic_model::runner::Waker;
 use moesaic_proto::stage::v1 as wire;
 use moesaic_proto::stage::v1::run_request::Request as Ask;
 use moesaic_proto::stage::v1::run_response::Outcome;
@@ -101,12 +102,17 @@ pub(super) struct Onward {
     /// The next stage; `None`: it is the last.
     pub(super) next: Option<mpsc::UnboundedSender<Item>>,
     pub(super) outputs: blocking::Sender<Output>,
+    /// Wakes who waits for neither.
+    pub(super) waker: Waker,
 }
 
 impl Onward {
     fn put_out(&self, number: u64, output: Result<Vec<f32>>) {
         // nobody waits: the life is over
         let _ = self.outputs.send((number, output));
+        if number == LOST {
+            (self.waker)();
+        }
     }
 }
 

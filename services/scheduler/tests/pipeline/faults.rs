@@ -110,3 +110,18 @@ async fn a_replica_that_starts_waits_for_a_stage_that_is_away() {
     let scheduler = soon("it starts", starting).await.unwrap();
     assert_equal(&expected, &answers(&scheduler).await);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_that_an_idle_replica_loses_is_missed_without_a_request() {
+    for lost in [1, 2] {
+        let mut later = later_stages(3).await;
+        let scheduler = start(&later).await;
+        let expected = answers(&scheduler).await;
+        scheduler.ready().unwrap();
+        later[lost - 1].kill().await;
+        until("it is not ready", || async { scheduler.ready().is_err() }).await;
+        later[lost - 1] = StageProcess::start(ranges(3)[lost].clone(), &later[lost - 1].address).await;
+        until("it is ready again", || async { scheduler.ready().is_ok() }).await;
+        assert_equal(&expected, &answers(&scheduler).await);
+    }
+}

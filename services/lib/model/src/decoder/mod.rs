@@ -17,7 +17,7 @@ use crate::backend::native::NativeBackend;
 use crate::backend::{AttentionSequence, Backend, BackendKind};
 use crate::expert_pool::ExpertPool;
 use crate::pipeline::{LaterStages, StageInput, StageSequence};
-use crate::runner::{BlockIndex, LogitsWanted, Runner, SequenceChunk};
+use crate::runner::{BlockIndex, LogitsWanted, Runner, SequenceChunk, Waker};
 use crate::source::{self, WeightSource};
 use crate::spec::{self, ModelSpec};
 use body::Body;
@@ -290,6 +290,16 @@ impl<B: Backend> Runner for Decoder<B> {
 
     fn kv_format(&self) -> KvFormat {
         self.stack.kv_format()
+    }
+
+    fn wake_with(&mut self, waker: Waker) {
+        if let Some(later) = &mut self.later {
+            later.wake_with(waker);
+        }
+    }
+
+    fn check_parts(&mut self) -> Result<()> {
+        self.later.as_deref_mut().map_or(Ok(()), |later| later.check())
     }
 
     fn allocate_kv(&mut self, blocks: usize) -> Result<()> {

@@ -142,12 +142,13 @@ impl Process for SchedulerProcess {
             return self.become_stage(&config, found, source, experts).await;
         }
         let later = (config.stages > 1).then(|| {
-            let (id, served) = (Arc::clone(&self.cluster.id), found.served_as.clone());
+            let own = (Arc::clone(&self.cluster.id), Arc::clone(&self.cluster.address));
+            let served = found.served_as.clone();
             let directory = self.cluster.directory(Service::Scheduler);
             let silence = Duration::from_millis(config.stage_silence_ms);
             let options = StageOptions { silence, ..StageOptions::default() };
             let ranges = split_layers(found.spec.layers.len(), config.stages);
-            let stages = Stages::new(directory, id, served, ranges, options);
+            let stages = Stages::new(directory, own, served, ranges, options);
             Arc::clone(self.later.get_or_init(|| Arc::new(stages)))
         });
         if let Some(later) = &later {

@@ -127,8 +127,7 @@ impl Follower {
 }
 
 /// Starts to follow a model's placement: read at once, at each event, where somebody follows a later one, and every few
-/// seconds. The last one is kept while
-/// the metadata cannot be read.
+/// seconds. The last one is kept while the metadata cannot be read.
 pub fn follow(metadata: Arc<dyn Metadata>, events: Arc<dyn EventBus>, model: Digest) -> Follower {
     let (told, latest) = watch::channel(None);
     let outdated = Arc::<Notify>::default();

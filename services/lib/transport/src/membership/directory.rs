@@ -35,7 +35,7 @@ impl Drop for Directory {
 
 impl Directory {
     /// Starts to watch. The view is empty and stale until the metadata are first read. `lease` is that of the members:
-    /// where all of them vanish at once, they are kept so long.
+    /// any that vanishes without a word is kept so long.
     pub fn start(
         metadata: Arc<dyn Metadata>,
         events: Arc<dyn EventBus>,

@@ -324,3 +324,17 @@ fn await_bytes(answer: Option<BlockAnswer>) -> moesaic_model::Result<Bytes> {
     let gone = || lost(Error::unavailable("a stage is lost"));
     answer.ok_or_else(gone)?.recv().map_err(|_| gone())?.map_err(lost)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moesaic_transport::channel::MAX_PIECE;
+
+    #[test]
+    fn what_a_stage_sends_at_once_is_a_piece_at_most() {
+        let payload = StageOptions::default().payload();
+        assert!(payload <= MAX_PIECE && payload > MAX_PIECE / 2, "{payload}");
+        let small = StageOptions { max_message: 1600, ..StageOptions::default() };
+        assert_eq!(small.payload(), 1500, "a lower limit holds as well");
+    }
+}

@@ -334,11 +334,7 @@ mod tests {
             (Config { delivery_capacity: most, ..Config::default() }, "delivery_capacity", "65536"),
             (Config { prefix_store_offers: most, ..Config::default() }, "prefix_store_offers", "65536"),
             (Config { grammar_workers: most, ..Config::default() }, "grammar_workers", "1024"),
-            (
-                Config { prefix_store_memory: ByteSize::gib(1025), ..Config::default() },
-                "prefix_store_memory",
-                "1024GiB",
-            ),
+            (Config { prefix_store_memory: ByteSize::gib(1025), ..Config::default() }, "prefix_store_memory", "1TiB"),
             (Config { token_budget: most, ..Config::default() }, "token_budget", "1048576"),
             (Config { max_running: most, ..Config::default() }, "max_running", "65536"),
             (Config { promote_after_ms: u64::MAX, ..Config::default() }, "promote_after_ms", "31536000000"),

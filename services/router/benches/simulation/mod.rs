@@ -248,7 +248,7 @@ impl Cluster {
                 && let Some(mut sequence) = replica.waiting.pop_front()
             {
                 let hits = sequence.prompt.iter().take_while(|hash| replica.cache.contains_key(hash)).count();
-                sequence.prompt[..hits].to_vec().into_iter().rev().for_each(|hash| replica.touch(hash));
+                sequence.prompt[..hits].iter().rev().for_each(|hash| replica.touch(*hash));
                 self.outcomes[sequence.request].hits = hits;
                 sequence.to_compute = ((sequence.prompt.len() - hits) * BLOCK_TOKENS).max(1);
                 replica.running.push(sequence);

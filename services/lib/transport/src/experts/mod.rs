@@ -36,7 +36,7 @@ pub struct ExpertsOptions {
     /// Longest wait for a layer.
     pub timeout: Duration,
     /// A shard of which nothing came for so long hangs or is cut off: its copies are asked. Some times
-    /// [`PULSE_EVERY`](crate::pulse::PULSE_EVERY).
+    /// [`PULSE_EVERY`].
     pub silence: Duration,
     /// The largest message, in bytes: what is longer than it, or than
     /// [`MAX_PIECE`](crate::channel::MAX_PIECE), is sent as several.

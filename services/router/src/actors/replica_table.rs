@@ -116,6 +116,7 @@ impl Actor for ReplicaTable {
     type Context = Context<Self>;
 
     fn started(&mut self, context: &mut Context<Self>) {
+        metrics::line(self.table.waiting());
         self.poll(context);
         context.run_interval(self.parts.config.poll_interval.get(), Self::poll);
     }

@@ -114,7 +114,8 @@ impl KvNode {
     pub async fn fetch(&self, chain: &[BlockHash]) -> Result<Blocks> {
         let mut client = self.client.clone();
         let call = client.fetch(traced(wire::FetchRequest { chain: hashes_to_wire(chain) }));
-        let blocks = self.within(call).await?.into_inner();
+        // its head may stand behind others' blocks
+        let blocks = self.while_moving(0, ErrorCode::Unavailable, call).await?.into_inner();
         Ok(Blocks { node: self.clone(), blocks })
     }
 

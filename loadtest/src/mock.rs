@@ -118,24 +118,10 @@ pub async fn run(args: &MockReplica) -> Result<()> {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may panic")]
     use super::*;
-    use moesaic_types::{Priority, RequestId, SamplingParams, StopConditions, TenantSalt};
 
     #[tokio::test]
     async fn it_says_its_script_again_and_again_for_as_long_as_it_is_asked_to() {
-        let request = GenerateRequest {
-            id: RequestId::new("r"),
-            prompt: [7, 8].into(),
-            resumed_tokens: 0,
-            sampling: SamplingParams::greedy(),
-            stop: StopConditions { max_tokens: 5, ..StopConditions::default() },
-            top_logprobs: None,
-            prompt_logprobs: false,
-            grammar: None,
-            priority: Priority::default(),
-            deadline: None,
-            salt: TenantSalt::default(),
-            traceparent: None,
-        };
+        let request = crate::scenarios::gateway::request(0, &[7, 8].into(), 5);
         let deltas: Vec<_> = Mock::new(vec![1, 2], 100).generate(request).await.unwrap().collect().await;
         let deltas: Vec<Delta> = deltas.into_iter().map(Result::unwrap).collect();
         let tokens: Vec<u32> = deltas.iter().flat_map(|delta| &delta.tokens).map(|token| token.id).collect();

@@ -100,13 +100,12 @@ async fn a_replica_s_blocks_serve_another_to_the_bit_and_only_its_tenant() {
         state: MemberState::Ready,
         role: Role::Plain,
     };
-    let registration = Registration::start(metadata.clone(), events.clone(), member, LEASE);
+    let _registration = Registration::start(metadata.clone(), events.clone(), member, LEASE);
     let cluster = Cluster {
         metadata: metadata.clone(),
         events: events.clone(),
         directory: directory(),
         id: "kv-0".into(),
-        generation: registration.record().member.generation,
         replication: config.replication,
         replication_queue: config.replication_queue,
         patience: Patience::default(),

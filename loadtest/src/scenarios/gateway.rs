@@ -101,7 +101,8 @@ async fn direct(
     Ok(Run { first, total, seconds })
 }
 
-fn request(number: usize, prompt: &Arc<[u32]>, max_tokens: usize) -> GenerateRequest {
+/// A greedy request for so many tokens.
+pub(crate) fn request(number: usize, prompt: &Arc<[u32]>, max_tokens: usize) -> GenerateRequest {
     GenerateRequest {
         id: RequestId::new(format!("direct-{number}")),
         prompt: Arc::clone(prompt),
@@ -118,18 +119,10 @@ fn request(number: usize, prompt: &Arc<[u32]>, max_tokens: usize) -> GenerateReq
     }
 }
 
-/// Keeps this process, which is the client, to one core.
-fn pin_self(core: usize) -> Result<()> {
-    let (own, core) = (std::process::id().to_string(), core.to_string());
-    let output = Command::new("taskset").args(["-a", "-c", "-p", &core, &own]).output().context("run taskset")?;
-    ensure!(output.status.success(), "taskset: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
-
-/// The core mask of this process, to give it back what it had.
-fn unpin_self(cores: usize) -> Result<()> {
-    let (own, all) = (std::process::id().to_string(), format!("0-{}", cores.saturating_sub(1)));
-    let output = Command::new("taskset").args(["-a", "-c", "-p", &all, &own]).output().context("run taskset")?;
+/// Keeps this process, which is the client, to some cores: as taskset lists them.
+fn pin_self(cores: &str) -> Result<()> {
+    let own = std::process::id().to_string();
+    let output = Command::new("taskset").args(["-a", "-c", "-p", cores, &own]).output().context("run taskset")?;
     ensure!(output.status.success(), "taskset: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }
@@ -169,11 +162,11 @@ pub async fn run(args: &GatewayCost) -> Result<Section> {
     crate::tell("start gateway, router and the mock replica");
     let (cluster, mock) = start(args, cores).await?;
     if let Some((_, others)) = cores {
-        pin_self(others)?;
+        pin_self(&others.to_string())?;
     }
     let measured = measure(args, &cluster, &mock).await;
     if cores.is_some() {
-        unpin_self(available)?;
+        pin_self(&format!("0-{}", available.saturating_sub(1)))?;
     }
     let Measured { tokens, alone, full, cost } = measured?;
     let values = json!({

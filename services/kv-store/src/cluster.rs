@@ -39,8 +39,6 @@ pub struct Cluster {
     pub directory: Directory,
     /// This one's name.
     pub id: Arc<str>,
-    /// This life's generation in the directory is never lower; 0 where that is not known.
-    pub generation: u64,
     /// Nodes that keep a block, this one included.
     pub replication: usize,
     /// Blocks that may be on their way to other nodes.
@@ -64,7 +62,7 @@ impl Drop for Joined {
 impl Joined {
     /// Takes part with a store. Call it in a runtime.
     pub fn start(store: &KvStore, cluster: Cluster) -> Arc<Self> {
-        let Cluster { metadata, events, directory, id, generation, replication, replication_queue, patience } = cluster;
+        let Cluster { metadata, events, directory, id, replication, replication_queue, patience } = cluster;
         let nodes = Arc::new(KvNodes::new(directory, Arc::clone(&metadata), patience));
         let announcer = Announcer {
             pool: store.pool.downgrade(),
@@ -72,7 +70,6 @@ impl Joined {
             metadata,
             nodes: Arc::clone(&nodes),
             id: Arc::clone(&id),
-            born: generation,
             generation: None,
             lives: 0,
             records: HashMap::new(),
@@ -124,7 +121,6 @@ struct Announcer {
     metadata: Arc<dyn Metadata>,
     nodes: Arc<KvNodes>,
     id: Arc<str>,
-    born: u64,
     /// Under which everything was told.
     generation: Option<u64>,
     /// Of the pool, when everything was told.
@@ -174,10 +170,10 @@ impl Announcer {
         }
     }
 
-    /// This life's generation, as others see it; `None` while they do not.
+    /// The generation under which others see this node; `None` while they do not.
     fn current(&self) -> Option<u64> {
         let view = self.nodes.directory().view();
-        view.get(&self.id).map(|record| record.member.generation).filter(|generation| *generation >= self.born)
+        view.get(&self.id).map(|record| record.member.generation)
     }
 
     /// Whether others see this life as the member's: then a record of a higher generation is of an earlier life, from

@@ -68,7 +68,6 @@ impl Process for KvStoreProcess {
             events: Arc::clone(&cluster.events),
             directory: cluster.directory(Service::KvStore),
             id: cluster.id,
-            generation: 0,
             replication: config.replication,
             replication_queue: config.replication_queue,
             patience: cluster_config.kv_patience(),

@@ -1,89 +1,27 @@
 //! What nodes say in the metadata is true in the end, whatever the metadata do.
 use super::*;
-use futures::future::BoxFuture;
-use moesaic_types::boundary::Versioned;
-use moesaic_types::{Error, Result};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-
-/// Metadata that answer nothing while they are away.
-struct Flaky {
-    metadata: Arc<dyn Metadata>,
-    is_away: AtomicBool,
-    refused: AtomicUsize,
-}
-
-impl Flaky {
-    fn over(metadata: Arc<dyn Metadata>) -> Arc<Self> {
-        Arc::new(Self { metadata, is_away: false.into(), refused: 0.into() })
-    }
-
-    fn there(&self) -> Result<&dyn Metadata> {
-        if self.is_away.load(Ordering::SeqCst) {
-            self.refused.fetch_add(1, Ordering::SeqCst);
-            return Err(Error::unavailable("the metadata are away"));
-        }
-        Ok(&*self.metadata)
-    }
-}
-
-impl Metadata for Flaky {
-    fn get(&self, key: &str) -> BoxFuture<'_, Result<Option<Versioned>>> {
-        let key = key.to_owned();
-        Box::pin(async move { self.there()?.get(&key).await })
-    }
-
-    fn get_many(&self, keys: &[String]) -> BoxFuture<'_, Result<Vec<Option<Versioned>>>> {
-        let keys = keys.to_vec();
-        Box::pin(async move { self.there()?.get_many(&keys).await })
-    }
-
-    fn compare_and_set(
-        &self,
-        key: &str,
-        expected: Option<u64>,
-        value: Bytes,
-        expires_after: Option<Duration>,
-    ) -> BoxFuture<'_, Result<Option<u64>>> {
-        let key = key.to_owned();
-        Box::pin(async move { self.there()?.compare_and_set(&key, expected, value, expires_after).await })
-    }
-
-    fn remove(&self, key: &str, expected: u64) -> BoxFuture<'_, Result<bool>> {
-        let key = key.to_owned();
-        Box::pin(async move { self.there()?.remove(&key, expected).await })
-    }
-
-    fn add(&self, key: &str, amount: i64, expires_after: Option<Duration>) -> BoxFuture<'_, Result<i64>> {
-        let key = key.to_owned();
-        Box::pin(async move { self.there()?.add(&key, amount, expires_after).await })
-    }
-
-    fn keys(&self, prefix: &str) -> BoxFuture<'_, Result<Vec<String>>> {
-        let prefix = prefix.to_owned();
-        Box::pin(async move { self.there()?.keys(&prefix).await })
-    }
-}
+use moesaic_testkit::Severed;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn what_went_while_the_metadata_were_away_is_said_when_they_are_back() {
     let ground = Ground::memory();
-    let flaky = Flaky::over(ground.metadata.clone());
+    let severed = Severed::over(ground.metadata.clone());
     // room for one block
     let config = Config { capacity: ByteSize(block(0).1.len() as u64), ..Config::default() };
-    let node = node_that_tells(&ground, "a", &config, flaky.clone()).await;
+    let node = node_that_tells(&ground, "a", &config, severed.clone()).await;
     let remote = ground.remote();
     sees(&remote, 1).await;
     let alone = |n: u32| chain([n]);
     let push = async |n: u32| assert_eq!(node.store.offer(Link::of(&alone(n), 0), block(n).1).await, Ok(true));
     push(0).await;
     until("it says so", || async { ground.holding(&alone(0)[0], "a").await.is_some() }).await;
-    flaky.is_away.store(true, Ordering::SeqCst);
+    severed.cut(true);
     for n in 1..5 {
         push(n).await;
-        let before = flaky.refused.load(Ordering::SeqCst);
-        until("it was tried", || async { flaky.refused.load(Ordering::SeqCst) > before }).await;
+        let before = severed.refused();
+        until("it was tried", || async { severed.refused() > before }).await;
     }
-    flaky.is_away.store(false, Ordering::SeqCst);
+    severed.cut(false);
     until("what is here is said", || async { ground.holding(&alone(4)[0], "a").await.is_some() }).await;
     for n in 0..4 {
         until("and nothing else", || async { ground.holding(&alone(n)[0], "a").await.is_none() }).await;

@@ -106,7 +106,6 @@ async fn node_that_tells(ground: &Ground, id: &'static str, config: &Config, met
         events: ground.events.clone(),
         directory,
         id: id.into(),
-        generation: registration.record().member.generation,
         replication: config.replication,
         replication_queue: config.replication_queue,
         patience: PATIENCE,

@@ -7,7 +7,9 @@ pub mod conformance;
 mod open;
 pub mod otlp;
 pub mod servers;
+mod severed;
 mod wait;
 
 pub use open::Open;
+pub use severed::Severed;
 pub use wait::{DEADLINE, soon, until};

@@ -1,15 +1,12 @@
 //! Members and those who watch them: over memory, over real Redis and NATS, and while those die and come back.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails there")]
-use bytes::Bytes;
-use futures::future::{BoxFuture, FutureExt, ready};
 use moesaic_testkit::servers::{self, Server};
-use moesaic_testkit::{soon, until};
+use moesaic_testkit::{Severed, soon, until};
 use moesaic_transport::membership::{Directory, Record, Registration, Standing, View};
 use moesaic_transport::{MemoryBus, MemoryMetadata, Nats, NatsBus, RedisMetadata};
-use moesaic_types::boundary::{EventBus, Metadata, ReplicaLoad, Versioned};
+use moesaic_types::boundary::{EventBus, Metadata, ReplicaLoad};
 use moesaic_types::cluster::{Member, MemberState, Role, Service};
-use moesaic_types::{Error, Result};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -213,65 +210,17 @@ async fn one_that_dies_is_gone_with_its_lease() {
     assert_eq!(stays.standing(), Standing::Held, "its lease was renewed meanwhile");
 }
 
-/// Metadata that can be out of reach for one process while others reach them.
-struct Severed {
-    metadata: Arc<dyn Metadata>,
-    is_cut: watch::Receiver<bool>,
-}
-
-impl Severed {
-    fn reach(&self) -> Result<&dyn Metadata> {
-        if *self.is_cut.borrow() { Err(Error::unavailable("a cut network")) } else { Ok(&*self.metadata) }
-    }
-}
-
-impl Metadata for Severed {
-    fn get(&self, key: &str) -> BoxFuture<'_, Result<Option<(Bytes, u64)>>> {
-        self.reach().map_or_else(|error| ready(Err(error)).boxed(), |metadata| metadata.get(key))
-    }
-
-    fn get_many(&self, keys: &[String]) -> BoxFuture<'_, Result<Vec<Option<Versioned>>>> {
-        self.reach().map_or_else(|error| ready(Err(error)).boxed(), |metadata| metadata.get_many(keys))
-    }
-
-    fn compare_and_set(
-        &self,
-        key: &str,
-        expected: Option<u64>,
-        value: Bytes,
-        expires_after: Option<Duration>,
-    ) -> BoxFuture<'_, Result<Option<u64>>> {
-        match self.reach() {
-            Ok(metadata) => metadata.compare_and_set(key, expected, value, expires_after),
-            Err(error) => ready(Err(error)).boxed(),
-        }
-    }
-
-    fn remove(&self, key: &str, expected: u64) -> BoxFuture<'_, Result<bool>> {
-        self.reach().map_or_else(|error| ready(Err(error)).boxed(), |metadata| metadata.remove(key, expected))
-    }
-
-    fn add(&self, key: &str, amount: i64, expires_after: Option<Duration>) -> BoxFuture<'_, Result<i64>> {
-        self.reach().map_or_else(|error| ready(Err(error)).boxed(), |metadata| metadata.add(key, amount, expires_after))
-    }
-
-    fn keys(&self, prefix: &str) -> BoxFuture<'_, Result<Vec<String>>> {
-        self.reach().map_or_else(|error| ready(Err(error)).boxed(), |metadata| metadata.keys(prefix))
-    }
-}
-
 #[tokio::test(start_paused = true)]
 async fn members_that_cannot_write_are_there_as_long_as_they_are_heard() {
     let ground = Ground::memory();
-    let (cut, is_cut) = watch::channel(false);
-    let severed =
-        Ground { metadata: Arc::new(Severed { metadata: ground.metadata.clone(), is_cut }), ..ground.clone() };
+    let metadata = Severed::over(ground.metadata.clone());
+    let severed = Ground { metadata: metadata.clone(), ..ground.clone() };
     let directory = ground.directory();
     let mut views = directory.watch();
     let (a, b) = (severed.register("a"), ground.register("b"));
     sees(&mut views, "both", |view| view.members.len() == 2).await;
     let mut every = directory.watch();
-    cut.send_replace(true);
+    metadata.cut(true);
     stands(&a, Standing::Joining).await;
     let mut is_gone = async || drop(every.wait_for(|view| view.members.len() != 2).await);
     assert!(tokio::time::timeout(10 * ground.lease, is_gone()).await.is_err(), "it went while it was heard");

@@ -24,7 +24,8 @@ async fn distribution_gives_rates_of_both_sides_and_the_bytes_that_the_shape_say
         model: tiny(&folder),
         clients: 3,
         prompt_tokens: 40,
-        output_tokens: 24,
+        // long enough that all are written at once, however late a client begins
+        output_tokens: 400,
         runs: 1,
         shards: 2,
         scheduler_threads: 1,

@@ -33,9 +33,13 @@ pub async fn closed(address: SocketAddr, clients: usize, requests: Vec<Completio
     let queue: VecDeque<_> = requests.into_iter().enumerate().collect();
     let queue = Arc::new(Mutex::new(queue));
     let mut tasks = JoinSet::new();
+    let mut connections = Vec::new();
     for _ in 0..clients {
+        connections.push(Connection::open(address).await?);
+    }
+    // none begins before all are connected, so that all begin at once
+    for mut connection in connections {
         let queue = Arc::clone(&queue);
-        let mut connection = Connection::open(address).await?;
         tasks.spawn(async move {
             let mut outcomes = Vec::new();
             let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();

@@ -34,6 +34,9 @@ pub struct Prefix {
     /// Prefixes that are fetched.
     #[arg(long, default_value_t = 20)]
     pub prefixes: usize,
+    /// Whether a replica fetches: `estimated` (where that is estimated to be faster) or `always`.
+    #[arg(long, default_value = "estimated")]
+    pub fetch: String,
     /// Requests of each replayed trace; 0 leaves the traces out.
     #[arg(long, default_value_t = 160)]
     pub requests: usize,
@@ -185,6 +188,7 @@ async fn fetched(args: &Prefix, model: &Path, vocab: usize) -> Result<Fetched> {
         schedulers: 2,
         kv_stores: 1,
         settings: "[router]\npolicy = \"round_robin\"\n[kv_store]\ncapacity = \"4GiB\"\n".into(),
+        scheduler: vec![format!("scheduler.prefix_store_fetch={}", args.fetch)],
         ..Plan::default()
     };
     crate::tell("start two replicas and a kv-store");

@@ -155,7 +155,7 @@ fn fused_tile(
     tile: &mut [[f32; PANEL]; TILE],
 ) -> bool {
     // SAFETY: a token of this kind is made only where the CPU has these parts of AVX-512.
-    isa.kind() == Kind::Avx512 && unsafe { crate::fused::tile(w.format(), w.panel(panel), x, w.cols(), rows, tile) }
+    isa.kind() >= Kind::Avx512 && unsafe { crate::fused::tile(w.format(), w.panel(panel), x, w.cols(), rows, tile) }
 }
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -18,6 +18,12 @@ pub(crate) enum Kind {
     /// AVX-512 F, BW, VL, DQ.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// The same with VNNI: products of 8-bit integers.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+    /// The same with VNNI and BF16: products of bfloat16 too.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
 }
 
 impl Isa {
@@ -33,6 +39,12 @@ impl Isa {
                 let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
                 if avx512 && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512dq") {
                     list.push(Self(Kind::Avx512));
+                    if is_x86_feature_detected!("avx512vnni") {
+                        list.push(Self(Kind::Avx512Vnni));
+                        if is_x86_feature_detected!("avx512bf16") {
+                            list.push(Self(Kind::Avx512Bf16));
+                        }
+                    }
                 }
             }
         }
@@ -59,6 +71,10 @@ impl fmt::Display for Isa {
             Kind::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Vnni => "avx512-vnni",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Bf16 => "avx512-bf16",
         })
     }
 }
@@ -83,8 +99,10 @@ macro_rules! for_each_isa {
                     $crate::isa::Kind::Scalar => {}
                     // SAFETY: a token of this kind is made only where the CPU has AVX2, FMA and F16C.
                     $crate::isa::Kind::Avx2 => return unsafe { avx2($($arg),*) },
-                    // SAFETY: a token of this kind is made only where the CPU has these parts of AVX-512.
-                    $crate::isa::Kind::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::isa::Kind::Avx512
+                    | $crate::isa::Kind::Avx512Vnni
+                    // SAFETY: tokens of these kinds are made only where the CPU has these parts of AVX-512.
+                    | $crate::isa::Kind::Avx512Bf16 => return unsafe { avx512($($arg),*) },
                 }
             }
             let _ = isa;

@@ -15,6 +15,7 @@ pub mod isa;
 pub mod moe;
 pub mod packed;
 pub mod pool;
+mod rows;
 pub mod storage;
 
 pub use attention::{AttentionCall, AttentionSequence, KvFormat, KvLayer, KvShape};

@@ -81,6 +81,12 @@ impl GatePolicy {
     /// The experts of one token with their weights, best first.
     pub fn choose(&self, logits: &[f32], bias: Option<&[f32]>) -> Vec<(u32, f32)> {
         match *self {
+            // the divisor of a softmax over all would cancel
+            Self::SoftmaxTopK { top_k, normalize: true, groups: None, scale } => {
+                let chosen = best(logits, None, top_k);
+                let kept: Vec<f32> = chosen.iter().map(|&expert| logits[expert as usize]).collect();
+                chosen.into_iter().zip(softmax(&kept).into_iter().map(|weight| weight * scale)).collect()
+            }
             Self::SoftmaxTopK { top_k, normalize, groups, scale } => {
                 let scores = softmax(logits);
                 let eligible = groups.map(|groups| best_groups(&scores, groups, 1));
@@ -133,22 +139,23 @@ fn rank(values: &[f32], a: usize, b: usize) -> Ordering {
     key(b).partial_cmp(&key(a)).unwrap_or(Ordering::Equal).then(a.cmp(&b))
 }
 
-/// The ids of the `count` best values, best first, among the groups that are eligible.
+/// The ids of the `count` best values, best first, among the groups that are eligible. Few of many: each value is
+/// compared with the worst of those that are kept, and seldom stays.
 fn best(values: &[f32], eligible: Option<&[bool]>, count: usize) -> Vec<u32> {
-    let mut ids: Vec<usize> = match eligible {
-        Some(eligible) => {
-            let size = values.len() / eligible.len().max(1);
-            (0..values.len()).filter(|id| eligible[id / size]).collect()
+    let size = values.len() / eligible.map_or(1, |eligible| eligible.len().max(1));
+    let mut kept: Vec<u32> = Vec::with_capacity(count.min(values.len()) + 1);
+    for id in 0..values.len() {
+        if eligible.is_some_and(|eligible| !eligible[id / size]) {
+            continue;
         }
-        None => (0..values.len()).collect(),
-    };
-    let count = count.min(ids.len());
-    if count < ids.len() && count > 0 {
-        ids.select_nth_unstable_by(count - 1, |&a, &b| rank(values, a, b));
+        let is_better_than = |&other: &u32| rank(values, id, other as usize).is_lt();
+        if kept.len() < count || kept.last().is_some_and(is_better_than) {
+            let place = kept.iter().rposition(|other| !is_better_than(other)).map_or(0, |last| last + 1);
+            kept.insert(place, id as u32);
+            kept.truncate(count);
+        }
     }
-    ids.truncate(count);
-    ids.sort_unstable_by(|&a, &b| rank(values, a, b));
-    ids.into_iter().map(|id| id as u32).collect()
+    kept
 }
 
 /// Which groups are eligible: those whose `members` best values have the largest sums.

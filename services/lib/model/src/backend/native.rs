@@ -187,21 +187,24 @@ impl Backend for NativeBackend {
     fn embed(&self, embedding: &Self::Embedding, tokens: &[u32]) -> Result<Rows> {
         let cols = embedding.cols();
         let mut values = vec![0.0; tokens.len() * cols];
-        for (&token, row) in tokens.iter().zip(values.chunks_exact_mut(cols)) {
-            embedding.dequantize_row(token as usize, row);
-        }
+        self.kernels.by_rows(&mut values, cols, &|first, rows| {
+            for (&token, row) in tokens[first..].iter().zip(rows.chunks_exact_mut(cols)) {
+                embedding.dequantize_row(token as usize, row);
+            }
+        });
         Ok(Rows { values, cols })
     }
 
     fn norm(&self, weights: &NormWeights, x: &Rows) -> Result<Rows> {
         let mut values = vec![0.0; x.values.len()];
-        let eps = weights.norm.eps;
-        match weights.norm.kind {
-            NormKind::Rms => elementwise::rms_norm(&x.values, &weights.weight, eps, &mut values),
-            NormKind::Layer => {
-                elementwise::layer_norm(&x.values, &weights.weight, weights.bias.as_deref(), eps, &mut values);
+        let NormWeights { norm, weight, bias } = weights;
+        self.kernels.by_rows(&mut values, x.cols, &|first, out| {
+            let x = &x.values[first * x.cols..][..out.len()];
+            match norm.kind {
+                NormKind::Rms => elementwise::rms_norm(x, weight, norm.eps, out),
+                NormKind::Layer => elementwise::layer_norm(x, weight, bias.as_deref(), norm.eps, out),
             }
-        }
+        });
         Ok(Rows { values, cols: x.cols })
     }
 
@@ -231,13 +234,16 @@ impl Backend for NativeBackend {
     }
 
     fn rotate(&self, mut x: Rows, head_dim: usize, offset: usize, rotation: &Rotation) -> Result<Rows> {
-        let pairs = rotation.pairs;
-        let angles = rotation.cos.chunks_exact(pairs).zip(rotation.sin.chunks_exact(pairs));
-        for (row, (cos, sin)) in x.values.chunks_exact_mut(x.cols).zip(angles) {
-            for head in row.chunks_exact_mut(head_dim) {
-                elementwise::rotate(&mut head[offset..offset + 2 * pairs], cos, sin, rotation.interleaved);
+        let (cols, pairs) = (x.cols, rotation.pairs);
+        self.kernels.by_rows(&mut x.values, cols, &|first, rows| {
+            let of_rows = |angles: &'_ [f32]| angles[first * pairs..].chunks_exact(pairs);
+            let angles = of_rows(&rotation.cos).zip(of_rows(&rotation.sin));
+            for (row, (cos, sin)) in rows.chunks_exact_mut(cols).zip(angles) {
+                for head in row.chunks_exact_mut(head_dim) {
+                    elementwise::rotate(&mut head[offset..offset + 2 * pairs], cos, sin, rotation.interleaved);
+                }
             }
-        }
+        });
         Ok(x)
     }
 
@@ -277,7 +283,10 @@ impl Backend for NativeBackend {
     }
 
     fn add(&self, mut x: Rows, y: &Rows, factor: f32) -> Result<Rows> {
-        x.values.iter_mut().zip(&y.values).for_each(|(x, y)| *x += factor * y);
+        let cols = x.cols;
+        self.kernels.by_rows(&mut x.values, cols, &|first, rows| {
+            elementwise::add(rows, &y.values[first * cols..][..rows.len()], factor);
+        });
         Ok(x)
     }
 

@@ -1,25 +1,43 @@
-//! Matrix products with packed weights: `out[m, n] = x[m, k] · Wᵀ (+ bias)`, all f32 outside the weights.
+//! Matrix products with packed weights: `out[m, n] = x[m, k] · Wᵀ (+ bias)`, x and out f32.
 //!
-//! Accumulation is f32 by fused multiply-add, k ascending, one accumulator an output element: the result's bits do
-//! not depend on m, on the tile or on the thread. Largest error against f64: k · 2⁻²⁴ relative to Σ|x·w|.
-//! Outline: few rows of x run over the packed panel itself (`fused`, AVX-512). Otherwise a panel of 32 rows is expanded
-//! to f32 once for all rows of x (f32 panels are read in place), then tiles of up to 8 rows of x run over it with 8 x 32
-//! accumulators in registers.
+//! q8 and q4: x is quantized once to int8 in groups and multiplied as integers (`activations`, `int8`), or, as
+//! [`ActivationFormat::F32`] asks, the weights are expanded to f32. f32 and bf16: accumulation is f32 by fused
+//! multiply-add, k ascending, one accumulator an output element; largest error against f64: k · 2⁻²⁴ relative to Σ|x·w|.
+//! Either way the result's bits do not depend on m, on the tile or on the thread.
+//! Outline: a task is a few panels of 32 rows; tiles of up to 8 rows of x run over each panel with their accumulators in
+//! registers, and ask for the memory of the next panel on the way.
+use crate::activations::{ActivationFormat, Buffer, Form, Rows, with};
+use crate::int8::{self, Ahead};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Kind;
 use crate::isa::{Isa, for_each_isa};
 use crate::packed::{Format, PANEL, PackedMatrix, expand_panel};
 use crate::pool::Pool;
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::sync::Arc;
 
-/// Rows of x in one tile.
-const TILE: usize = 8;
-/// Rows of x up to which weights are expanded in registers: one tile.
-const FUSED_ROWS: usize = 8;
+/// Rows of x in one tile at most.
+pub(crate) const TILE: usize = 8;
+/// Bytes that one pass over a panel asks for ahead of its reading.
+const AHEAD: usize = 4096;
+/// Values that a thread quantizes in the time in which a second one would wake up.
+const ALONE: usize = 16_384;
+
+/// Results of a tile: a row of x, 32 rows of a panel.
+#[repr(align(64))]
+pub(crate) struct Tile(pub(crate) [[f32; PANEL]; TILE]);
+
+impl Tile {
+    pub(crate) fn new() -> Self {
+        Self([[0.0; PANEL]; TILE])
+    }
+}
 
 thread_local! {
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// The caller's quantized rows.
+    static ROWS: Cell<Buffer> = Cell::default();
+    /// A task's expanded panel.
+    static LINES: Cell<Buffer> = Cell::default();
 }
 
 /// The kernels with their threads and instruction set.
@@ -27,23 +45,24 @@ thread_local! {
 pub struct Kernels {
     pub(crate) pool: Arc<Pool>,
     pub(crate) isa: Isa,
+    pub(crate) activations: ActivationFormat,
 }
 
 /// A slice that several tasks write, each its own elements.
 #[derive(Clone, Copy)]
-pub(crate) struct Shared<'a> {
-    pointer: *mut f32,
+pub(crate) struct Shared<'a, T = f32> {
+    pointer: *mut T,
     len: usize,
-    life: std::marker::PhantomData<&'a mut [f32]>,
+    life: std::marker::PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: tasks write disjoint ranges only, which each caller of `slice` states.
-unsafe impl Send for Shared<'_> {}
+unsafe impl<T: Send> Send for Shared<'_, T> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared<'_> {}
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
 
-impl<'a> Shared<'a> {
-    pub(crate) fn new(slice: &'a mut [f32]) -> Self {
+impl<'a, T> Shared<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
         Self { pointer: slice.as_mut_ptr(), len: slice.len(), life: std::marker::PhantomData }
     }
 
@@ -52,7 +71,7 @@ impl<'a> Shared<'a> {
     /// # Safety
     /// No other live reference covers any element of it.
     #[allow(clippy::mut_from_ref, reason = "that is what it is for; the contract is stated")]
-    pub(crate) unsafe fn slice(&self, start: usize, len: usize) -> &mut [f32] {
+    pub(crate) unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
         assert!(start.checked_add(len).is_some_and(|end| end <= self.len), "a task writes inside its output");
         // SAFETY: in bounds by the assertion; exclusive by the caller's word.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.add(start), len) }
@@ -60,14 +79,21 @@ impl<'a> Shared<'a> {
 }
 
 impl Kernels {
-    /// Kernels on `threads` threads with the best instruction set.
+    /// Kernels on `threads` threads with the best instruction set; products with q8 and q4 take int8 activations.
     pub fn new(threads: usize) -> Self {
         Self::with_isa(threads, Isa::best())
     }
 
     /// Kernels with an instruction set of [`Isa::available`].
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
-        Self { pool: Pool::new(threads), isa }
+        Self { pool: Pool::new(threads), isa, activations: ActivationFormat::default() }
+    }
+
+    /// The same kernels and threads with another format of activations.
+    #[must_use]
+    pub fn with_activations(mut self, activations: ActivationFormat) -> Self {
+        self.activations = activations;
+        self
     }
 
     /// Tasks that its threads ended so far: any thread sees by it whether a long computation gets on.
@@ -84,108 +110,212 @@ impl Kernels {
         assert_eq!(x.len(), m * k, "x is [m, k]");
         assert_eq!(out.len(), m * n, "out is [m, n]");
         assert!(bias.is_none_or(|b| b.len() == n), "bias is [n]");
-        let panels = w.panels();
-        // a task is one panel or a few, so that a task is worth its dispatch
-        let per_task = (16_384 / (k * m).max(1)).clamp(1, panels.max(1));
-        let out = Shared::new(out);
-        self.pool.run(panels.div_ceil(per_task), &|task| {
-            for panel in task * per_task..((task + 1) * per_task).min(panels) {
-                // SAFETY: a panel's task writes that panel's columns only.
-                panel_product(self.isa, w, panel, x, m, bias, &|row, col, values: &[f32]| unsafe {
-                    out.slice(row * n + col, values.len()).copy_from_slice(values);
+        with(&ROWS, |buffer| {
+            let x = self.rows(Form::new(self.activations, w.format()), x, k, buffer);
+            let panels = w.panels();
+            // some tasks a thread, so that a late thread costs little; each worth its dispatch
+            let least = (16_384 / (PackedMatrix::packed_len(w.format(), PANEL, k) * m).max(1)).max(1);
+            let per_task = (panels / (self.pool.threads() * 8)).min(16).max(least);
+            let out = Shared::new(out);
+            self.pool.run(panels.div_ceil(per_task), &|task| {
+                with(&LINES, |lines| {
+                    for index in task * per_task..((task + 1) * per_task).min(panels) {
+                        let next = index + 1;
+                        let next = (next < panels && next % per_task != 0).then(|| w.panel(next));
+                        let mut panel = Panel::new(self, w, index, m, next, lines);
+                        let (first, width) = (index * PANEL, PANEL.min(n - index * PANEL));
+                        let bias = bias.map(|bias| &bias[first..first + width]);
+                        panel.for_each_tile(
+                            &x,
+                            |row| row,
+                            |row, values| {
+                                // SAFETY: a panel's task writes that panel's columns only.
+                                let out = unsafe { out.slice(row * n + first, width) };
+                                out.copy_from_slice(&values[..width]);
+                                if let Some(bias) = bias {
+                                    out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+                                }
+                            },
+                        );
+                    }
                 });
-            }
+            });
         });
     }
-}
 
-/// Multiplies all rows of x with one panel; `put(row, first column, values)` takes the results.
-pub(crate) fn panel_product(
-    isa: Isa,
-    w: &PackedMatrix,
-    panel: usize,
-    x: &[f32],
-    m: usize,
-    bias: Option<&[f32]>,
-    put: &dyn Fn(usize, usize, &[f32]),
-) {
-    let (n, k) = (w.rows(), w.cols());
-    let first = panel * PANEL;
-    let width = PANEL.min(n - first);
-    let finish = |row: usize, rows: usize, tile: &mut [[f32; PANEL]; TILE]| {
-        for (r, accumulators) in tile[..rows].iter_mut().enumerate() {
-            if let Some(bias) = bias {
-                for (a, b) in accumulators.iter_mut().zip(&bias[first..first + width]) {
-                    *a += b;
+    /// Rows of k values in a form; what is not there yet is written to the buffer.
+    pub(crate) fn rows<'a>(&self, form: Form, x: &'a [f32], k: usize, buffer: &'a mut Buffer) -> Rows<'a> {
+        if form == Form::Float || k == 0 {
+            return Rows::new(Form::Float, k, bytemuck::cast_slice(x));
+        }
+        let (rows, stride) = (x.len() / k, form.row_bytes(k));
+        let bytes = buffer.bytes(rows * stride);
+        if x.len() <= ALONE {
+            for (x, out) in x.chunks_exact(k).zip(bytes.chunks_exact_mut(stride)) {
+                form.write(self.isa, x, out);
+            }
+        } else {
+            let per_task = (ALONE / 2).div_ceil(k);
+            let out = Shared::new(&mut *bytes);
+            self.pool.run(rows.div_ceil(per_task), &|task| {
+                for row in task * per_task..((task + 1) * per_task).min(rows) {
+                    // SAFETY: a row is written by the task that owns it.
+                    form.write(self.isa, &x[row * k..(row + 1) * k], unsafe { out.slice(row * stride, stride) });
                 }
-            }
-            put(row + r, first, &accumulators[..width]);
+            });
         }
-    };
-    let mut tile = [[0f32; PANEL]; TILE];
-    if m <= FUSED_ROWS && fused_tile(isa, w, panel, x, m, &mut tile) {
-        return finish(0, m, &mut tile);
+        Rows::new(form, k, bytes)
     }
-    SCRATCH.with_borrow_mut(|scratch| {
-        let lines: &[f32] = match (w.format(), bytemuck::try_cast_slice(w.panel(panel))) {
-            (Format::F32, Ok(lines)) => lines,
-            _ => {
-                scratch.resize(k * PANEL, 0.0);
-                expand_panel(isa, w.format(), w.panel(panel), k, scratch);
-                scratch
-            }
-        };
-        for row in (0..m).step_by(TILE) {
-            let rows = TILE.min(m - row);
-            tile_product(isa, lines, &x[row * k..(row + rows) * k], k, rows, &mut tile);
-            finish(row, rows, &mut tile);
-        }
-    });
 }
 
-/// Expands weights in registers, which pays for few rows: writing them out would cost more than the products. False,
-/// and nothing done, where there is no such kernel for the format and the instruction set.
-#[cfg(target_arch = "x86_64")]
-fn fused_tile(
+/// Parts of `rows` rows, none larger than `most`, as even as can be: how many.
+pub(crate) fn tiles(rows: usize, most: usize) -> usize {
+    rows.div_ceil(most)
+}
+
+/// One panel, ready to be multiplied with rows.
+pub(crate) struct Panel<'a> {
     isa: Isa,
-    w: &PackedMatrix,
-    panel: usize,
-    x: &[f32],
+    k: usize,
     rows: usize,
-    tile: &mut [[f32; PANEL]; TILE],
-) -> bool {
-    // SAFETY: a token of this kind is made only where the CPU has these parts of AVX-512.
-    isa.kind() >= Kind::Avx512 && unsafe { crate::fused::tile(w.format(), w.panel(panel), x, w.cols(), rows, tile) }
+    source: Source<'a>,
+    len: usize,
+    next: *const u8,
+    contiguous: bool,
 }
 
-#[cfg(not(target_arch = "x86_64"))]
-fn fused_tile(_: Isa, _: &PackedMatrix, _: usize, _: &[f32], _: usize, _: &mut [[f32; PANEL]; TILE]) -> bool {
-    false
+/// Where a panel's weights come from.
+enum Source<'a> {
+    /// Codes, for int8 rows.
+    Int8(Format, &'a [u8]),
+    /// bf16 values that are widened in registers.
+    #[cfg(target_arch = "x86_64")]
+    Bf16(&'a [u8]),
+    /// f32 lines.
+    Lines(&'a [f32]),
+}
+
+impl<'a> Panel<'a> {
+    /// Panel `index` of w for `rows` rows; `next` is what will be read after it. Weights that must be expanded are
+    /// written to the buffer.
+    pub(crate) fn new(
+        kernels: &Kernels,
+        w: &'a PackedMatrix,
+        index: usize,
+        rows: usize,
+        next: Option<&'a [u8]>,
+        buffer: &'a mut Buffer,
+    ) -> Self {
+        let (isa, k, bytes) = (kernels.isa, w.cols(), w.panel(index));
+        let source = match w.format() {
+            Format::Q8 | Format::Q4 { .. } if kernels.activations == ActivationFormat::Int8 => {
+                Source::Int8(w.format(), bytes)
+            }
+            #[cfg(target_arch = "x86_64")]
+            Format::Bf16 if isa.kind() >= Kind::Avx512 && rows <= TILE => Source::Bf16(bytes),
+            format => match bytemuck::try_cast_slice(bytes) {
+                Ok(lines) if format == Format::F32 => Source::Lines(lines),
+                _ => {
+                    let lines = buffer.floats(k * PANEL);
+                    expand_panel(isa, format, bytes, k, lines);
+                    Source::Lines(lines)
+                }
+            },
+        };
+        let end = bytes.as_ptr_range().end;
+        let next = next.map_or(bytes.as_ptr(), <[u8]>::as_ptr);
+        Self { isa, k, rows, source, len: bytes.len(), next, contiguous: next == end }
+    }
+
+    /// The most rows that one tile takes.
+    pub(crate) fn most(&self) -> usize {
+        match self.source {
+            Source::Int8(format, _) => int8::rows_at_most(self.isa, format),
+            _ => TILE,
+        }
+    }
+
+    /// What pass `pass` of `passes` over this panel asks for: its own bytes a little ahead where it is the only one,
+    /// else its part of the next panel.
+    fn ahead(&self, pass: usize, passes: usize) -> Ahead {
+        let step = 64 / passes.min(64);
+        if passes == 1 && self.contiguous {
+            let start = self.next.wrapping_sub(self.len);
+            return Ahead { from: start.wrapping_add(AHEAD), step };
+        }
+        Ahead { from: self.next.wrapping_add(self.len / passes * pass), step }
+    }
+
+    /// Multiplies one tile's rows.
+    pub(crate) fn multiply(&self, rows: &[&[u8]], pass: usize, passes: usize, out: &mut Tile) {
+        match self.source {
+            Source::Int8(format, bytes) => {
+                int8::multiply(self.isa, format, bytes, rows, self.k, self.ahead(pass, passes), out);
+            }
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: such a source is made only for tokens of kinds with these parts of AVX-512.
+            Source::Bf16(bytes) => unsafe {
+                crate::fused::tile(bytes, &floats(rows)[..rows.len()], self.k, out);
+            },
+            Source::Lines(lines) => tile_product(self.isa, lines, &floats(rows)[..rows.len()], self.k, out),
+        }
+    }
+
+    /// Multiplies all rows, row i being `x.row(index(i))`; `put(i, values)` takes the results.
+    pub(crate) fn for_each_tile(
+        &mut self,
+        x: &Rows<'_>,
+        index: impl Fn(usize) -> usize,
+        mut put: impl FnMut(usize, &[f32; PANEL]),
+    ) {
+        let passes = tiles(self.rows, self.most());
+        let mut tile = Tile::new();
+        for pass in 0..passes {
+            let (start, end) = (self.rows * pass / passes, self.rows * (pass + 1) / passes);
+            let mut rows: [&[u8]; TILE] = [&[]; TILE];
+            for (row, i) in rows.iter_mut().zip(start..end) {
+                *row = x.row(index(i));
+            }
+            self.multiply(&rows[..end - start], pass, passes, &mut tile);
+            for (i, values) in (start..end).zip(&tile.0) {
+                put(i, values);
+            }
+        }
+    }
+}
+
+/// Rows of floats, from their bytes.
+fn floats<'a>(rows: &[&'a [u8]]) -> [&'a [f32]; TILE] {
+    let mut floats: [&[f32]; TILE] = [&[]; TILE];
+    for (floats, row) in floats.iter_mut().zip(rows) {
+        *floats = bytemuck::cast_slice(row);
+    }
+    floats
 }
 
 for_each_isa! {
-    /// `tile[r] += Σ_k x[r, k] · lines[k]` for `rows` rows.
-    fn tile_product(lines: &[f32], x: &[f32], k: usize, rows: usize, tile: &mut [[f32; PANEL]; TILE]) => tile_body
+    /// `out[r] = Σ_k x[r, k] · lines[k]`.
+    fn tile_product(lines: &[f32], x: &[&[f32]], k: usize, out: &mut Tile) => tile_body
 }
 
 #[inline(always)]
-fn tile_body(lines: &[f32], x: &[f32], k: usize, rows: usize, tile: &mut [[f32; PANEL]; TILE]) {
-    match rows {
-        8 => tile_rows::<8>(lines, x, k, tile),
-        7 => tile_rows::<7>(lines, x, k, tile),
-        6 => tile_rows::<6>(lines, x, k, tile),
-        5 => tile_rows::<5>(lines, x, k, tile),
-        4 => tile_rows::<4>(lines, x, k, tile),
-        3 => tile_rows::<3>(lines, x, k, tile),
-        2 => tile_rows::<2>(lines, x, k, tile),
-        _ => tile_rows::<1>(lines, x, k, tile),
+fn tile_body(lines: &[f32], x: &[&[f32]], k: usize, out: &mut Tile) {
+    match x.len() {
+        8 => tile_rows::<8>(lines, x, k, out),
+        7 => tile_rows::<7>(lines, x, k, out),
+        6 => tile_rows::<6>(lines, x, k, out),
+        5 => tile_rows::<5>(lines, x, k, out),
+        4 => tile_rows::<4>(lines, x, k, out),
+        3 => tile_rows::<3>(lines, x, k, out),
+        2 => tile_rows::<2>(lines, x, k, out),
+        _ => tile_rows::<1>(lines, x, k, out),
     }
 }
 
 #[inline(always)]
-fn tile_rows<const R: usize>(lines: &[f32], x: &[f32], k: usize, tile: &mut [[f32; PANEL]; TILE]) {
+fn tile_rows<const R: usize>(lines: &[f32], x: &[&[f32]], k: usize, out: &mut Tile) {
     let mut accumulators = [[0f32; PANEL]; R];
-    let rows: [&[f32]; R] = std::array::from_fn(|r| &x[r * k..(r + 1) * k]);
+    let rows: [&[f32]; R] = std::array::from_fn(|r| &x[r][..k]);
     for (i, line) in lines.as_chunks::<PANEL>().0[..k].iter().enumerate() {
         for r in 0..R {
             let value = rows[r][i];
@@ -194,5 +324,5 @@ fn tile_rows<const R: usize>(lines: &[f32], x: &[f32], k: usize, tile: &mut [[f3
             }
         }
     }
-    tile[..R].copy_from_slice(&accumulators);
+    out.0[..R].copy_from_slice(&accumulators);
 }

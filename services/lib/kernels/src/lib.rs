@@ -3,14 +3,18 @@
 //! The only crate with `unsafe`. Every kernel computes an output element in an order that depends on that element's
 //! own inputs only, never on the batch, the tile or the thread: a row's result is the same bits alone and in a batch.
 //! The bodies are portable loops over fixed lanes with fused multiply-add, compiled once for each instruction set and
-//! chosen at run time, so that all instruction sets agree to the bit.
+//! chosen at run time; those written for one instruction set do the same operations in the same order (or exact ones of
+//! integers in any), so that all instruction sets agree to the bit.
 #![allow(unsafe_code)]
 
+mod activation;
+mod activations;
 pub mod attention;
 pub mod elementwise;
 #[cfg(target_arch = "x86_64")]
 mod fused;
 pub mod gemm;
+mod int8;
 pub mod isa;
 pub mod moe;
 pub mod packed;
@@ -18,10 +22,12 @@ pub mod pool;
 mod rows;
 pub mod storage;
 
+pub use activation::Activation;
+pub use activations::ActivationFormat;
 pub use attention::{AttentionCall, AttentionSequence, KvFormat, KvLayer, KvShape};
 pub use gemm::Kernels;
 pub use isa::Isa;
-pub use moe::{Activation, ExpertWeights};
+pub use moe::ExpertWeights;
 pub use packed::{Format, PackedMatrix};
 pub use pool::Pool;
 pub use storage::{AlignedBytes, MappedFile, Storage};

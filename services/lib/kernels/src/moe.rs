@@ -1,81 +1,19 @@
 //! Experts: gate, up, activation and down for tokens sorted by expert, then each token's weighted sum.
 //!
 //! Shapes: x `[tokens, hidden]`; gate, up `[inter, hidden]`; down `[hidden, inter]`. All f32 outside the weights. A
-//! token's sum runs in the order of its experts in the routing, so its bits do not depend on the batch.
-//! Outline: gather the tokens of each expert; one task for each (expert, panels of gate and up); one task for each
-//! (expert, panels of down); one task for some tokens' sums.
-use crate::gemm::{Kernels, Shared};
+//! token's sum runs in the order of its experts' numbers, so its bits do not depend on the batch.
+//! Outline: x is quantized once for all experts. One parallel region runs (expert, some panels of gate and up): rows of
+//! x are addressed where they are, and what comes out of the activation is quantized at once, as a task owns whole
+//! groups of it. A second one runs columns of the output over all experts and adds the weighted results where they
+//! belong. One token makes as many tasks as there are panels, a large batch about one for each expert.
+use crate::Error;
+use crate::activation::{Activation, gate_all};
+use crate::activations::{Buffer, Form, Rows, with};
+use crate::gemm::{Kernels, Panel, Shared, TILE, Tile, tiles};
 use crate::packed::{PANEL, PackedMatrix};
-use crate::{Error, gemm};
+use std::cell::Cell;
+use std::ops::Range;
 use std::sync::Arc;
-
-/// What stands between the two products of a feed-forward network.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Activation {
-    /// `silu(gate) · up`.
-    Silu,
-    /// `gelu(gate) · up`, by the error function.
-    Gelu,
-    /// `gelu(gate) · up`, by the hyperbolic tangent.
-    GeluTanh,
-    /// `relu(gate) · up`.
-    Relu,
-    /// GPT-OSS: `(clamp(up) + 1) · gate · sigmoid(alpha · gate)`, gate clamped from above, up on both sides.
-    ClampedSwiGlu {
-        /// Factor in the sigmoid.
-        alpha: f32,
-        /// Bound of gate and up.
-        limit: f32,
-    },
-}
-
-impl Activation {
-    /// The activation alone, for a network without a gate.
-    pub fn apply(self, x: f32) -> f32 {
-        match self {
-            Self::Silu => x / (1.0 + (-x).exp()),
-            Self::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
-            Self::GeluTanh => {
-                let inner = (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
-                0.5 * x * (1.0 + inner.tanh())
-            }
-            Self::Relu => x.max(0.0),
-            Self::ClampedSwiGlu { alpha, limit } => {
-                let x = x.min(limit);
-                x / (1.0 + (-alpha * x).exp())
-            }
-        }
-    }
-
-    /// The activation with its gate.
-    pub fn gated(self, gate: f32, up: f32) -> f32 {
-        match self {
-            Self::ClampedSwiGlu { limit, .. } => (up.clamp(-limit, limit) + 1.0) * self.apply(gate),
-            _ => self.apply(gate) * up,
-        }
-    }
-}
-
-/// The error function; largest error 1.2e-7 (W. J. Cody's form as a Chebyshev fit, Numerical Recipes 6.2).
-fn erf(x: f32) -> f32 {
-    let z = f64::from(x.abs());
-    let t = 1.0 / (1.0 + 0.5 * z);
-    let poly = [
-        0.170_872_77,
-        -0.822_152_23,
-        1.488_515_87,
-        -1.135_203_98,
-        0.278_868_07,
-        -0.186_288_06,
-        0.096_784_18,
-        0.374_091_96,
-        1.000_023_68,
-    ];
-    let sum = poly.iter().fold(0.0, |sum, c| sum * t + c);
-    let tail = t * (-z * z - 1.265_512_23 + t * sum).exp();
-    let value = (1.0 - tail) as f32;
-    if x < 0.0 { -value } else { value }
-}
 
 /// One gated feed-forward network.
 #[derive(Clone)]
@@ -95,10 +33,95 @@ pub struct ExpertWeights {
 }
 
 /// Consecutive rows of one expert.
-struct Group<'a> {
-    weights: &'a ExpertWeights,
+#[derive(Clone, Copy)]
+struct Group {
+    expert: u32,
     first: usize,
     rows: usize,
+    /// Where its inner rows start, in bytes.
+    inner: usize,
+}
+
+/// Panels of one group's gate and up.
+#[derive(Clone, Copy)]
+struct Part {
+    group: u32,
+    first: u32,
+    panels: u32,
+}
+
+/// What a caller of [`Kernels::moe`] keeps from call to call.
+#[derive(Default)]
+struct Workspace {
+    counts: Vec<u32>,
+    /// The rows' tokens and weights, sorted by expert.
+    tokens: Vec<u32>,
+    weights: Vec<f32>,
+    groups: Vec<Group>,
+    parts: Vec<Part>,
+    /// x for weights in groups of 32, 64 and 128.
+    x: [Buffer; 3],
+    inner: Buffer,
+}
+
+/// What a task keeps from task to task.
+#[derive(Default)]
+struct Scratch {
+    gate: Buffer,
+    up: Buffer,
+    block: Buffer,
+}
+
+thread_local! {
+    static WORKSPACE: Cell<Workspace> = Cell::default();
+    static SCRATCH: Cell<Scratch> = Cell::default();
+}
+
+/// x in the forms that some expert reads.
+struct Inputs<'a> {
+    float: Rows<'a>,
+    int8: [Option<Rows<'a>>; 3],
+}
+
+impl<'a> Inputs<'a> {
+    fn new<'e>(
+        kernels: &Kernels,
+        x: &'a [f32],
+        k: usize,
+        buffers: &'a mut [Buffer; 3],
+        matrices: impl Iterator<Item = &'e PackedMatrix>,
+    ) -> Self {
+        let mut wanted = [false; 3];
+        for matrix in matrices {
+            if let Form::Int8 { group } = Form::new(kernels.activations, matrix.format()) {
+                wanted[Self::place(group)] = true;
+            }
+        }
+        let mut int8 = [None; 3];
+        for (place, buffer) in buffers.iter_mut().enumerate().filter(|(place, _)| wanted[*place]) {
+            int8[place] = Some(kernels.rows(Form::Int8 { group: 32 << place }, x, k, buffer));
+        }
+        Self { float: Rows::new(Form::Float, k, bytemuck::cast_slice(x)), int8 }
+    }
+
+    fn place(group: usize) -> usize {
+        (group / 64).min(2)
+    }
+
+    fn of(&self, form: Form) -> Rows<'a> {
+        match form {
+            Form::Float => self.float,
+            Form::Int8 { group } => self.int8[Self::place(group)].expect("made for every matrix"),
+        }
+    }
+}
+
+/// Where the results go.
+enum Sink<'a> {
+    /// Row i to row i.
+    Rows,
+    /// Row i, weighted, is added to its token's row.
+    Tokens { tokens: &'a [u32], weights: &'a [f32] },
 }
 
 impl Kernels {
@@ -122,136 +145,277 @@ impl Kernels {
         weights: &[f32],
         out: &mut [f32],
     ) -> Result<(), Error> {
-        let tokens = offsets.len().saturating_sub(1);
-        assert_eq!(x.len(), tokens * hidden, "x is [tokens, hidden]");
+        let count = offsets.len().saturating_sub(1);
+        assert_eq!(x.len(), count * hidden, "x is [tokens, hidden]");
         assert_eq!(out.len(), x.len(), "out is [tokens, hidden]");
         assert!(ids.len() == weights.len() && offsets.last().is_none_or(|&l| l as usize == ids.len()));
-        let mut order: Vec<u32> = (0..ids.len() as u32).collect();
-        order.sort_by_key(|&choice| ids[choice as usize]);
-        let mut token_of = vec![0usize; ids.len()];
-        for (token, ends) in offsets.windows(2).enumerate() {
-            token_of[ends[0] as usize..ends[1] as usize].fill(token);
-        }
-        let mut groups: Vec<Group<'_>> = Vec::new();
-        let mut last = None;
-        let mut sorted = Vec::with_capacity(ids.len() * hidden);
-        let mut place = vec![0usize; ids.len()];
-        for (row, &choice) in order.iter().enumerate() {
-            let expert = ids[choice as usize];
-            if last == Some(expert) {
-                groups.last_mut().expect("a group was pushed with `last`").rows += 1;
-            } else {
-                let held = experts.get(expert as usize).and_then(Option::as_ref);
-                groups.push(Group { weights: held.ok_or(Error::Expert { expert })?, first: row, rows: 1 });
-                last = Some(expert);
+        with(&WORKSPACE, |work| {
+            let counts = &mut work.counts;
+            counts.clear();
+            counts.resize(experts.len() + 1, 0);
+            for &expert in ids {
+                let held = experts.get(expert as usize).is_some_and(Option::is_some);
+                *counts.get_mut(expert as usize + 1).filter(|_| held).ok_or(Error::Expert { expert })? += 1;
             }
-            place[choice as usize] = row;
-            sorted.extend_from_slice(&x[token_of[choice as usize] * hidden..][..hidden]);
-        }
-        let mut results = vec![0.0; sorted.len()];
-        self.run_groups(&groups, activation, &sorted, hidden, &mut results);
-        let out = Shared::new(out);
-        let per_task = (8192 / hidden.max(1)).clamp(1, 64);
-        self.pool.run(tokens.div_ceil(per_task), &|task| {
-            for token in task * per_task..((task + 1) * per_task).min(tokens) {
-                // SAFETY: a token's row is written by the task that owns the token.
-                let sum = unsafe { out.slice(token * hidden, hidden) };
-                sum.fill(0.0);
-                for choice in offsets[token] as usize..offsets[token + 1] as usize {
-                    let row = &results[place[choice] * hidden..][..hidden];
-                    crate::elementwise::add(sum, row, weights[choice]);
+            work.groups.clear();
+            for expert in 0..experts.len() {
+                let (first, rows) = (counts[expert], counts[expert + 1]);
+                if rows > 0 {
+                    let (first, rows) = (first as usize, rows as usize);
+                    work.groups.push(Group { expert: expert as u32, first, rows, inner: 0 });
+                }
+                counts[expert + 1] += first;
+            }
+            work.tokens.resize(ids.len(), 0);
+            work.weights.resize(ids.len(), 0.0);
+            for (token, ends) in offsets.windows(2).enumerate() {
+                for choice in ends[0] as usize..ends[1] as usize {
+                    let row = &mut counts[ids[choice] as usize];
+                    work.tokens[*row as usize] = token as u32;
+                    work.weights[*row as usize] = weights[choice];
+                    *row += 1;
                 }
             }
-        });
-        Ok(())
+            let weights_of = |expert: u32| experts[expert as usize].as_deref().expect("held, as was checked above");
+            self.networks(&weights_of, activation, x, hidden, work, true, out);
+            Ok(())
+        })
     }
 
     /// One network over all rows: a dense layer or a shared expert. `x` and `out` are `[m, hidden]`.
     pub fn gated_ffn(&self, w: &ExpertWeights, activation: Activation, x: &[f32], m: usize, out: &mut [f32]) {
         let hidden = w.gate.cols();
         assert_eq!(x.len(), m * hidden, "x is [m, hidden]");
-        self.run_groups(&[Group { weights: w, first: 0, rows: m }], activation, x, hidden, out);
+        assert_eq!(out.len(), m * w.down.rows(), "out is [m, down's rows]");
+        with(&WORKSPACE, |work| {
+            work.groups.clear();
+            work.groups.push(Group { expert: 0, first: 0, rows: m, inner: 0 });
+            self.networks(&|_| w, activation, x, hidden, work, false, out);
+        });
     }
 
-    fn run_groups(&self, groups: &[Group<'_>], activation: Activation, x: &[f32], hidden: usize, out: &mut [f32]) {
-        let inter_of = |group: &Group<'_>| group.weights.up.rows();
-        let mut starts = Vec::with_capacity(groups.len());
-        let mut total = 0;
-        for group in groups {
-            starts.push(total);
-            total += group.rows * inter_of(group);
-        }
-        let mut inner = vec![0.0; total];
-        {
-            let inner = Shared::new(&mut inner);
-            self.over_panels(
-                groups,
-                |g| inter_of(g).div_ceil(PANEL),
-                |g, panel| {
-                    let group = &groups[g];
-                    let (n, first) = (inter_of(group), panel * PANEL);
-                    let x = &x[group.first * hidden..][..group.rows * hidden];
-                    let at = |row: usize, col: usize| starts[g] + row * n + col;
-                    // SAFETY: a panel's task writes that panel's columns of its group only.
-                    let put_gate = |row: usize, col: usize, values: &[f32]| unsafe {
-                        inner.slice(at(row, col), values.len()).copy_from_slice(values);
-                    };
-                    let w = group.weights;
-                    gemm::panel_product(self.isa, &w.gate, panel, x, group.rows, w.gate_bias.as_deref(), &put_gate);
-                    // SAFETY: as above.
-                    let put_up = |row: usize, col: usize, values: &[f32]| unsafe {
-                        for (inner, up) in inner.slice(at(row, col), values.len()).iter_mut().zip(values) {
-                            *inner = activation.gated(*inner, *up);
-                        }
-                    };
-                    gemm::panel_product(self.isa, &w.up, panel, x, group.rows, w.up_bias.as_deref(), &put_up);
-                    debug_assert!(first < n, "a panel starts inside the matrix");
-                },
-            );
-        }
-        let out = Shared::new(out);
-        self.over_panels(
-            groups,
-            |g| g.weights.down.rows().div_ceil(PANEL),
-            |g, panel| {
-                let group = &groups[g];
-                let w = group.weights;
-                let x = &inner[starts[g]..][..group.rows * inter_of(group)];
-                // SAFETY: a panel's task writes that panel's columns of its group's rows only.
-                let put = |row: usize, col: usize, values: &[f32]| unsafe {
-                    out.slice((group.first + row) * hidden + col, values.len()).copy_from_slice(values);
-                };
-                gemm::panel_product(self.isa, &w.down, panel, x, group.rows, w.down_bias.as_deref(), &put);
-            },
-        );
-    }
-
-    /// Runs `body(group, panel)` for every panel of every group.
-    fn over_panels(
+    /// Runs the groups of a workspace; their rows are tokens where `routed`.
+    #[allow(clippy::too_many_arguments, reason = "an inner call of two public ones")]
+    fn networks<'a>(
         &self,
-        groups: &[Group<'_>],
-        panels: impl Fn(&Group<'_>) -> usize,
-        body: impl Fn(usize, usize) + Sync,
+        weights_of: &(dyn Fn(u32) -> &'a ExpertWeights + Sync),
+        activation: Activation,
+        x: &[f32],
+        hidden: usize,
+        work: &mut Workspace,
+        routed: bool,
+        out: &mut [f32],
     ) {
-        let tasks: Vec<(usize, usize)> =
-            groups.iter().enumerate().flat_map(|(g, group)| (0..panels(group)).map(move |panel| (g, panel))).collect();
-        let chunk = tasks.len().div_ceil(self.pool.threads() * 8).max(1);
-        self.pool.run(tasks.len().div_ceil(chunk), &|task| {
-            for &(group, panel) in &tasks[task * chunk..((task + 1) * chunk).min(tasks.len())] {
-                body(group, panel);
+        let Workspace { tokens, weights, groups, parts, x: buffers, inner, .. } = work;
+        let mut total = 0;
+        let mut units = 0;
+        for group in groups.iter_mut() {
+            let w = weights_of(group.expert);
+            let (inter, width) = (w.down.cols(), w.down.rows());
+            assert!(w.gate.cols() == hidden && w.up.cols() == hidden, "gate and up are [inter, hidden]");
+            assert!(w.gate.rows() == inter && w.up.rows() == inter, "down is [hidden, inter]");
+            assert!(!routed || width == hidden, "an expert's results are [hidden]");
+            group.inner = total;
+            total += group.rows * self.down_form(w).row_bytes(inter);
+            units += w.up.panels().div_ceil(self.unit(w));
+        }
+        // some parts a thread, so that a late thread costs little
+        let per_part = (units / (self.pool.threads() * 8)).max(1);
+        parts.clear();
+        for (index, group) in groups.iter().enumerate() {
+            let w = weights_of(group.expert);
+            let panels = w.up.panels();
+            let parts_here = panels.div_ceil(self.unit(w)).div_ceil(per_part);
+            let length = panels.div_ceil(parts_here.max(1)).next_multiple_of(self.unit(w)).max(1);
+            for first in (0..panels).step_by(length) {
+                let panels = length.min(panels - first) as u32;
+                parts.push(Part { group: index as u32, first: first as u32, panels });
             }
+        }
+        let matrices = groups.iter().flat_map(|group| {
+            let w = weights_of(group.expert);
+            [&w.gate, &w.up]
+        });
+        let inputs = Inputs::new(self, x, hidden, buffers, matrices);
+        let tokens = routed.then_some(&tokens[..]);
+        let inner = inner.bytes(total);
+        let shared = Shared::new(&mut *inner);
+        self.pool.run(parts.len(), &|part| {
+            let part = parts[part];
+            let group = groups[part.group as usize];
+            with(&SCRATCH, |scratch| {
+                self.gate_and_up(weights_of(group.expert), activation, &inputs, group, tokens, part, shared, scratch);
+            });
+        });
+        let sink = match tokens {
+            Some(tokens) => Sink::Tokens { tokens, weights },
+            None => Sink::Rows,
+        };
+        self.down(weights_of, groups, inner, &sink, out);
+    }
+
+    /// The form in which the inner rows are kept.
+    fn down_form(&self, w: &ExpertWeights) -> Form {
+        Form::new(self.activations, w.down.format())
+    }
+
+    /// Panels of gate and up that make one group of an inner row.
+    fn unit(&self, w: &ExpertWeights) -> usize {
+        match self.down_form(w) {
+            Form::Float => 1,
+            Form::Int8 { group } => group / PANEL,
+        }
+    }
+
+    /// Some panels of gate and up over all rows of a group, to the inner rows.
+    #[allow(clippy::too_many_arguments, reason = "a task's body")]
+    fn gate_and_up(
+        &self,
+        w: &ExpertWeights,
+        activation: Activation,
+        inputs: &Inputs<'_>,
+        group: Group,
+        tokens: Option<&[u32]>,
+        part: Part,
+        inner: Shared<'_, u8>,
+        scratch: &mut Scratch,
+    ) {
+        let (form, unit, inter) = (self.down_form(w), self.unit(w), w.up.rows());
+        let (gate_rows, up_rows) = (
+            inputs.of(Form::new(self.activations, w.gate.format())),
+            inputs.of(Form::new(self.activations, w.up.format())),
+        );
+        let row_of = |row: usize| tokens.map_or(row, |tokens| tokens[group.first + row] as usize);
+        let stride = form.row_bytes(inter);
+        let last = (part.first + part.panels) as usize;
+        for first in (part.first as usize..last).step_by(unit) {
+            let panels = first..(first + unit).min(last);
+            let columns = panels.start * PANEL..(panels.end * PANEL).min(inter);
+            let block = scratch.block.floats(group.rows * columns.len());
+            for index in panels {
+                let gate = Panel::new(self, &w.gate, index, group.rows, Some(w.up.panel(index)), &mut scratch.gate);
+                let next = (index + 1 < last).then(|| w.gate.panel(index + 1));
+                let up = Panel::new(self, &w.up, index, group.rows, next, &mut scratch.up);
+                let columns_here = index * PANEL..((index + 1) * PANEL).min(inter);
+                let passes = tiles(group.rows, gate.most().min(up.most()));
+                let (mut gates, mut ups) = (Tile::new(), Tile::new());
+                for pass in 0..passes {
+                    let rows = group.rows * pass / passes..group.rows * (pass + 1) / passes;
+                    tile(&gate, &gate_rows, &row_of, rows.clone(), (pass, passes), &mut gates);
+                    tile(&up, &up_rows, &row_of, rows.clone(), (pass, passes), &mut ups);
+                    for (tile, bias) in [(&mut gates, &w.gate_bias), (&mut ups, &w.up_bias)] {
+                        if let Some(bias) = bias {
+                            add_bias(&mut tile.0[..rows.len()], &bias[columns_here.clone()]);
+                        }
+                    }
+                    let gates = gates.0[..rows.len()].as_flattened_mut();
+                    gate_all(self.isa, activation, gates, ups.0[..rows.len()].as_flattened());
+                    let at = columns_here.start - columns.start;
+                    for (row, values) in rows.zip(gates.as_chunks::<PANEL>().0) {
+                        let out = &mut block[row * columns.len() + at..][..columns_here.len()];
+                        out.copy_from_slice(&values[..columns_here.len()]);
+                    }
+                }
+            }
+            let start = form.row_bytes(columns.start);
+            let len = form.row_bytes(columns.len());
+            for (row, values) in block.chunks_exact(columns.len()).enumerate() {
+                // SAFETY: a part's task writes its own columns, in whole groups, of its group's rows.
+                let out = unsafe { inner.slice(group.inner + row * stride + start, len) };
+                form.write(self.isa, values, out);
+            }
+        }
+    }
+
+    /// Down over all groups, to the output.
+    fn down<'a>(
+        &self,
+        weights_of: &(dyn Fn(u32) -> &'a ExpertWeights + Sync),
+        groups: &[Group],
+        inner: &[u8],
+        sink: &Sink<'_>,
+        out: &mut [f32],
+    ) {
+        let Some(first) = groups.first() else { return out.fill(0.0) };
+        let width = weights_of(first.expert).down.rows();
+        let panels = width.div_ceil(PANEL);
+        let per_task = (panels / (self.pool.threads() * 4)).clamp(1, 4);
+        let rows_out = out.len() / width.max(1);
+        let out = Shared::new(out);
+        self.pool.run(panels.div_ceil(per_task), &|task| {
+            let range = task * per_task..((task + 1) * per_task).min(panels);
+            let columns = range.start * PANEL..(range.end * PANEL).min(width);
+            if matches!(sink, Sink::Tokens { .. }) {
+                for row in 0..rows_out {
+                    // SAFETY: a task writes its own columns only.
+                    unsafe { out.slice(row * width + columns.start, columns.len()) }.fill(0.0);
+                }
+            }
+            with(&SCRATCH, |scratch| {
+                for (i, group) in groups.iter().enumerate() {
+                    let w = weights_of(group.expert);
+                    let (form, inter) = (self.down_form(w), w.down.cols());
+                    let bytes = &inner[group.inner..][..group.rows * form.row_bytes(inter)];
+                    let rows = Rows::new(form, inter, bytes);
+                    for index in range.clone() {
+                        let next = if index + 1 < range.end {
+                            Some(w.down.panel(index + 1))
+                        } else {
+                            groups.get(i + 1).map(|group| weights_of(group.expert).down.panel(range.start))
+                        };
+                        let mut panel = Panel::new(self, &w.down, index, group.rows, next, &mut scratch.gate);
+                        let first = index * PANEL;
+                        let here = PANEL.min(width - first);
+                        let bias = w.down_bias.as_ref().map(|bias| &bias[first..first + here]);
+                        panel.for_each_tile(
+                            &rows,
+                            |row| row,
+                            |row, values| {
+                                let mut values = *values;
+                                if let Some(bias) = bias {
+                                    values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+                                }
+                                let row = group.first + row;
+                                let token = match sink {
+                                    Sink::Rows => row,
+                                    Sink::Tokens { tokens, .. } => tokens[row] as usize,
+                                };
+                                // SAFETY: as above.
+                                let out = unsafe { out.slice(token * width + first, here) };
+                                match sink {
+                                    Sink::Rows => out.copy_from_slice(&values[..here]),
+                                    Sink::Tokens { weights, .. } => {
+                                        let weight = weights[row];
+                                        out.iter_mut().zip(&values).for_each(|(out, value)| *out += weight * value);
+                                    }
+                                }
+                            },
+                        );
+                    }
+                }
+            });
         });
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Multiplies one tile's rows.
+fn tile(
+    panel: &Panel<'_>,
+    x: &Rows<'_>,
+    row_of: &impl Fn(usize) -> usize,
+    rows: Range<usize>,
+    (pass, passes): (usize, usize),
+    out: &mut Tile,
+) {
+    let mut slices: [&[u8]; TILE] = [&[]; TILE];
+    for (slice, row) in slices.iter_mut().zip(rows.clone()) {
+        *slice = x.row(row_of(row));
+    }
+    panel.multiply(&slices[..rows.len()], pass, passes, out);
+}
 
-    #[test]
-    fn erf_is_exact_to_single_precision() {
-        for (x, y) in [(0.0, 0.0), (0.5, 0.520_499_9), (1.0, 0.842_700_8), (-2.0, -0.995_322_3), (4.0, 1.0)] {
-            assert!((erf(x) - y).abs() < 3e-7, "erf({x})");
-        }
+fn add_bias(rows: &mut [[f32; PANEL]], bias: &[f32]) {
+    for row in rows {
+        row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
     }
 }

@@ -3,10 +3,14 @@
 //! | format | bytes of a panel |
 //! | --- | --- |
 //! | f32, bf16 | for each k: 32 values, one a row |
-//! | q8 | for each group of 32 k: 32 f16 scales, then for each k 32 int8 |
-//! | q4 | for each group of 32, 64 or 128 k: 32 f16 scales, then for each k 16 bytes: row r low, row r + 16 high nibble |
+//! | q8 | for each group of 32 k: 32 f16 scales, then for each 4 k (a quad) two lines: rows 0..16, rows 16..32 |
+//! | q4 | for each group of 32, 64 or 128 k: 32 f16 scales, then for each quad one line |
 //!
-//! Rows beyond the last and columns beyond the last group are zeros. Quantization is to nearest, symmetric: the scale
+//! A line has 64 bytes: byte 4 r + j is row r's (or row 16 + r's) value at k = 4 quad + j, so that a 32-bit lane holds
+//! what one dot product of four 8-bit values takes. A q8 byte is the code + 128; a q4 byte has row r's code + 8 in the
+//! low nibble and row 16 + r's in the high one: unsigned, which the 8-bit products want of one side.
+//!
+//! Rows beyond the last have scales of 0, columns beyond the last code 0. Quantization is to nearest, symmetric: the scale
 //! of a q8 group is max|w| / 127; that of a q4 group maps the value of largest magnitude to -8 (as GGUF's Q4_0 does).
 //! Codes that a file holds already are taken as they are ([`PackedMatrix::pack_codes`]): there a q8 code may be -128 and
 //! a scale negative or subnormal. A weight is `code as f32 * scale as f32`, whatever it came from.
@@ -18,6 +22,10 @@ use std::sync::Arc;
 
 /// Rows of a panel.
 pub const PANEL: usize = 32;
+/// Bytes of a line.
+pub(crate) const LINE: usize = 64;
+/// Bytes of the two lines that a quad has in q8.
+pub(crate) const Q8_LINES: usize = 2 * LINE;
 /// Values of the longest group that is quantized at load.
 const MAX_GROUP: usize = 128;
 
@@ -208,9 +216,12 @@ impl PackedMatrix<Storage> {
             *value = match self.format {
                 Format::F32 => f32::from_le_bytes([0, 1, 2, 3].map(|i| bytes[lane * 4 + i])),
                 Format::Bf16 => bf16::from_le_bytes([bytes[lane * 2], bytes[lane * 2 + 1]]).to_f32(),
-                Format::Q8 => f32::from(bytes[PANEL * 2 + k % group * PANEL + lane] as i8) * scale(bytes),
+                Format::Q8 => {
+                    let byte = bytes[PANEL * 2 + k % group / 4 * Q8_LINES + lane * 4 + k % 4];
+                    (f32::from(byte) - 128.0) * scale(bytes)
+                }
                 Format::Q4 { .. } => {
-                    let byte = bytes[PANEL * 2 + k % group * (PANEL / 2) + lane % 16];
+                    let byte = bytes[PANEL * 2 + k % group / 4 * LINE + lane % 16 * 4 + k % 4];
                     let nibble = if lane < 16 { byte & 15 } else { byte >> 4 };
                     (f32::from(nibble) - 8.0) * scale(bytes)
                 }
@@ -251,16 +262,22 @@ fn put_group(format: Format, bytes: &mut [u8], lane: usize, scale: f16, codes: &
     let (scales, lines) = bytes.split_at_mut(PANEL * 2);
     scales[lane * 2..][..2].copy_from_slice(&scale.to_le_bytes());
     if format == Format::Q8 {
-        for (line, code) in lines.chunks_exact_mut(PANEL).zip(codes) {
-            line[lane] = *code as u8;
+        for (lines, quad) in lines.chunks_exact_mut(Q8_LINES).zip(codes.as_chunks::<4>().0) {
+            lines[lane * 4..][..4].copy_from_slice(&quad.map(|code| code as u8 ^ 0x80));
         }
         return;
     }
-    for (line, code) in lines.chunks_exact_mut(PANEL / 2).zip(codes) {
-        assert!((-8..8).contains(code), "the q4 code {code} does not fit 4 bits");
-        let (byte, nibble) = (&mut line[lane % 16], (code + 8) as u8);
-        *byte = if lane < 16 { (*byte & 0xf0) | nibble } else { (*byte & 0x0f) | nibble << 4 };
+    for (line, quad) in lines.chunks_exact_mut(LINE).zip(codes.as_chunks::<4>().0) {
+        for (byte, code) in line[lane % 16 * 4..][..4].iter_mut().zip(quad) {
+            assert!((-8..8).contains(code), "the q4 code {code} does not fit 4 bits");
+            *byte = with_nibble(*byte, lane, (code + 8) as u8);
+        }
     }
+}
+
+/// The byte with a row's nibble put in.
+fn with_nibble(byte: u8, lane: usize, nibble: u8) -> u8 {
+    if lane < 16 { (byte & 0xf0) | nibble } else { (byte & 0x0f) | nibble << 4 }
 }
 
 /// Copies one row's part of a group.
@@ -270,17 +287,18 @@ fn copy_lane(format: Format, source: &[u8], from: usize, target: &mut [u8], to: 
     match format {
         Format::F32 | Format::Bf16 => {}
         Format::Q8 => {
-            let (source, target) =
-                (source[PANEL * 2..].chunks_exact(PANEL), target[PANEL * 2..].chunks_exact_mut(PANEL));
-            source.zip(target).for_each(|(source, target)| target[to] = source[from]);
+            let source = source[PANEL * 2..].chunks_exact(Q8_LINES);
+            for (source, target) in source.zip(target[PANEL * 2..].chunks_exact_mut(Q8_LINES)) {
+                target[to * 4..][..4].copy_from_slice(&source[from * 4..][..4]);
+            }
         }
         Format::Q4 { .. } => {
-            let (source, target) = (source[PANEL * 2..].chunks_exact(16), target[PANEL * 2..].chunks_exact_mut(16));
-            for (source, target) in source.zip(target) {
-                let byte = source[from % 16];
-                let nibble = if from < 16 { byte & 15 } else { byte >> 4 };
-                let target = &mut target[to % 16];
-                *target = if to < 16 { (*target & 0xf0) | nibble } else { (*target & 0x0f) | nibble << 4 };
+            let source = source[PANEL * 2..].chunks_exact(LINE);
+            for (source, target) in source.zip(target[PANEL * 2..].chunks_exact_mut(LINE)) {
+                let source = &source[from % 16 * 4..][..4];
+                for (target, byte) in target[to % 16 * 4..][..4].iter_mut().zip(source) {
+                    *target = with_nibble(*target, to, if from < 16 { byte & 15 } else { byte >> 4 });
+                }
             }
         }
     }
@@ -317,26 +335,27 @@ fn expand_body(format: Format, panel: &[u8], cols: usize, out: &mut [f32]) {
         }
         Format::Q8 | Format::Q4 { .. } => {
             let q8 = format == Format::Q8;
+            let quad_bytes = if q8 { Q8_LINES } else { LINE };
             for (lines, bytes) in lines[..cols].chunks_mut(group).zip(panel.chunks_exact(group_bytes)) {
                 let mut scales = [0f32; PANEL];
                 for (s, b) in scales.iter_mut().zip(bytes[..PANEL * 2].as_chunks::<2>().0) {
                     *s = f16::from_le_bytes(*b).to_f32();
                 }
-                let values = &bytes[PANEL * 2..];
-                if q8 {
-                    for (line, bytes) in lines.iter_mut().zip(values.as_chunks::<PANEL>().0) {
-                        for ((v, b), s) in line.iter_mut().zip(bytes).zip(&scales) {
-                            *v = f32::from(*b as i8) * s;
-                        }
-                    }
-                } else {
-                    for (line, bytes) in lines.iter_mut().zip(values.as_chunks::<16>().0) {
+                for (lines, quad) in lines.chunks_mut(4).zip(bytes[PANEL * 2..].chunks_exact(quad_bytes)) {
+                    let words = |i: usize| u32::from_le_bytes(quad.as_chunks::<4>().0[i]);
+                    for (j, line) in lines.iter_mut().enumerate() {
                         let (low, high) = line.split_at_mut(16);
-                        for ((v, b), s) in low.iter_mut().zip(bytes).zip(&scales[..16]) {
-                            *v = f32::from((b & 15) as i8 - 8) * s;
-                        }
-                        for ((v, b), s) in high.iter_mut().zip(bytes).zip(&scales[16..]) {
-                            *v = f32::from((b >> 4) as i8 - 8) * s;
+                        let (scales_low, scales_high) = scales.split_at(16);
+                        for i in 0..16 {
+                            let (a, b) = if q8 {
+                                let byte = |word: u32| (word >> (8 * j) & 255) as i32 - 128;
+                                (byte(words(i)), byte(words(16 + i)))
+                            } else {
+                                let nibble = |shift: usize| (words(i) >> shift & 15) as i32 - 8;
+                                (nibble(8 * j), nibble(8 * j + 4))
+                            };
+                            low[i] = a as f32 * scales_low[i];
+                            high[i] = b as f32 * scales_high[i];
                         }
                     }
                 }

@@ -1,21 +1,36 @@
 //! Every instruction set against the packed matrix's own rows, and every row alone against the row in a batch.
 use moesaic_kernels::{
-    Activation, AlignedBytes, AttentionCall, AttentionSequence, Error, ExpertWeights, Format, Isa, Kernels, KvFormat,
-    KvLayer, KvShape, PackedMatrix, Storage,
+    Activation, ActivationFormat, AlignedBytes, AttentionCall, AttentionSequence, Error, ExpertWeights, Format, Isa,
+    Kernels, KvFormat, KvLayer, KvShape, PackedMatrix, Storage,
 };
 use std::sync::Arc;
 
 mod common;
 use common::{FORMATS, noise, pack};
 
-fn product_f64(w: &PackedMatrix, x: &[f32], m: usize) -> Vec<f64> {
+const ACTIVATIONS: [ActivationFormat; 2] = [ActivationFormat::F32, ActivationFormat::Int8];
+
+/// What a product takes for a row of x: each group rounded to 127 steps on both sides of zero, or the row itself.
+fn taken(format: Format, activations: ActivationFormat, x: &[f32]) -> Vec<f64> {
+    if activations == ActivationFormat::F32 || matches!(format, Format::F32 | Format::Bf16) {
+        return x.iter().map(|x| f64::from(*x)).collect();
+    }
+    let group = |x: &[f32]| {
+        let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));
+        let code = move |v: &f32| f64::from((v * (127.0 / largest)).round_ties_even()) * f64::from(largest / 127.0);
+        x.iter().map(code).collect::<Vec<_>>()
+    };
+    x.chunks(format.group()).flat_map(group).collect()
+}
+
+fn product_f64(w: &PackedMatrix, activations: ActivationFormat, x: &[f32], m: usize) -> Vec<f64> {
     let mut row = vec![0.0; w.cols()];
     let mut out = vec![0.0; m * w.rows()];
+    let x: Vec<_> = x.chunks(w.cols()).map(|x| taken(w.format(), activations, x)).collect();
     for n in 0..w.rows() {
         w.dequantize_row(n, &mut row);
         for i in 0..m {
-            let x = &x[i * w.cols()..(i + 1) * w.cols()];
-            out[i * w.rows() + n] = x.iter().zip(&row).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            out[i * w.rows() + n] = x[i].iter().zip(&row).map(|(a, b)| a * f64::from(*b)).sum();
         }
     }
     out
@@ -23,8 +38,8 @@ fn product_f64(w: &PackedMatrix, x: &[f32], m: usize) -> Vec<f64> {
 
 #[test]
 fn products_equal_the_dequantized_rows_on_every_instruction_set() {
-    for isa in Isa::available() {
-        let kernels = Kernels::with_isa(2, isa);
+    for (isa, activations) in Isa::available().into_iter().flat_map(|isa| ACTIVATIONS.map(|a| (isa, a))) {
+        let kernels = Kernels::with_isa(2, isa).with_activations(activations);
         for format in FORMATS {
             for (n, k) in [(1, 8), (7, 24), (33, 40), (64, 64), (100, 130), (31, 257)] {
                 for m in [1, 2, 3, 4, 5, 6, 7, 8, 9, 23, 33] {
@@ -32,11 +47,12 @@ fn products_equal_the_dequantized_rows_on_every_instruction_set() {
                     let (x, bias) = (noise(2, m * k), noise(3, n));
                     let mut out = vec![f32::NAN; m * n];
                     kernels.linear(&w, &x, m, Some(&bias), &mut out);
-                    let want = product_f64(&w, &x, m);
+                    let want = product_f64(&w, activations, &x, m);
                     for (i, (got, want)) in out.iter().zip(&want).enumerate() {
                         let want = want + f64::from(bias[i % n]);
                         let error = (f64::from(*got) - want).abs();
-                        assert!(error < 2e-5 * k as f64 / 8.0, "{isa} {format:?} {m}x{n}x{k}: {got} {want}");
+                        let bound = 2e-5 * k as f64 / 8.0;
+                        assert!(error < bound, "{isa} {format:?} {activations:?} {m}x{n}x{k}: {got} {want}");
                     }
                 }
             }
@@ -67,17 +83,53 @@ fn all_instruction_sets_agree_to_the_bit() {
 
 #[test]
 fn a_row_is_the_same_bits_alone_and_in_a_batch() {
-    let kernels = Kernels::new(2);
-    for format in FORMATS {
-        let (n, k, m) = (70, 96, 23);
-        let w = pack(format, n, k, &noise(4, n * k));
-        let x = noise(5, m * k);
-        let mut batch = vec![0.0; m * n];
-        kernels.linear(&w, &x, m, None, &mut batch);
-        for i in 0..m {
-            let mut alone = vec![0.0; n];
-            kernels.linear(&w, &x[i * k..(i + 1) * k], 1, None, &mut alone);
-            assert_eq!(alone, batch[i * n..(i + 1) * n], "{format:?} row {i}");
+    for activations in ACTIVATIONS {
+        let kernels = Kernels::new(2).with_activations(activations);
+        for format in FORMATS {
+            let (n, k, m) = (70, 200, 23);
+            let w = pack(format, n, k, &noise(4, n * k));
+            let x = noise(5, m * k);
+            let mut batch = vec![0.0; m * n];
+            kernels.linear(&w, &x, m, None, &mut batch);
+            for i in 0..m {
+                let mut alone = vec![0.0; n];
+                kernels.linear(&w, &x[i * k..(i + 1) * k], 1, None, &mut alone);
+                assert_eq!(alone, batch[i * n..(i + 1) * n], "{format:?} {activations:?} row {i}");
+            }
+            for rows in 2..m {
+                let mut some = vec![0.0; rows * n];
+                kernels.linear(&w, &x[..rows * k], rows, None, &mut some);
+                assert_eq!(some, batch[..rows * n], "{format:?} {activations:?} {rows} rows");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_that_is_no_number_harms_no_other() {
+    let (n, k, m) = (40, 130, 9);
+    for (isa, activations) in Isa::available().into_iter().flat_map(|isa| ACTIVATIONS.map(|a| (isa, a))) {
+        let kernels = Kernels::with_isa(2, isa).with_activations(activations);
+        for format in FORMATS {
+            let w = pack(format, n, k, &noise(4, n * k));
+            let x = noise(5, m * k);
+            let run = |x: &[f32]| {
+                let mut out = vec![0.0; m * n];
+                kernels.linear(&w, x, m, None, &mut out);
+                out
+            };
+            let clean = run(&x);
+            for (row, value) in [(0, f32::NAN), (4, -f32::NAN), (8, f32::INFINITY), (3, f32::NEG_INFINITY)] {
+                let mut x = x.clone();
+                x[row * k + 77] = value;
+                for (i, (got, clean)) in run(&x).iter().zip(&clean).enumerate() {
+                    if i / n == row {
+                        assert!(!got.is_finite(), "{isa} {format:?} {activations:?} {value} {i}: {got}");
+                    } else {
+                        assert_eq!(got.to_bits(), clean.to_bits(), "{isa} {format:?} {activations:?} {value} {i}");
+                    }
+                }
+            }
         }
     }
 }
@@ -98,14 +150,16 @@ fn quantization_errors_are_within_their_bounds() {
     }
 }
 
-fn experts(count: usize, hidden: usize, inter: usize, format: Format) -> Vec<Option<Arc<ExpertWeights>>> {
+/// Experts whose gate, up and down have these formats, the next expert's the next ones.
+fn experts(count: usize, hidden: usize, inter: usize, formats: &[[Format; 3]]) -> Vec<Option<Arc<ExpertWeights>>> {
     (0..count as u64)
         .map(|e| {
+            let [gate, up, down] = formats[e as usize % formats.len()];
             Some(Arc::new(ExpertWeights {
-                gate: pack(format, inter, hidden, &noise(100 + e, inter * hidden)),
-                up: pack(format, inter, hidden, &noise(200 + e, inter * hidden)),
-                down: pack(format, hidden, inter, &noise(300 + e, inter * hidden)),
-                gate_bias: None,
+                gate: pack(gate, inter, hidden, &noise(100 + e, inter * hidden)),
+                up: pack(up, inter, hidden, &noise(200 + e, inter * hidden)),
+                down: pack(down, hidden, inter, &noise(300 + e, inter * hidden)),
+                gate_bias: (e % 2 == 1).then(|| noise(350 + e, inter)),
                 up_bias: Some(noise(400 + e, inter)),
                 down_bias: Some(noise(500 + e, hidden)),
             }))
@@ -113,17 +167,33 @@ fn experts(count: usize, hidden: usize, inter: usize, format: Format) -> Vec<Opt
         .collect()
 }
 
+const Q4: Format = Format::Q4 { group: 32 };
+const Q4_64: Format = Format::Q4 { group: 64 };
+const Q4_128: Format = Format::Q4 { group: 128 };
+
 #[test]
-fn experts_sum_in_routing_order_and_do_not_see_the_batch() {
-    let (hidden, inter, tokens, k) = (40, 24, 19, 3);
-    let kernels = Kernels::new(2);
-    for activation in [Activation::Silu, Activation::ClampedSwiGlu { alpha: 1.702, limit: 0.7 }] {
-        let list = experts(8, hidden, inter, Format::Q4 { group: 32 });
+fn experts_sum_in_their_order_and_do_not_see_the_batch() {
+    let (tokens, k) = (37, 3);
+    let clamped = Activation::ClampedSwiGlu { alpha: 1.702, limit: 0.7 };
+    let mixed = [[Q4, Q4, Q4], [Q4_128, Q4, Q4_64], [Format::Bf16, Format::Q8, Q4_128], [Q4_64, Q4_64, Format::F32]];
+    let (small, odd, wide) = ((40, 24), (72, 130), (256, 384));
+    for (threads, activations, (hidden, inter), activation, formats) in [
+        (2, ActivationFormat::Int8, small, Activation::Silu, &mixed[..1]),
+        (2, ActivationFormat::F32, small, clamped, &mixed[..1]),
+        (3, ActivationFormat::Int8, odd, clamped, &mixed[..]),
+        (3, ActivationFormat::F32, odd, Activation::Silu, &mixed[..]),
+        (1, ActivationFormat::Int8, odd, Activation::Gelu, &mixed[..]),
+        (2, ActivationFormat::Int8, wide, Activation::Silu, &mixed[..]),
+        (2, ActivationFormat::Int8, wide, Activation::Silu, &[[Q4_128; 3]]),
+        (2, ActivationFormat::Int8, wide, Activation::Silu, &[[Format::Q8; 3]]),
+    ] {
+        let kernels = Kernels::new(threads).with_activations(activations);
+        let list = experts(8, hidden, inter, formats);
         let x = noise(11, tokens * hidden);
         let offsets: Vec<u32> = (0..=tokens as u32).map(|t| t * k).collect();
         let ids: Vec<u32> = (0..tokens as u32 * k).map(|i| (i / k * 5 + i % k * 3) % 8).collect();
         let weights = noise(12, ids.len());
-        let mut batch = vec![0.0; tokens * hidden];
+        let mut batch = vec![f32::NAN; tokens * hidden];
         kernels.moe(&list, activation, &x, hidden, &offsets, &ids, &weights, &mut batch).expect("all are held");
         for t in 0..tokens {
             let x = &x[t * hidden..(t + 1) * hidden];
@@ -133,7 +203,9 @@ fn experts_sum_in_routing_order_and_do_not_see_the_batch() {
             kernels.moe(&list, activation, x, hidden, &[0, k], ids, weights, &mut alone).expect("all are held");
             assert_eq!(alone, batch[t * hidden..(t + 1) * hidden], "token {t}");
             let mut sum = vec![0.0; hidden];
-            for (id, weight) in ids.iter().zip(weights) {
+            let mut order: Vec<_> = ids.iter().zip(weights).collect();
+            order.sort_by_key(|(id, _)| **id);
+            for (id, weight) in order {
                 let expert = list[*id as usize].as_ref().expect("all are held");
                 let mut out = vec![0.0; hidden];
                 kernels.gated_ffn(expert, activation, x, 1, &mut out);
@@ -142,9 +214,52 @@ fn experts_sum_in_routing_order_and_do_not_see_the_batch() {
             assert_eq!(sum, alone, "token {t}");
         }
     }
-    let mut out = vec![0.0; hidden];
-    let missing = kernels.moe(&[None], Activation::Silu, &noise(1, hidden), hidden, &[0, 1], &[0], &[1.0], &mut out);
-    assert_eq!(missing, Err(Error::Expert { expert: 0 }));
+}
+
+#[test]
+fn a_network_equals_its_definition() {
+    let (hidden, inter, m) = (72, 130, 11);
+    for activations in ACTIVATIONS {
+        for formats in [[Q4, Q4, Q4], [Q4_128, Q4, Q4_64], [Format::Bf16, Format::Q8, Q4_128], [Format::F32; 3]] {
+            let expert = experts(2, hidden, inter, &[formats]).pop().flatten().expect("it was made");
+            let x = noise(13, m * hidden);
+            let mut out = vec![f32::NAN; m * hidden];
+            let kernels = Kernels::new(2).with_activations(activations);
+            kernels.gated_ffn(&expert, Activation::Silu, &x, m, &mut out);
+            let with = |w: &PackedMatrix, x: &[f32], bias: &Option<Vec<f32>>| {
+                let bias = bias.as_ref().expect("the second expert has all");
+                let product = product_f64(w, activations, x, m).into_iter().enumerate();
+                product.map(|(i, v)| (v + f64::from(bias[i % w.rows()])) as f32).collect::<Vec<_>>()
+            };
+            let (gate, up) = (with(&expert.gate, &x, &expert.gate_bias), with(&expert.up, &x, &expert.up_bias));
+            let inner: Vec<f32> = gate.iter().zip(&up).map(|(g, u)| Activation::Silu.gated(*g, *u)).collect();
+            let want = with(&expert.down, &inner, &expert.down_bias);
+            // a value close to a step's edge may be rounded to either side
+            let step = if activations == ActivationFormat::Int8 { 0.05 } else { 1e-3 };
+            for (got, want) in out.iter().zip(want) {
+                assert!((got - want).abs() < step, "{activations:?} {formats:?}: {got} for {want}");
+            }
+        }
+    }
+}
+
+#[test]
+fn tokens_without_experts_get_zeros_and_missing_experts_are_an_error() {
+    let hidden = 40;
+    let kernels = Kernels::new(2);
+    let list = experts(3, hidden, 24, &[[Q4; 3]]);
+    let x = noise(1, 2 * hidden);
+    let mut out = vec![f32::NAN; 2 * hidden];
+    kernels.moe(&list, Activation::Silu, &x, hidden, &[0, 0, 1], &[2], &[1.0], &mut out).expect("2 is held");
+    assert!(out[..hidden].iter().all(|v| *v == 0.0) && out[hidden..].iter().any(|v| *v != 0.0));
+    kernels.moe(&list, Activation::Silu, &x, hidden, &[0, 0, 0], &[], &[], &mut out).expect("none is asked for");
+    assert!(out.iter().all(|v| *v == 0.0));
+    for (list, expert) in [(&[None][..], 0), (&list[..], 3), (&list[..], u32::MAX)] {
+        let mut out = vec![0.0; hidden];
+        let x = &x[..hidden];
+        let result = kernels.moe(list, Activation::Silu, x, hidden, &[0, 1], &[expert], &[1.0], &mut out);
+        assert_eq!(result, Err(Error::Expert { expert }));
+    }
 }
 
 /// Attention of one query over all keys at once, in f64.

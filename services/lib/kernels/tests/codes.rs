@@ -1,6 +1,6 @@
 //! Codes that were quantized elsewhere stay what they are, on every instruction set.
 use half::f16;
-use moesaic_kernels::{Format, Isa, Kernels, PackedMatrix};
+use moesaic_kernels::{ActivationFormat, Format, Isa, Kernels, PackedMatrix};
 use std::convert::Infallible;
 
 const ROWS: usize = 37;
@@ -41,15 +41,43 @@ fn every_code_times_its_scale_to_the_bit() {
         }
         // unit vectors, few and many, bring the weights out of the products
         for isa in Isa::available() {
-            for m in [1, 9] {
-                for first in (0..COLS).step_by(23).filter(|first| first + m <= COLS) {
-                    let mut x = vec![0.0; m * COLS];
-                    (0..m).for_each(|i| x[i * COLS + first + i] = 1.0);
-                    let mut out = vec![0.0; m * ROWS];
-                    Kernels::with_isa(1, isa).linear(&packed, &x, m, None, &mut out);
-                    for (i, got) in out.iter().enumerate() {
-                        assert_eq!(*got, value(i % ROWS, first + i / ROWS), "{isa:?} {format:?} {i}");
+            for activations in [ActivationFormat::F32, ActivationFormat::Int8] {
+                let kernels = Kernels::with_isa(1, isa).with_activations(activations);
+                for m in [1, 9] {
+                    for first in (0..COLS).step_by(23).filter(|first| first + m <= COLS) {
+                        let mut x = vec![0.0; m * COLS];
+                        (0..m).for_each(|i| x[i * COLS + first + i] = 1.0);
+                        let mut out = vec![0.0; m * ROWS];
+                        kernels.linear(&packed, &x, m, None, &mut out);
+                        for (i, got) in out.iter().enumerate() {
+                            let want: f32 = value(i % ROWS, first + i / ROWS);
+                            // int8 takes 1 as 127 times the float next to 1 / 127
+                            let error = if activations == ActivationFormat::Int8 { want.abs() * 2e-7 } else { 0.0 };
+                            assert!((got - want).abs() <= error, "{isa} {format:?} {activations:?} {i}: {got} {want}");
+                        }
                     }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_largest_codes_do_not_overflow() {
+    for format in [Format::Q8, Format::Q4 { group: 32 }, Format::Q4 { group: 64 }, Format::Q4 { group: 128 }] {
+        let extremes = if format == Format::Q8 { [-128, 127] } else { [-8, 7] };
+        for code in extremes {
+            let Ok(packed) = PackedMatrix::pack_codes(format, ROWS, COLS, |_, scales, codes| {
+                scales.fill(f16::ONE);
+                codes.fill(code);
+                Ok::<_, Infallible>(())
+            });
+            for isa in Isa::available() {
+                for (m, value) in [(1, 127.0), (3, -127.0), (9, -127.0)] {
+                    let mut out = vec![0.0; m * ROWS];
+                    Kernels::with_isa(1, isa).linear(&packed, &vec![value; m * COLS], m, None, &mut out);
+                    let want = value * f32::from(code) * COLS as f32;
+                    assert!(out.iter().all(|got| *got == want), "{isa} {format:?} {code}: {} for {want}", out[0]);
                 }
             }
         }

@@ -1,0 +1,217 @@
+//! Activations as products read them: rows of f32, or int8 codes in groups.
+//!
+//! An int8 row has, for each group of G values (the weights' group length): f32 scale, i32 -8 Σ codes, i32 -128 Σ codes,
+//! 4 bytes of nothing, then G codes. The sums undo the offset that packed weights have (see `packed`). Scale =
+//! max|x| / 127, code = x · 127 / max|x| to the nearest integer, ties to even; so the error is at most half a scale.
+//! Where max|x| is below 127 times the least normal number, the group counts as zeros; where a value is infinite or no
+//! number, the scale is NaN, and so is every product of this row. Columns beyond the last are zeros.
+use crate::isa::{Isa, for_each_isa};
+use crate::packed::Format;
+use std::cell::Cell;
+
+/// How a product with q8 or q4 weights takes its activations. Products with f32 and bf16 weights take f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ActivationFormat {
+    /// As they are; the weights are expanded to f32. Slow, and as exact as the weights.
+    F32,
+    /// int8, symmetric, with a scale for each group of the weights' group length.
+    #[default]
+    Int8,
+}
+
+/// Bytes of a group in front of its codes.
+pub(crate) const HEAD: usize = 16;
+
+/// The form in which one product reads its rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// f32 values.
+    Float,
+    /// int8 in groups.
+    Int8 {
+        /// Values of a group.
+        group: usize,
+    },
+}
+
+impl Form {
+    pub(crate) fn new(activations: ActivationFormat, weights: Format) -> Self {
+        match (activations, weights) {
+            (ActivationFormat::F32, _) | (_, Format::F32 | Format::Bf16) => Self::Float,
+            (ActivationFormat::Int8, format) => Self::Int8 { group: format.group() },
+        }
+    }
+
+    /// Bytes of a row of k values, a multiple of 4.
+    pub(crate) fn row_bytes(self, k: usize) -> usize {
+        match self {
+            Self::Float => k * 4,
+            Self::Int8 { group } => k.div_ceil(group) * (HEAD + group),
+        }
+    }
+
+    /// Writes a row, or whole groups of it.
+    pub(crate) fn write(self, isa: Isa, values: &[f32], out: &mut [u8]) {
+        match self {
+            Self::Float => out.copy_from_slice(bytemuck::cast_slice(values)),
+            Self::Int8 { group } => quantize(isa, group, values, out),
+        }
+    }
+}
+
+/// Rows `[rows, k]` in one form.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    bytes: &'a [u8],
+    stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    pub(crate) fn new(form: Form, k: usize, bytes: &'a [u8]) -> Self {
+        Self { bytes, stride: form.row_bytes(k) }
+    }
+
+    pub(crate) fn row(&self, index: usize) -> &'a [u8] {
+        &self.bytes[index * self.stride..][..self.stride]
+    }
+}
+
+for_each_isa! {
+    /// Quantizes values in groups; the last group may be short.
+    fn quantize(group: usize, values: &[f32], out: &mut [u8]) => quantize_body
+}
+
+#[inline(always)]
+fn quantize_body(group: usize, values: &[f32], out: &mut [u8]) {
+    for (values, out) in values.chunks(group).zip(out.chunks_exact_mut(HEAD + group)) {
+        match (values.len(), group) {
+            (32, 32) => quantize_group(values.as_chunks::<32>().0, out),
+            (64, 64) | (128, 128) => quantize_group(values.as_chunks::<64>().0, out),
+            _ => {
+                let mut padded = [0f32; 128];
+                padded[..values.len()].copy_from_slice(values);
+                quantize_group(padded[..group].as_chunks::<32>().0, out);
+            }
+        }
+    }
+}
+
+/// Adding this to a value of less than 2²² rounds it to an integer, ties to even, which then stands in the low bits.
+const ROUND: f32 = 12_582_912.0;
+
+#[inline(always)]
+fn quantize_group<const N: usize>(parts: &[[f32; N]], out: &mut [u8]) {
+    let (head, codes) = out.split_at_mut(HEAD);
+    // bits without the sign sort as the magnitudes do, infinities and NaN above all
+    let mut largest = [0u32; N];
+    for part in parts {
+        for (l, v) in largest.iter_mut().zip(part) {
+            *l = (*l).max(v.to_bits() & 0x7fff_ffff);
+        }
+    }
+    let largest = f32::from_bits(largest.into_iter().fold(0, u32::max));
+    let scale = largest / 127.0;
+    let (scale, inverse) = match scale {
+        s if !s.is_finite() => (f32::NAN, 0.0),
+        s if s < f32::MIN_POSITIVE => (0.0, 0.0),
+        s => (s, 127.0 / largest),
+    };
+    let mut sum = 0i32;
+    for (part, codes) in parts.iter().zip(codes.as_chunks_mut::<N>().0) {
+        let mut rounded = [0i32; N];
+        for (r, v) in rounded.iter_mut().zip(part) {
+            // zero times infinity is no number, whose bits must not become a code
+            let scaled = if inverse == 0.0 { 0.0 } else { v * inverse };
+            *r = (scaled + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+        }
+        for (code, r) in codes.iter_mut().zip(rounded) {
+            *code = r as u8;
+        }
+        sum += rounded.into_iter().sum::<i32>();
+    }
+    head[..4].copy_from_slice(&scale.to_le_bytes());
+    head[4..8].copy_from_slice(&(-8 * sum).to_le_bytes());
+    head[8..12].copy_from_slice(&(-128 * sum).to_le_bytes());
+    head[12..].fill(0);
+}
+
+/// Memory that a thread keeps from call to call: no allocation once it has grown. 16-byte aligned.
+#[derive(Default)]
+pub(crate) struct Buffer(Vec<u128>);
+
+impl Buffer {
+    /// `len` bytes of any content.
+    pub(crate) fn bytes(&mut self, len: usize) -> &mut [u8] {
+        if self.0.len() * 16 < len {
+            self.0.resize(len.div_ceil(16), 0);
+        }
+        &mut bytemuck::cast_slice_mut(&mut self.0)[..len]
+    }
+
+    /// `len` floats of any content.
+    pub(crate) fn floats(&mut self, len: usize) -> &mut [f32] {
+        bytemuck::cast_slice_mut(self.bytes(len * 4))
+    }
+}
+
+/// A value that a thread lends out and takes back. A second borrower, or one after a panic, gets a new one.
+pub(crate) fn with<T: Default, R>(cell: &'static std::thread::LocalKey<Cell<T>>, work: impl FnOnce(&mut T) -> R) -> R {
+    let mut value = cell.take();
+    let result = work(&mut value);
+    cell.set(value);
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(group: usize, values: &[f32]) -> Vec<u8> {
+        let mut out = vec![0xff; Form::Int8 { group }.row_bytes(values.len())];
+        let mut all = Isa::available().into_iter().map(|isa| {
+            quantize(isa, group, values, &mut out);
+            out.clone()
+        });
+        let first = all.next().expect("there is portable code");
+        assert!(all.all(|other| other == first), "instruction sets differ");
+        first
+    }
+
+    #[test]
+    fn codes_are_to_the_nearest_and_sums_undo_the_offsets() {
+        for group in [32, 64, 128] {
+            let values: Vec<f32> = (0..300).map(|i| ((i * 37 % 101) as f32 - 50.0) / (1 + i / 64) as f32).collect();
+            let bytes = row(group, &values);
+            for (values, bytes) in values.chunks(group).zip(bytes.chunks_exact(HEAD + group)) {
+                let word = |i: usize| <[u8; 4]>::try_from(&bytes[i..i + 4]).expect("four bytes");
+                let scale = f32::from_le_bytes(word(0));
+                let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
+                assert_eq!(scale, largest / 127.0);
+                let codes: Vec<i32> = bytes[HEAD..].iter().map(|b| i32::from(*b as i8)).collect();
+                let sum: i32 = codes.iter().sum();
+                assert_eq!((i32::from_le_bytes(word(4)), i32::from_le_bytes(word(8))), (-8 * sum, -128 * sum));
+                for (i, code) in codes.iter().enumerate() {
+                    let value = values.get(i).copied().unwrap_or(0.0);
+                    assert_eq!(*code, (value * (127.0 / largest)).round_ties_even() as i32, "{value}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_no_scale_is_zeros_or_nan() {
+        for (value, nan) in
+            [(0.0, false), (-0.0, false), (1e-40, false), (1e-37, false), (f32::NAN, true), (-f32::INFINITY, true)]
+        {
+            let mut values = [0f32; 64];
+            values[40] = value;
+            let bytes = row(32, &values);
+            let second = &bytes[HEAD + 32..];
+            let scale = f32::from_le_bytes(second[..4].try_into().expect("four bytes"));
+            assert_eq!((scale.is_nan(), scale == 0.0), (nan, !nan), "{value}");
+            assert!(second[4..].iter().all(|b| *b == 0), "{value}");
+        }
+        let largest = row(32, &[f32::MAX; 32]);
+        assert!(largest[HEAD..].iter().all(|b| *b == 127));
+    }
+}

@@ -1,0 +1,120 @@
+//! `{avx512vnni,avx2,portable}-{q4,q8}-int8`: a few rows of int8 activations against one packed panel.
+//!
+//! Shapes: M rows of `activations` (int8 codes in groups), a panel of 32 rows of `packed` weights (q4 or q8, the same
+//! groups), tile `[M][32]` f32. For each group the products of codes are summed as 32-bit integers, which is exact; then
+//! `acc = fma(sum as f32, weight scale · activation scale, acc)`, groups ascending. The rows 16..32 of q4 stand in the
+//! high nibble: their sums are 16 times too large, and their weight scales are taken as 1/16. Every instruction set does
+//! just this, so all agree to the bit, and a row's bits do not depend on M. Largest error against the exact product of
+//! the codes: (groups + 2) · 2⁻²⁴ relative to Σ|x·w|; that of the codes themselves is stated in `activations`.
+//! Source: vpdpbusd and maddubs multiply unsigned with signed bytes, hence the offsets of packed weights.
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
+
+use crate::activations::HEAD;
+use crate::gemm::Tile;
+use crate::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Kind;
+use crate::packed::{Format, LINE, PANEL, Q8_LINES};
+use half::f16;
+
+/// Memory that will be read next: each line of the panel that is read asks for `step` bytes of it.
+#[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "portable code leaves it to the processor"))]
+pub(crate) struct Ahead {
+    /// The first byte. It is never read through, so it may lie anywhere.
+    pub(crate) from: *const u8,
+    /// Bytes for each line.
+    pub(crate) step: usize,
+}
+
+/// The most rows of a tile.
+pub(crate) fn rows_at_most(isa: Isa, format: Format) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    match isa.kind() {
+        Kind::Avx512Vnni | Kind::Avx512Bf16 if matches!(format, Format::Q4 { group } if group > 32) => return 8,
+        Kind::Avx512Vnni | Kind::Avx512Bf16 => return 6,
+        Kind::Avx512 | Kind::Avx2 => return 4,
+        Kind::Scalar => {}
+    }
+    let _ = (isa, format);
+    8
+}
+
+/// What a kernel reads, with its lengths checked.
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    panel: &'a [u8],
+    rows: &'a [&'a [u8]],
+    /// Values of a group.
+    group: usize,
+    groups: usize,
+}
+
+/// Multiplies up to `rows_at_most` rows of k values with a panel.
+///
+/// # Panics
+/// When a slice is too short, or the format has no codes.
+pub(crate) fn multiply(isa: Isa, format: Format, panel: &[u8], rows: &[&[u8]], k: usize, ahead: Ahead, out: &mut Tile) {
+    let group = format.group();
+    let groups = k.div_ceil(group);
+    assert!(matches!(format, Format::Q8 | Format::Q4 { .. }) && rows.len() <= rows_at_most(isa, format));
+    assert!(panel.len() >= groups * format.group_bytes(), "a panel has {groups} groups");
+    assert!(rows.iter().all(|row| row.len() >= groups * (HEAD + group)), "a row has {groups} groups");
+    let call = Call { panel, rows, group, groups };
+    #[cfg(target_arch = "x86_64")]
+    match isa.kind() {
+        // SAFETY: a token of these kinds is made only where the CPU has VNNI; the lengths are checked above.
+        Kind::Avx512Vnni | Kind::Avx512Bf16 => return unsafe { vnni::multiply(format, call, ahead, out) },
+        // SAFETY: a token of these kinds is made only where the CPU has AVX2, FMA and F16C; lengths as above.
+        Kind::Avx512 | Kind::Avx2 => return unsafe { avx2::multiply(format, call, ahead, out) },
+        Kind::Scalar => {}
+    }
+    let _ = ahead;
+    for (row, out) in call.rows.iter().zip(&mut out.0) {
+        *out = if format == Format::Q8 { portable::<true>(call, row) } else { portable::<false>(call, row) };
+    }
+}
+
+/// The definition, in plain code.
+fn portable<const Q8: bool>(call: Call<'_>, row: &[u8]) -> [f32; PANEL] {
+    let lines = call.group / 4 * if Q8 { Q8_LINES } else { LINE };
+    let mut accumulators = [0f32; PANEL];
+    let weights = call.panel.chunks_exact(PANEL * 2 + lines).take(call.groups);
+    for (weights, row) in weights.zip(row.chunks_exact(HEAD + call.group)) {
+        let (scales, lines) = weights.split_at(PANEL * 2);
+        let word = |i: usize| [0, 1, 2, 3].map(|b| row[i * 4 + b]);
+        let scale = f32::from_le_bytes(word(0));
+        let (offset_8, offset_128) = (i32::from_le_bytes(word(1)), i32::from_le_bytes(word(2)));
+        let mut sums = [offset_128; PANEL];
+        let quads = row[HEAD..].as_chunks::<4>().0;
+        if Q8 {
+            for (line, quad) in lines.as_chunks::<Q8_LINES>().0.iter().zip(quads) {
+                for (sum, bytes) in sums.iter_mut().zip(line.as_chunks::<4>().0) {
+                    for (w, a) in bytes.iter().zip(quad) {
+                        *sum += i32::from(*w) * i32::from(*a as i8);
+                    }
+                }
+            }
+        } else {
+            let (low, high) = sums.split_at_mut(16);
+            low.fill(offset_8);
+            for (line, quad) in lines.as_chunks::<LINE>().0.iter().zip(quads) {
+                for ((low, high), bytes) in low.iter_mut().zip(high.iter_mut()).zip(line.as_chunks::<4>().0) {
+                    for (w, a) in bytes.iter().zip(quad) {
+                        *low += i32::from(*w & 0x0f) * i32::from(*a as i8);
+                        *high += i32::from(*w & 0xf0) * i32::from(*a as i8);
+                    }
+                }
+            }
+        }
+        for (r, (accumulator, bytes)) in accumulators.iter_mut().zip(scales.as_chunks::<2>().0).enumerate() {
+            let weight = f16::from_le_bytes(*bytes).to_f32();
+            let weight = if Q8 || r < 16 { weight } else { weight * 0.0625 };
+            *accumulator = (sums[r] as f32).mul_add(weight * scale, *accumulator);
+        }
+    }
+    accumulators
+}

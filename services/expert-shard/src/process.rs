@@ -6,7 +6,6 @@ use crate::grpc::{Shard, ShardServer, expert_service};
 use crate::leaving;
 use crate::library::Library;
 use moesaic_model::backend::candle::CandleBackend;
-use moesaic_model::backend::native::NativeBackend;
 use moesaic_model::backend::{Backend, BackendKind, TensorSlice};
 use moesaic_model::config::Found;
 use moesaic_model::decoder::ExpertStore;
@@ -138,7 +137,7 @@ fn open(model: &ModelConfig, config: &Config) -> Result<(ShardInfo, Arc<dyn Shar
     let library = Library { source, spec, weights: model.weights, threads };
     let info = ShardInfo { model: experts, group: config.group, rank: config.rank, ranks: config.ranks };
     let shard = match model.backend {
-        BackendKind::Native => start(config, NativeBackend::new(threads), library)?,
+        BackendKind::Native => start(config, model.native(), library)?,
         BackendKind::Candle => start(config, CandleBackend::new(threads).map_err(failed)?, library)?,
     };
     Ok((info, shard))

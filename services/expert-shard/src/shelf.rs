@@ -126,7 +126,8 @@ mod tests {
     use moesaic_types::ErrorCode;
 
     fn held(epoch: u64) -> Held<NativeBackend> {
-        let experts = ExpertStore::empty(Arc::new(NativeBackend::new(1)), TensorSlice::WHOLE);
+        let experts =
+            ExpertStore::empty(Arc::new(NativeBackend::new(1, moesaic_model::Activations::Int8)), TensorSlice::WHOLE);
         Held { epoch, experts: Arc::new(experts) }
     }
 

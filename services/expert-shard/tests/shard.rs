@@ -16,7 +16,7 @@ async fn a_shard_computes_what_the_store_does_and_counts_each_expert() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/mixtral");
     let source = source::open(&path).unwrap();
     let model = spec::read(&path, &*source).unwrap();
-    let backend = Arc::new(NativeBackend::new(1));
+    let backend = Arc::new(NativeBackend::new(1, moesaic_model::Activations::Int8));
     let options = LoadOptions { threads: 1, ..LoadOptions::default() };
     let load = || load_experts(&*source, &model, backend.clone(), &options).unwrap();
     let shard = ExpertShard::start(&Config::default(), &model, load()).unwrap();
@@ -44,7 +44,7 @@ async fn load_is_kept_for_so_many_windows() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/mixtral");
     let source = source::open(&path).unwrap();
     let model = spec::read(&path, &*source).unwrap();
-    let backend = Arc::new(NativeBackend::new(1));
+    let backend = Arc::new(NativeBackend::new(1, moesaic_model::Activations::Int8));
     let store = load_experts(&*source, &model, backend.clone(), &LoadOptions::default()).unwrap();
     let config = Config { load_windows: 2, ..Config::default() };
     let shard = ExpertShard::start(&config, &model, store).unwrap();

@@ -1,6 +1,6 @@
 //! The command line.
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
-use moesaic_model::BackendKind;
+use moesaic_model::{Activations, BackendKind};
 use moesaic_service::SettingsArgs;
 use moesaic_types::{KvFormat, WeightFormat};
 use std::path::PathBuf;
@@ -54,6 +54,9 @@ pub struct ModelArgs {
     /// Format of cached keys and values: f32, bf16 or int8.
     #[arg(long)]
     pub kv: Option<KvFormat>,
+    /// What products with q8 and q4 weights take on the native backend: int8 or f32.
+    #[arg(long, value_name = "FORMAT")]
+    pub activations: Option<Activations>,
     /// Threads of the maths, with --cluster of all processes together; all cores where not given.
     #[arg(long, value_parser = threads)]
     pub threads: Option<usize>,

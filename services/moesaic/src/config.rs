@@ -57,6 +57,7 @@ impl ModelArgs {
         put("backend", self.backend.map(|b| format!("{b:?}").to_lowercase()));
         put("weights", self.weights.map(|w| w.to_string()));
         put("kv", self.kv.map(|k| k.to_string()));
+        put("activations", self.activations.map(|a| format!("{a:?}").to_lowercase()));
         put("threads", self.threads.map(|t| t.to_string()));
         list
     }

@@ -2,7 +2,6 @@
 use crate::engine::RunnerFactory;
 use crate::pipeline::{StageFactory, Stages};
 use moesaic_model::backend::candle::CandleBackend;
-use moesaic_model::backend::native::NativeBackend;
 use moesaic_model::backend::{Backend, BackendKind};
 use moesaic_model::decoder::{Progress, load_decoder, load_experts_of, load_first_stage, load_stage};
 use moesaic_model::expert_pool::ExpertPool;
@@ -65,7 +64,7 @@ pub struct Source {
 /// has the first layers, and what is before the first and after the last.
 pub fn runner_factory(from: Source, experts: impl Experts, later: Option<Arc<Stages>>) -> RunnerFactory {
     Arc::new(move || match from.config.backend {
-        BackendKind::Native => runner(&from, NativeBackend::new(from.config.threads()), &experts, later.as_deref()),
+        BackendKind::Native => runner(&from, from.config.native(), &experts, later.as_deref()),
         BackendKind::Candle => runner(&from, CandleBackend::new(from.config.threads())?, &experts, later.as_deref()),
     })
 }
@@ -93,7 +92,7 @@ fn runner<B: Backend>(
 /// Loads a later stage's layers.
 pub fn stage_factory(from: Source, experts: impl Experts, layers: Range<usize>) -> StageFactory {
     Box::new(move || match from.config.backend {
-        BackendKind::Native => stage(&from, NativeBackend::new(from.config.threads()), &experts, layers),
+        BackendKind::Native => stage(&from, from.config.native(), &experts, layers),
         BackendKind::Candle => stage(&from, CandleBackend::new(from.config.threads())?, &experts, layers),
     })
 }
@@ -113,7 +112,7 @@ fn stage<B: Backend>(
 
 impl Source {
     fn options(&self) -> LoadOptions<'_> {
-        let ModelConfig { weights, kv, .. } = self.config;
-        LoadOptions { weights, kv, threads: self.config.threads(), progress: Some(&*self.report) }
+        let ModelConfig { weights, kv, activations, .. } = self.config;
+        LoadOptions { weights, kv, threads: self.config.threads(), activations, progress: Some(&*self.report) }
     }
 }

@@ -64,7 +64,7 @@ async fn answers(every: usize) -> (Vec<Answer>, usize) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/models/demo-moe");
         let source = source::open(&folder)?;
         let spec = spec::read(&folder, &*source)?;
-        let backend = Arc::new(NativeBackend::new(2));
+        let backend = Arc::new(NativeBackend::new(2, moesaic_model::Activations::Int8));
         let options = LoadOptions { threads: 2, ..LoadOptions::default() };
         let inner = load_experts(&*source, &spec, backend.clone(), &options)?;
         let pool = Flaky { inner, every, calls: Arc::clone(&made) };

@@ -29,7 +29,8 @@ fn vocabulary() -> Vocabulary {
 
 async fn start(config: Config, kv: KvFormat, weights: Option<WeightFormat>) -> Arc<Scheduler> {
     let factory: RunnerFactory = Arc::new(move || {
-        let options = LoadOptions { weights, kv, threads: 2, progress: None };
+        let options =
+            LoadOptions { weights, kv, threads: 2, activations: moesaic_model::Activations::Int8, progress: None };
         moesaic_model::load(&folder(), BackendKind::Native, &options)
     });
     let hasher = BlockHasher::new(&Digest::of(b"demo"), weights.unwrap_or_default(), kv, None);

@@ -177,7 +177,7 @@ impl Cluster {
 
     /// Starts one shard, with nothing in it.
     pub async fn shard(&self, group: usize, slice: TensorSlice) -> Shard {
-        let backend = Arc::new(NativeBackend::new(1));
+        let backend = Arc::new(NativeBackend::new(1, moesaic_model::Activations::F32));
         let shard = ExpertShard::start(&Config::default(), &self.model, ExpertStore::empty(backend, slice)).unwrap();
         let library = || Library {
             source: source::open(&self.path).unwrap(),
@@ -247,8 +247,14 @@ impl Cluster {
     /// The model over those experts.
     pub fn decoder(&self, experts: Arc<RemoteExperts>) -> Decoder<NativeBackend> {
         let source = source::open(&self.path).unwrap();
-        let backend = Arc::new(NativeBackend::new(1));
-        let options = LoadOptions { weights: Some(self.weights), kv: KvFormat::F32, threads: 1, progress: None };
+        let backend = Arc::new(NativeBackend::new(1, moesaic_model::Activations::F32));
+        let options = LoadOptions {
+            weights: Some(self.weights),
+            kv: KvFormat::F32,
+            threads: 1,
+            activations: moesaic_model::Activations::F32,
+            progress: None,
+        };
         let pool = RemotePool::new(experts, Arc::clone(&backend), self.model.hidden);
         load_decoder(&*source, self.model.clone(), backend, &options, Arc::new(pool)).unwrap()
     }
@@ -256,8 +262,14 @@ impl Cluster {
     /// The embedded model.
     pub fn embedded(&self) -> Decoder<NativeBackend> {
         let source = source::open(&self.path).unwrap();
-        let backend = Arc::new(NativeBackend::new(1));
-        let options = LoadOptions { weights: Some(self.weights), kv: KvFormat::F32, threads: 1, progress: None };
+        let backend = Arc::new(NativeBackend::new(1, moesaic_model::Activations::F32));
+        let options = LoadOptions {
+            weights: Some(self.weights),
+            kv: KvFormat::F32,
+            threads: 1,
+            activations: moesaic_model::Activations::F32,
+            progress: None,
+        };
         let pool = moesaic_model::decoder::load_experts(&*source, &self.model, backend.clone(), &options).unwrap();
         load_decoder(&*source, self.model.clone(), backend, &options, Arc::new(pool)).unwrap()
     }

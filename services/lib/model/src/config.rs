@@ -1,5 +1,6 @@
 //! The `[model]` section: which model, and how it runs.
-use crate::backend::{BackendKind, check_threads};
+use crate::backend::native::NativeBackend;
+use crate::backend::{Activations, BackendKind, check_threads};
 use crate::source;
 use crate::spec::{self, ModelSpec};
 use crate::{Result, demo};
@@ -22,6 +23,9 @@ pub struct ModelConfig {
     pub weights: Option<WeightFormat>,
     /// Cached keys and values: f32, bf16 or int8.
     pub kv: KvFormat,
+    /// What products with q8 and q4 weights take on the native backend: int8 (activations rounded in the weights' groups)
+    /// or f32 (exact and several times as slow).
+    pub activations: Activations,
     /// Threads of the maths; 0: all cores.
     pub threads: usize,
 }
@@ -34,6 +38,7 @@ impl Default for ModelConfig {
             backend: BackendKind::Native,
             weights: None,
             kv: KvFormat::default(),
+            activations: Activations::default(),
             threads: 0,
         }
     }
@@ -79,6 +84,11 @@ impl ModelConfig {
         self.name.clone().filter(|name| !name.is_empty()).unwrap_or_else(of_file)
     }
 
+    /// The native backend with these settings.
+    pub fn native(&self) -> NativeBackend {
+        NativeBackend::new(self.threads(), self.activations)
+    }
+
     /// The threads that are in force.
     pub fn threads(&self) -> usize {
         match self.threads {
@@ -104,7 +114,7 @@ impl ModelConfig {
     fn served_as(&self, digest: &Digest) -> ServedAs {
         // "as stored" and a format that happens to be stored may differ, and backends lay blocks out in their own ways
         let stored = if self.weights.is_none() { " as stored" } else { "" };
-        let digest = digest.tagged(&format!("{:?} blocks v1{stored}", self.backend));
+        let digest = digest.tagged(&format!("{:?} {:?} blocks v2{stored}", self.backend, self.activations));
         ServedAs { digest, weights: self.weights, kv: self.kv }
     }
 

@@ -23,7 +23,7 @@ pub mod source;
 pub mod spec;
 pub mod tokenizer;
 
-pub use backend::BackendKind;
+pub use backend::{Activations, BackendKind};
 pub use config::ModelConfig;
 pub use decoder::{LoadOptions, load};
 pub use error::{Error, Result};

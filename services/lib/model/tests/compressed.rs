@@ -37,7 +37,13 @@ fn held(folder: &Path, format: Option<WeightFormat>) -> Result<Held> {
 }
 
 fn logits(folder: &Path, weights: Option<WeightFormat>) -> Vec<f32> {
-    let options = LoadOptions { weights, kv: KvFormat::F32, threads: 2, progress: None };
+    let options = LoadOptions {
+        weights,
+        kv: KvFormat::F32,
+        threads: 2,
+        activations: moesaic_model::Activations::F32,
+        progress: None,
+    };
     let mut model = load(folder, BackendKind::Native, &options).unwrap();
     model.allocate_kv(1).unwrap();
     let tokens: Vec<u32> = (0..30).map(|i| i * 37 % 512).collect();

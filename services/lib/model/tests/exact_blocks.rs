@@ -122,7 +122,13 @@ fn logits_equal_those_of_the_expanded_model() {
         for (what, file) in models(blocks) {
             file.write(&path);
             let logits = |weights, kind| {
-                let options = LoadOptions { weights, kv: KvFormat::F32, threads: 2, progress: None };
+                let options = LoadOptions {
+                    weights,
+                    kv: KvFormat::F32,
+                    threads: 2,
+                    activations: moesaic_model::Activations::F32,
+                    progress: None,
+                };
                 let mut model = load(&path, kind, &options).unwrap();
                 model.allocate_kv(1).unwrap();
                 let chunk = SequenceChunk { tokens: &tokens, start: 0, blocks: &[0], logits: LogitsWanted::All };

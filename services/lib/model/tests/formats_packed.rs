@@ -8,7 +8,7 @@ use moesaic_model::golden::{self, Golden, Variant};
 use moesaic_model::quantize::{Report, quantize};
 use moesaic_model::source::packed::{DATA, INDEX};
 use moesaic_model::source::{self, Dtype, WeightSource};
-use moesaic_model::{BackendKind, LoadOptions, Runner, load};
+use moesaic_model::{Activations, BackendKind, LoadOptions, Runner, load};
 use moesaic_types::{KvFormat, WeightFormat};
 use serde_json::{Value, json};
 use std::cell::RefCell;
@@ -28,7 +28,13 @@ fn packed(model: &Path, format: WeightFormat) -> (tempfile::TempDir, PathBuf, Re
 }
 
 fn runner(model: &Path, weights: Option<WeightFormat>) -> Box<dyn Runner> {
-    let options = LoadOptions { weights, kv: KvFormat::F32, threads: 1, progress: None };
+    let options = LoadOptions {
+        weights,
+        kv: KvFormat::F32,
+        threads: 1,
+        activations: moesaic_model::Activations::F32,
+        progress: None,
+    };
     load(model, BackendKind::Native, &options).unwrap()
 }
 
@@ -151,7 +157,8 @@ fn the_demo_model_packed_stays_close_to_its_reference() {
         assert!(steps.is_sorted() && steps[0].0 == 0 && steps[steps.len() - 1] == (report.bytes_in, report.bytes_in));
         let found = golden::check_rounded(&golden, format, |variant| {
             let kind = if variant == Variant::Plain { BackendKind::Candle } else { BackendKind::Native };
-            let options = LoadOptions { weights: None, kv: KvFormat::F32, threads: 1, progress: None };
+            let activations = if variant == Variant::Judged { Activations::Int8 } else { Activations::F32 };
+            let options = LoadOptions { weights: None, kv: KvFormat::F32, threads: 1, activations, progress: None };
             assert_ne!(variant, Variant::Unrounded, "a trained model is as near as is usual");
             load(folder.path(), kind, &options)
         });

@@ -149,7 +149,7 @@ fn to_gguf(tensors: &Tensors, config: &Value) -> Gguf {
 }
 
 fn options(weights: Option<WeightFormat>) -> LoadOptions<'static> {
-    LoadOptions { weights, kv: KvFormat::F32, threads: 2, progress: None }
+    LoadOptions { weights, kv: KvFormat::F32, threads: 2, activations: moesaic_model::Activations::F32, progress: None }
 }
 
 fn logits(path: &Path, weights: Option<WeightFormat>, kind: BackendKind) -> Vec<f32> {

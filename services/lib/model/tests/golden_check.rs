@@ -99,7 +99,7 @@ fn run_rounded(
 ) -> Result<Report> {
     let open = |variant| {
         let replaced = match variant {
-            Variant::Judged => judged,
+            Variant::Judged | Variant::Exact => judged,
             Variant::Plain => plain,
             Variant::Unrounded => unrounded,
         };

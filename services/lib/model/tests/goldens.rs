@@ -53,7 +53,13 @@ fn read(path: &std::path::Path) -> Golden {
 }
 
 fn open(path: &std::path::Path, kind: BackendKind, weights: WeightFormat, kv: KvFormat) -> Box<dyn Runner> {
-    let options = LoadOptions { weights: Some(weights), kv, threads: 2, progress: None };
+    let options = LoadOptions {
+        weights: Some(weights),
+        kv,
+        threads: 2,
+        activations: moesaic_model::Activations::F32,
+        progress: None,
+    };
     let mut model = load(path, kind, &options).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     model.allocate_kv(BLOCKS).unwrap();
     model

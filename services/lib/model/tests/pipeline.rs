@@ -69,14 +69,20 @@ struct Model {
     backend: Arc<NativeBackend>,
 }
 
-const OPTIONS: LoadOptions<'static> = LoadOptions { weights: None, kv: KvFormat::F32, threads: 1, progress: None };
+const OPTIONS: LoadOptions<'static> = LoadOptions {
+    weights: None,
+    kv: KvFormat::F32,
+    threads: 1,
+    activations: moesaic_model::Activations::F32,
+    progress: None,
+};
 
 impl Model {
     fn open(name: &str) -> Self {
         let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../tests/goldens").join(name);
         let source = source::open(&path).unwrap();
         let spec = spec::read(&path, &*source).unwrap();
-        Self { source, spec, backend: Arc::new(NativeBackend::new(1)) }
+        Self { source, spec, backend: Arc::new(NativeBackend::new(1, moesaic_model::Activations::F32)) }
     }
 
     fn experts(&self) -> Arc<moesaic_model::decoder::ExpertStore<NativeBackend>> {

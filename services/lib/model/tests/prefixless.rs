@@ -41,7 +41,13 @@ fn write(folder: &Path, name: &str, output: bool) {
 
 fn check(folder: &Path, name: &str, kind: BackendKind, weights: WeightFormat) -> Report {
     let golden = Golden::read(&golden_folder(name).join("golden.json")).unwrap();
-    let options = LoadOptions { weights: Some(weights), kv: KvFormat::F32, threads: 2, progress: None };
+    let options = LoadOptions {
+        weights: Some(weights),
+        kv: KvFormat::F32,
+        threads: 2,
+        activations: moesaic_model::Activations::F32,
+        progress: None,
+    };
     golden::check(load(folder, kind, &options).unwrap().as_mut(), &golden).unwrap()
 }
 

@@ -7,7 +7,7 @@ mod support;
 use half::f16;
 use moesaic_model::backend::{Matrix, TensorSlice};
 use moesaic_model::golden::{self, Golden, Variant};
-use moesaic_model::{BackendKind, LoadOptions, LogitsWanted, Result, Runner, SequenceChunk, load};
+use moesaic_model::{Activations, BackendKind, LoadOptions, LogitsWanted, Result, Runner, SequenceChunk, load};
 use moesaic_types::{KvFormat, WeightFormat};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -104,7 +104,17 @@ fn values(folder: &Path, format: WeightFormat) -> BTreeMap<String, Vec<f32>> {
 }
 
 fn open(path: &Path, kind: BackendKind, weights: WeightFormat) -> Result<Box<dyn Runner>> {
-    load(path, kind, &LoadOptions { weights: Some(weights), kv: KvFormat::F32, threads: 2, progress: None })
+    open_with(path, kind, weights, Activations::F32)
+}
+
+fn open_with(
+    path: &Path,
+    kind: BackendKind,
+    weights: WeightFormat,
+    activations: Activations,
+) -> Result<Box<dyn Runner>> {
+    let weights = Some(weights);
+    load(path, kind, &LoadOptions { weights, kv: KvFormat::F32, threads: 2, activations, progress: None })
 }
 
 /// Logits of all positions, and the experts of each token.
@@ -147,7 +157,8 @@ fn weights_are_rounded_by_the_definitions_and_nothing_else_is() {
 fn check(path: &Path, golden: &Golden, kind: BackendKind, format: WeightFormat) -> golden::Report {
     let other = if kind == BackendKind::Native { BackendKind::Candle } else { BackendKind::Native };
     let report = golden::check_rounded(golden, format, |variant| match variant {
-        Variant::Judged => open(path, kind, format),
+        Variant::Judged => open_with(path, kind, format, Activations::Int8),
+        Variant::Exact => open(path, kind, format),
         Variant::Plain => open(path, other, format),
         Variant::Unrounded => open(path, kind, WeightFormat::F32),
     });

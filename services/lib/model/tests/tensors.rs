@@ -64,8 +64,14 @@ fn tensors(name: &str) -> Tensors {
 }
 
 fn build(source: &Memory, spec: ModelSpec) -> Result<Box<dyn Runner>> {
-    let options = LoadOptions { weights: Some(WeightFormat::F32), kv: KvFormat::F32, threads: 2, progress: None };
-    let backend = Arc::new(NativeBackend::new(2));
+    let options = LoadOptions {
+        weights: Some(WeightFormat::F32),
+        kv: KvFormat::F32,
+        threads: 2,
+        activations: moesaic_model::Activations::F32,
+        progress: None,
+    };
+    let backend = Arc::new(NativeBackend::new(2, moesaic_model::Activations::F32));
     let pool = Arc::new(load_experts(source, &spec, backend.clone(), &options)?);
     Ok(Box::new(load_decoder(source, spec, backend, &options, pool)?))
 }

@@ -27,7 +27,13 @@ fn an_output_matrix_of_its_own_is_used_although_the_configuration_ties() {
     assert!(!is_tied(folder.path()));
     let reference = Golden::read(&golden_folder("llama_dense").join("golden.json")).unwrap();
     for kind in [BackendKind::Native, BackendKind::Candle] {
-        let options = LoadOptions { weights: Some(WeightFormat::F32), kv: KvFormat::F32, threads: 2, progress: None };
+        let options = LoadOptions {
+            weights: Some(WeightFormat::F32),
+            kv: KvFormat::F32,
+            threads: 2,
+            activations: moesaic_model::Activations::F32,
+            progress: None,
+        };
         let mut model = load(folder.path(), kind, &options).unwrap();
         let report = golden::check(model.as_mut(), &reference).unwrap();
         assert!(report.passed, "{kind:?}: {report}");

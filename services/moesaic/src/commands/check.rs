@@ -4,7 +4,7 @@ use crate::commands::load_runner;
 use anyhow::{Context, Result, bail};
 use moesaic_model::golden::{self, Golden, Variant};
 use moesaic_model::source::packed;
-use moesaic_model::{BackendKind, demo};
+use moesaic_model::{Activations, BackendKind, demo};
 use moesaic_types::{KvFormat, WeightFormat};
 use std::process::ExitCode;
 
@@ -37,6 +37,7 @@ fn as_variant(model: &ModelArgs, variant: Variant) -> ModelArgs {
     let exact = ModelArgs { kv: Some(KvFormat::F32), ..model.clone() };
     match variant {
         Variant::Judged => model.clone(),
+        Variant::Exact => ModelArgs { activations: Some(Activations::F32), ..model.clone() },
         Variant::Plain => {
             // either backend computes in f32 with the values that the rounded weights stand for
             let other = match model.backend.unwrap_or(BackendKind::Native) {

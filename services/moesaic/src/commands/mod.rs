@@ -46,6 +46,7 @@ fn load_runner(args: &ModelArgs) -> Result<Box<dyn Runner>> {
         weights: args.weights,
         kv: args.kv.unwrap_or_default(),
         threads: args.threads.filter(|n| *n > 0).unwrap_or_else(default_threads),
+        activations: args.activations.unwrap_or_default(),
         progress: Some(&|p| bar.layers(p)),
     };
     let kind = args.backend.unwrap_or_default();

@@ -24,7 +24,13 @@ fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../deploy/models/demo-moe")
 }
 
-const OPTIONS: LoadOptions<'static> = LoadOptions { weights: None, kv: KvFormat::F32, threads: 1, progress: None };
+const OPTIONS: LoadOptions<'static> = LoadOptions {
+    weights: None,
+    kv: KvFormat::F32,
+    threads: 1,
+    activations: moesaic_model::Activations::Int8,
+    progress: None,
+};
 
 /// The id of the replica's process.
 const REPLICA: &str = "s0";
@@ -109,7 +115,7 @@ impl StageProcess {
         let factory = move || {
             let source = source::open(&folder())?;
             let spec = spec::read(&folder(), &*source)?;
-            let backend = Arc::new(NativeBackend::new(1));
+            let backend = Arc::new(NativeBackend::new(1, moesaic_model::Activations::Int8));
             let experts = Arc::new(load_experts(&*source, &spec, backend.clone(), &OPTIONS)?);
             let inner = Box::new(load_stage(&*source, &spec, backend, &OPTIONS, experts, of_stage)?);
             Ok(Box::new(Levered { inner, levers: of_runner }) as Box<dyn StageRunner>)
@@ -207,7 +213,7 @@ pub async fn replica_at(addresses: Vec<String>, owner: StageOwner, options: Stag
     let factory: RunnerFactory = Arc::new(move || {
         let source = source::open(&folder())?;
         let spec = spec::read(&folder(), &*source)?;
-        let backend = Arc::new(NativeBackend::new(1));
+        let backend = Arc::new(NativeBackend::new(1, moesaic_model::Activations::Int8));
         let experts = Arc::new(load_experts(&*source, &spec, backend.clone(), &OPTIONS)?);
         if peers.is_empty() {
             return Ok(Box::new(load_decoder(&*source, spec, backend, &OPTIONS, experts)?));

@@ -53,6 +53,29 @@ impl std::str::FromStr for BackendKind {
     }
 }
 
+/// How products with q8 and q4 weights take their activations on the native backend; those with f32 and bf16 weights take
+/// f32, and so does candle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Activations {
+    /// Rounded to int8 in the weights' groups, as llama.cpp does: several times as fast.
+    #[default]
+    Int8,
+    /// As they are.
+    F32,
+}
+
+impl std::str::FromStr for Activations {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "int8" => Ok(Self::Int8),
+            "f32" => Ok(Self::F32),
+            _ => Err(format!("activations '{text}' are unknown; use int8 or f32")),
+        }
+    }
+}
+
 /// What is cached of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {

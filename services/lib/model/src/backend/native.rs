@@ -2,7 +2,7 @@
 //!
 //! Deterministic: every operation computes a row in an order that does not depend on the other rows, so a request's
 //! logits are bit-identical whatever the batch and the chunking.
-use super::{AttentionCall, AttentionSequence, Backend, FfnMatrices, KvLayout, Loader, Matrix};
+use super::{Activations, AttentionCall, AttentionSequence, Backend, FfnMatrices, KvLayout, Loader, Matrix};
 use crate::Result;
 use crate::spec::{Activation, Norm, NormKind};
 use moesaic_kernels::{self as kernels, ExpertWeights, Kernels, KvLayer, KvShape, PackedMatrix, elementwise};
@@ -83,8 +83,12 @@ pub struct Kv {
 
 impl NativeBackend {
     /// Kernels on `threads` threads, with the best instructions that the CPU has.
-    pub fn new(threads: usize) -> Self {
-        Self { kernels: Kernels::new(threads.max(1)) }
+    pub fn new(threads: usize, activations: Activations) -> Self {
+        let format = match activations {
+            Activations::Int8 => kernels::ActivationFormat::Int8,
+            Activations::F32 => kernels::ActivationFormat::F32,
+        };
+        Self { kernels: Kernels::new(threads.max(1)).with_activations(format) }
     }
 }
 
@@ -236,8 +240,8 @@ impl Backend for NativeBackend {
     fn rotate(&self, mut x: Rows, head_dim: usize, offset: usize, rotation: &Rotation) -> Result<Rows> {
         let (cols, pairs) = (x.cols, rotation.pairs);
         self.kernels.by_rows(&mut x.values, cols, &|first, rows| {
-            let of_rows = |angles: &'_ [f32]| angles[first * pairs..].chunks_exact(pairs);
-            let angles = of_rows(&rotation.cos).zip(of_rows(&rotation.sin));
+            let (cos, sin) = (&rotation.cos[first * pairs..], &rotation.sin[first * pairs..]);
+            let angles = cos.chunks_exact(pairs).zip(sin.chunks_exact(pairs));
             for (row, (cos, sin)) in rows.chunks_exact_mut(cols).zip(angles) {
                 for head in row.chunks_exact_mut(head_dim) {
                     elementwise::rotate(&mut head[offset..offset + 2 * pairs], cos, sin, rotation.interleaved);

@@ -14,7 +14,7 @@ pub use stage::{Stage, load_stage};
 use crate::Result;
 use crate::backend::candle::CandleBackend;
 use crate::backend::native::NativeBackend;
-use crate::backend::{AttentionSequence, Backend, BackendKind};
+use crate::backend::{Activations, AttentionSequence, Backend, BackendKind};
 use crate::expert_pool::ExpertPool;
 use crate::pipeline::{LaterStages, StageInput, StageSequence};
 use crate::runner::{BlockIndex, LogitsWanted, Runner, SequenceChunk, Waker};
@@ -60,6 +60,8 @@ pub struct LoadOptions<'a> {
     pub kv: KvFormat,
     /// Threads that load and run.
     pub threads: usize,
+    /// What products with q8 and q4 weights take, where a native backend is made for the model.
+    pub activations: Activations,
     /// Told of each layer.
     pub progress: Option<&'a dyn Fn(Progress)>,
 }
@@ -75,7 +77,7 @@ impl LoadOptions<'_> {
 impl Default for LoadOptions<'_> {
     fn default() -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { weights: None, kv: KvFormat::default(), threads, progress: None }
+        Self { weights: None, kv: KvFormat::default(), threads, activations: Activations::default(), progress: None }
     }
 }
 
@@ -108,7 +110,7 @@ pub fn load(path: &Path, kind: BackendKind, options: &LoadOptions<'_>) -> Result
     let source = source::open(path)?;
     let spec = spec::read(path, &*source)?;
     match kind {
-        BackendKind::Native => with(&*source, spec, NativeBackend::new(options.threads), options),
+        BackendKind::Native => with(&*source, spec, NativeBackend::new(options.threads, options.activations), options),
         BackendKind::Candle => with(&*source, spec, CandleBackend::new(options.threads)?, options),
     }
 }

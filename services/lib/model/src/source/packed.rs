@@ -1,6 +1,6 @@
 //! Folders that `moesaic quantize` wrote: packed matrices and plain tensors in one data file, mapped into memory.
 //!
-//! `moesaic.index.json` holds `{"format": "moesaic-packed-2", "tensors": [{"name", "shape", "format", "offset",
+//! `moesaic.index.json` holds `{"format": "moesaic-packed-3", "tensors": [{"name", "shape", "format", "offset",
 //! "len"}]}`; each entry lies in `moesaic.pack` on a 64-byte bound. `format` is a weight format for a matrix `[rows,
 //! cols]` in the panel layout of `moesaic-kernels`, as a backend runs it (one entry for each expert, and for each part
 //! of a fused tensor, under the names of `decoder/weights.rs`), or `raw-f32` or `raw-bf16` for plain values of any
@@ -19,7 +19,7 @@ pub const INDEX: &str = "moesaic.index.json";
 /// Name of the data file.
 pub const DATA: &str = "moesaic.pack";
 /// The version that this build reads and writes.
-pub const VERSION: &str = "moesaic-packed-2";
+pub const VERSION: &str = "moesaic-packed-3";
 /// The format of plain values.
 pub const RAW: &str = "raw-f32";
 /// The format of plain bfloat16 values.

@@ -119,7 +119,7 @@ impl Conversion {
 }
 
 pub fn options(weights: Option<WeightFormat>) -> LoadOptions<'static> {
-    LoadOptions { weights, kv: KvFormat::F32, threads: 2, progress: None }
+    LoadOptions { weights, kv: KvFormat::F32, threads: 2, activations: moesaic_model::Activations::F32, progress: None }
 }
 
 /// Compares the file with the reference on both backends.

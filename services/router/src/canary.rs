@@ -142,7 +142,7 @@ mod tests {
     const INTERVAL: Duration = Duration::from_secs(30);
 
     fn entry(running: usize, waiting: usize, now: Instant) -> Entry {
-        let mut entry = Entry::new(None, Breaker::new(3, Duration::from_secs(1)));
+        let mut entry = Entry::new(None, Breaker::new(3, Duration::from_secs(1)), true);
         let load = ReplicaLoad { running, waiting, max_running: 4, ..ReplicaLoad::default() };
         entry.heard(Ok(load), now, now);
         entry
@@ -152,7 +152,7 @@ mod tests {
     fn one_is_due_where_it_tells_something_and_has_a_place() {
         let now = Instant::now();
         let is_due = |entry: &Entry, now| is_due(entry, INTERVAL, now);
-        let mut fresh = Entry::new(None, Breaker::new(3, Duration::from_secs(1)));
+        let mut fresh = Entry::new(None, Breaker::new(3, Duration::from_secs(1)), true);
         assert!(!is_due(&fresh, now), "nothing is known of it");
         fresh = entry(0, 0, now);
         assert!(is_due(&fresh, now));
@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn an_answer_is_doubted_where_two_others_of_the_model_agree_on_another() {
         let of = |model: &[u8], token| {
-            let mut entry = Entry::new(Some(Digest::of(model)), Breaker::new(3, Duration::from_secs(1)));
+            let mut entry = Entry::new(Some(Digest::of(model)), Breaker::new(3, Duration::from_secs(1)), true);
             entry.check.token = token;
             entry
         };

@@ -22,6 +22,8 @@ pub struct Entry {
     /// How its canaries went.
     pub check: Check,
     breaker: Breaker,
+    /// Canaries are sent: without them it could never show that it works again.
+    has_canaries: bool,
     /// It refused a request for want of room, then.
     full_since: Option<Instant>,
 }
@@ -98,10 +100,11 @@ const NO_LOAD: &ReplicaLoad =
     &ReplicaLoad { running: 0, waiting: 0, kv_blocks_total: 0, kv_blocks_used: 0, max_context: 0, max_running: 0 };
 
 impl Entry {
-    /// A replica of which nothing is known.
-    pub fn new(model: Option<Digest>, breaker: Breaker) -> Self {
+    /// A replica of which nothing is known. Where canaries are sent, one that was left alone takes requests again only
+    /// after one came through.
+    pub fn new(model: Option<Digest>, breaker: Breaker, has_canaries: bool) -> Self {
         let (state, recent, check) = (State::Unknown, Recent::default(), Check::default());
-        Self { model, state, recent, check, breaker, full_since: None }
+        Self { model, state, recent, check, breaker, has_canaries, full_since: None }
     }
 
     /// Whether it may be asked something.
@@ -179,14 +182,14 @@ impl Entry {
     pub fn failed(&mut self, now: Instant) {
         self.breaker.failed(now);
         if !self.breaker.allows(now) {
-            self.check.is_required = true;
+            self.check.is_required = self.has_canaries;
         }
     }
 
     /// It is left alone from now on.
     pub fn trip(&mut self, now: Instant) {
         self.breaker.trip(now);
-        self.check.is_required = true;
+        self.check.is_required = self.has_canaries;
     }
 }
 
@@ -195,7 +198,7 @@ mod tests {
     use super::*;
 
     fn entry() -> Entry {
-        Entry::new(None, Breaker::new(2, Duration::from_secs(1)))
+        Entry::new(None, Breaker::new(2, Duration::from_secs(1)), true)
     }
 
     fn load(running: usize) -> ReplicaLoad {
@@ -248,5 +251,16 @@ mod tests {
         assert!(entry.is_ready(later));
         entry.trip(later);
         assert!(!entry.may_be_asked(later + Duration::from_secs(1)), "the pause doubled");
+    }
+
+    #[test]
+    fn without_canaries_the_pause_alone_ends_it() {
+        let (second, now) = (Duration::from_secs(1), Instant::now());
+        let mut entry = Entry::new(None, Breaker::new(2, second), false);
+        entry.failed(now);
+        entry.failed(now);
+        assert!(!entry.is_ready(now) && entry.is_ready(now + second));
+        entry.trip(now + second);
+        assert!(!entry.is_ready(now + 2 * second) && entry.is_ready(now + 3 * second), "the pause doubled");
     }
 }

@@ -78,7 +78,8 @@ impl<R> Table<R> {
     /// Adds a replica of which nothing is known.
     pub fn add(&mut self, id: ReplicaId, model: Option<Digest>) {
         let breaker = Breaker::new(self.rules.breaker_failures, self.rules.breaker_pause);
-        self.replicas.insert(id, Entry::new(model, breaker));
+        let has_canaries = self.rules.canary_interval.is_some();
+        self.replicas.insert(id, Entry::new(model, breaker, has_canaries));
     }
 
     /// Takes a replica out.

@@ -135,6 +135,18 @@ async fn excluded_replicas_are_left_out_and_end_in_the_breaker() {
 }
 
 #[tokio::test]
+async fn without_canaries_one_that_was_left_alone_is_back_after_its_pause() {
+    let config = Config { breaker_failures: 1, breaker_pause: HumanDuration::from_millis(50), ..config() };
+    let router = Router::start(&config, Arc::new(MemoryBus::new())).unwrap();
+    let fake = Fake::new(0);
+    router.register(id("a"), fake.clone());
+    polled(&fake).await;
+    let failed = PlaceRequest { exclude: vec![id("a")], ..request(&[]) };
+    assert_eq!(router.place(failed).await.unwrap_err().code, ErrorCode::Unavailable);
+    until("it takes requests again", || async { router.place(request(&[])).await.is_ok() }).await;
+}
+
+#[tokio::test]
 async fn a_request_goes_where_its_model_is_served() {
     let router = Router::start(&config(), Arc::new(MemoryBus::new())).unwrap();
     let [old, new, gone] = [b"old".as_slice(), b"new", b"gone"].map(Digest::of);

@@ -6,6 +6,9 @@
 //! no more than one request of each other tenant. Within a tenant it is first come, first served. A priority of which
 //! nobody was taken for a while has one taken before all others, so that none starves.
 //!
+//! Where the line is full, a newcomer [displaces](Queue::displace) the newest request of whoever has the most in the lowest
+//! priority, so that nobody can keep all others out of it.
+//!
 //! Tags are given when a request is at the head of its tenant's line and are moved on when one is [charged](Queue::charge):
 //! a request that leaves the line costs its tenant nothing.
 use moesaic_types::{Priority, TenantId};
@@ -49,12 +52,36 @@ pub struct Queue<T> {
 #[derive(Debug)]
 struct Class<T> {
     tenants: HashMap<TenantId, Lane<T>>,
-    /// Of each tenant with a request in line: its tag, when its first one came, and which it is.
-    heads: BTreeSet<(u64, u64, TenantId)>,
+    /// The tenants with a request in line.
+    present: Present,
     /// The tag that was served last.
     now: u64,
     /// When a request was last taken, or the first one came.
     served: Instant,
+}
+
+/// Tenants with a request in line, in two orders.
+#[derive(Debug, Default)]
+struct Present {
+    /// By their tag, then by when their first one came.
+    heads: BTreeSet<(u64, u64, TenantId)>,
+    /// By how many they have in line, then by when their last one came.
+    sizes: BTreeSet<(usize, u64, TenantId)>,
+}
+
+impl Present {
+    fn add<T>(&mut self, tenant: TenantId, lane: &Lane<T>) {
+        if !lane.waiting.is_empty() {
+            self.heads.insert(lane.head(tenant));
+            self.sizes.insert(lane.size(tenant));
+        }
+    }
+
+    /// Before a lane changes, in whatever way.
+    fn remove<T>(&mut self, tenant: TenantId, lane: &Lane<T>) {
+        self.heads.remove(&lane.head(tenant));
+        self.sizes.remove(&lane.size(tenant));
+    }
 }
 
 /// The requests of a tenant.
@@ -131,6 +158,26 @@ impl<T> Queue<T> {
         }
     }
 
+    /// Takes the request out that gives its place to a newcomer where there is none left: the newest of the tenant that
+    /// has the most in the lowest priority. `None` where the newcomer has no better right to the place: its priority is
+    /// lower, or the same and its tenant would then have as many in line as the other.
+    pub fn displace(&mut self, tenant: TenantId, priority: Priority) -> Option<Waiting<T>> {
+        let (lowest, class) = self.classes.iter_mut().next_back()?;
+        let lowest = *lowest;
+        let (most, _, whose) = *class.present.sizes.last()?;
+        let own = class.tenants.get(&tenant).map_or(0, |lane| lane.waiting.len());
+        if priority < lowest.0 || (priority == lowest.0 && own + 1 >= most) {
+            return None;
+        }
+        let lane = class.tenants.get_mut(&whose)?;
+        class.present.remove(whose, lane);
+        let displaced = lane.waiting.pop_back();
+        class.present.add(whose, lane);
+        self.len -= usize::from(displaced.is_some());
+        self.drop_if_empty(lowest);
+        displaced
+    }
+
     /// Takes out the requests for which `is_gone` holds, in no order.
     pub fn remove(&mut self, mut is_gone: impl FnMut(&Waiting<T>) -> bool) -> Vec<Waiting<T>> {
         let mut gone = Vec::new();
@@ -138,12 +185,12 @@ impl<T> Queue<T> {
             class.remove(&mut is_gone, &mut gone);
         }
         self.len -= gone.len();
-        self.classes.retain(|_, class| !class.heads.is_empty());
+        self.classes.retain(|_, class| !class.present.heads.is_empty());
         gone
     }
 
     fn drop_if_empty(&mut self, priority: Reverse<Priority>) {
-        if self.classes.get(&priority).is_some_and(|class| class.heads.is_empty()) {
+        if self.classes.get(&priority).is_some_and(|class| class.present.heads.is_empty()) {
             self.classes.remove(&priority);
         }
     }
@@ -151,7 +198,7 @@ impl<T> Queue<T> {
 
 impl<T> Class<T> {
     fn new(now: Instant) -> Self {
-        Self { tenants: HashMap::new(), heads: BTreeSet::new(), now: 0, served: now }
+        Self { tenants: HashMap::new(), present: Present::default(), now: 0, served: now }
     }
 
     fn insert(&mut self, waiting: Waiting<T>) {
@@ -161,28 +208,25 @@ impl<T> Class<T> {
         if lane.waiting.is_empty() {
             // one that was away has saved nothing up
             lane.start = lane.start.max(now);
-        } else {
-            self.heads.remove(&lane.key(tenant));
         }
+        self.present.remove(tenant, lane);
         let at = lane.waiting.partition_point(|before| before.arrival < waiting.arrival);
         lane.waiting.insert(at, waiting);
-        self.heads.insert(lane.key(tenant));
+        self.present.add(tenant, lane);
         self.forget_idle();
     }
 
     fn take(&mut self, may: &mut impl FnMut(&T) -> bool) -> Option<Waiting<T>> {
-        let found = self.heads.iter().find_map(|(_, _, tenant)| {
+        let found = self.present.heads.iter().find_map(|(_, _, tenant)| {
             let lane = self.tenants.get(tenant)?;
             Some((*tenant, lane.waiting.iter().position(|waiting| may(&waiting.request))?))
         });
         let (tenant, at) = found?;
         let lane = self.tenants.get_mut(&tenant)?;
-        self.heads.remove(&lane.key(tenant));
+        self.present.remove(tenant, lane);
         let mut taken = lane.waiting.remove(at)?;
         taken.start = lane.start;
-        if !lane.waiting.is_empty() {
-            self.heads.insert(lane.key(tenant));
-        }
+        self.present.add(tenant, lane);
         Some(taken)
     }
 
@@ -192,11 +236,9 @@ impl<T> Class<T> {
         // its tenant's lane may be gone and come again since it was taken
         let lane =
             self.tenants.entry(taken.tenant).or_insert_with(|| Lane { waiting: VecDeque::new(), start: taken.start });
-        self.heads.remove(&lane.key(taken.tenant));
+        self.present.remove(taken.tenant, lane);
         lane.start = lane.start.max(taken.start).saturating_add(taken.cost.max(1));
-        if !lane.waiting.is_empty() {
-            self.heads.insert(lane.key(taken.tenant));
-        }
+        self.present.add(taken.tenant, lane);
         self.forget_idle();
     }
 
@@ -205,19 +247,17 @@ impl<T> Class<T> {
             if !lane.waiting.iter().any(&mut *is_gone) {
                 continue;
             }
-            self.heads.remove(&lane.key(*tenant));
+            self.present.remove(*tenant, lane);
             let (left, stay): (VecDeque<_>, VecDeque<_>) = lane.waiting.drain(..).partition(&mut *is_gone);
             lane.waiting = stay;
             gone.extend(left);
-            if !lane.waiting.is_empty() {
-                self.heads.insert(lane.key(*tenant));
-            }
+            self.present.add(*tenant, lane);
         }
     }
 
     /// A tenant without a request is remembered as long as it is ahead of the others, and they are not too many.
     fn forget_idle(&mut self) {
-        let limit = 2 * self.heads.len() + IDLE_TENANTS;
+        let limit = 2 * self.present.heads.len() + IDLE_TENANTS;
         if self.tenants.len() <= limit {
             return;
         }
@@ -230,7 +270,11 @@ impl<T> Class<T> {
 }
 
 impl<T> Lane<T> {
-    fn key(&self, tenant: TenantId) -> (u64, u64, TenantId) {
+    fn head(&self, tenant: TenantId) -> (u64, u64, TenantId) {
         (self.start, self.waiting.front().map_or(0, |first| first.arrival), tenant)
+    }
+
+    fn size(&self, tenant: TenantId) -> (usize, u64, TenantId) {
+        (self.waiting.len(), self.waiting.back().map_or(0, |last| last.arrival), tenant)
     }
 }

@@ -206,19 +206,27 @@ impl<R> Table<R> {
         Some(ready.collect::<Vec<_>>()).filter(|ready| !ready.is_empty()).ok_or_else(|| self.nobody(&[], None))
     }
 
-    /// Puts a request in line.
+    /// Puts a request in line. Where that is full, one of a lower priority or of a tenant that has more there
+    /// [makes room](Queue::displace); it is handed back, with what it is told.
     ///
     /// # Errors
-    /// `ResourceExhausted` where the line is full, with how long those waited who were taken last.
-    pub fn wait(&mut self, request: Arc<PlaceRequest>, reply: R, now: Instant) -> Result<()> {
+    /// `ResourceExhausted` where the line is full of requests that have as good a right to be there, with how long those
+    /// waited who were taken last.
+    pub fn wait(&mut self, request: Arc<PlaceRequest>, reply: R, now: Instant) -> Result<Option<(R, Error)>> {
+        let (tenant, priority) = (request.tenant, request.priority);
+        let mut displaced = None;
         if self.line.len() >= self.rules.line {
             let message = format!("the router's line is full: {} requests wait for a replica", self.line.len());
-            return Err(Error::exhausted(message, self.waited.clamp(RETRY_AFTER.0, RETRY_AFTER.1)));
+            let retry_after = self.waited.clamp(RETRY_AFTER.0, RETRY_AFTER.1);
+            let Some(other) = self.line.displace(tenant, priority) else {
+                return Err(Error::exhausted(message, retry_after));
+            };
+            let message = format!("{message}, and one of a higher priority or of a tenant with fewer came");
+            displaced = Some((other.request.reply, Error::exhausted(message, retry_after)));
         }
-        let (tenant, priority) = (request.tenant, request.priority);
         let cost = (request.prompt_tokens + request.max_tokens) as u64;
         self.line.push(tenant, priority, cost, Pending { request, reply }, now);
-        Ok(())
+        Ok(displaced)
     }
 
     /// Takes the next request out of the line for which a replica has room now; [`Self::bind`] it.

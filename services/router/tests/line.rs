@@ -154,6 +154,47 @@ async fn who_goes_away_leaves_the_line_and_a_full_line_says_when_to_come_again()
 }
 
 #[tokio::test]
+async fn a_tenant_that_fills_the_line_keeps_nobody_out_of_it() {
+    const LINE: usize = 6;
+    let cluster = Cluster::full(Config { queue_capacity: LINE, ..quiet() }, &["a"]).await;
+    let of = |tenant: u8, priority: i32| PlaceRequest {
+        tenant: TenantId([tenant; 16]),
+        priority: Priority(priority),
+        ..request(&[])
+    };
+    let mut flood = Vec::new();
+    for number in 0..2 * LINE {
+        if number < LINE {
+            flood.push(cluster.wait(of(1, 0)).await);
+        } else {
+            let refused = soon("a refusal", cluster.router.place(of(1, 0))).await.unwrap_err();
+            assert_eq!(refused.code, ErrorCode::ResourceExhausted);
+        }
+    }
+    let enters = |asked: PlaceRequest| {
+        let router = Arc::clone(&cluster.router);
+        tokio::spawn(async move { router.place(asked).await })
+    };
+    let gives_way = async |displaced: JoinHandle<Result<Placed>>| {
+        let displaced = placed(displaced).await.unwrap_err();
+        assert_eq!(displaced.code, ErrorCode::ResourceExhausted);
+        assert!(displaced.retry_after.is_some_and(|after| after >= Duration::from_secs(1)), "{displaced:?}");
+        assert_eq!(cluster.router.waiting().await, Ok(LINE));
+    };
+    let other = enters(of(2, 0));
+    gives_way(flood.pop().unwrap()).await;
+    let urgent = enters(of(1, 5));
+    gives_way(flood.pop().unwrap()).await;
+    let low = cluster.router.place(of(3, -100)).await.unwrap_err();
+    assert_eq!(low.code, ErrorCode::ResourceExhausted, "all who wait go before it");
+    assert!(flood.iter().chain([&other, &urgent]).all(|waits| !waits.is_finished()));
+    cluster.tell("a", &with_room(1)).await;
+    assert!(placed(urgent).await.is_ok());
+    other.abort();
+    flood.iter().for_each(JoinHandle::abort);
+}
+
+#[tokio::test]
 async fn nobody_waits_beyond_a_deadline_or_for_replicas_that_are_gone() {
     let cluster = Cluster::full(busy(), &["a"]).await;
     let deadline = Instant::now() + Duration::from_millis(100);

@@ -139,6 +139,35 @@ fn one_that_is_put_back_stands_where_it_stood() {
 }
 
 #[test]
+fn a_newcomer_displaces_the_newest_of_the_longest_lane_of_the_lowest_priority() {
+    let mut line = Line::new();
+    let displace = |line: &mut Line, who: u8, priority: i32| {
+        line.queue.displace(tenant(who), Priority(priority)).map(|displaced| displaced.request)
+    };
+    assert_eq!(displace(&mut line, 1, 0), None, "nobody is there");
+    for number in 0..4 {
+        line.push(1, 0, 10, number, 0);
+    }
+    line.push(2, 0, 10, 10, 0);
+    line.push(3, 5, 10, 20, 0);
+    line.push(3, 5, 10, 21, 0);
+    assert_eq!(displace(&mut line, 1, 0), None, "it has the most itself");
+    assert_eq!(displace(&mut line, 3, -1), None, "all others go before it");
+    assert_eq!(displace(&mut line, 4, 0), Some(3), "it has none");
+    assert_eq!(displace(&mut line, 2, 0), Some(2), "it has fewer, and no more after");
+    line.push(2, 0, 10, 11, 0);
+    assert_eq!(displace(&mut line, 2, 0), None, "they are even");
+    line.push(4, 0, 10, 30, 0);
+    assert_eq!(displace(&mut line, 4, 0), None, "they would only change places");
+    assert_eq!(displace(&mut line, 1, 1), Some(11), "of two as long, the one whose last came last; priority counts");
+    for _ in 0..4 {
+        assert!(displace(&mut line, 9, 9).is_some_and(|number| number < 20 || number == 30), "the lowest first");
+    }
+    assert_eq!((displace(&mut line, 9, 9), displace(&mut line, 9, 4)), (Some(21), None));
+    assert_eq!((line.queue.len(), line.all(0)), (1, vec![20]));
+}
+
+#[test]
 fn tenants_that_left_are_forgotten() {
     let mut line = Line::new();
     line.push(0, 0, 1, 0, 0);
@@ -150,7 +179,7 @@ fn tenants_that_left_are_forgotten() {
         line.serve(0, |_| true);
     }
     let class = line.queue.classes.values().next().unwrap();
-    assert!(class.tenants.len() <= IDLE_TENANTS + 2 * class.heads.len(), "{}", class.tenants.len());
+    assert!(class.tenants.len() <= IDLE_TENANTS + 2 * class.present.heads.len(), "{}", class.tenants.len());
 }
 
 proptest! {
@@ -158,7 +187,7 @@ proptest! {
     /// with a request in line falls behind another's service by more than what one request of each costs.
     #[test]
     fn the_line_is_fair_and_loses_nobody(
-        steps in prop::collection::vec((0u8..8, 0u8..4, -1i32..2, 1u64..50), 1..200),
+        steps in prop::collection::vec((0u8..9, 0u8..4, -1i32..2, 1u64..50), 1..200),
     ) {
         let mut line = Line::new();
         let (mut pushed, mut out) = (0u32, Vec::new());
@@ -174,6 +203,7 @@ proptest! {
                     }
                 }
                 4 => out.extend(line.queue.remove(|w| w.request % 7 == 3).into_iter().map(|w| w.request)),
+                5 => out.extend(line.queue.displace(tenant(who), Priority(priority)).map(|w| w.request)),
                 _ => {
                     line.push(who, priority, cost, pushed, second);
                     pushed += 1;
@@ -185,8 +215,11 @@ proptest! {
             prop_assert_eq!(out.len() + in_lanes, pushed as usize);
             for class in line.queue.classes.values() {
                 let lanes: BTreeSet<_> = class.tenants.iter().filter(|(_, lane)| !lane.waiting.is_empty())
-                    .map(|(tenant, lane)| lane.key(*tenant)).collect();
-                prop_assert_eq!(&lanes, &class.heads);
+                    .map(|(tenant, lane)| lane.head(*tenant)).collect();
+                prop_assert_eq!(&lanes, &class.present.heads);
+                let sizes: BTreeSet<_> = class.tenants.iter().filter(|(_, lane)| !lane.waiting.is_empty())
+                    .map(|(tenant, lane)| lane.size(*tenant)).collect();
+                prop_assert_eq!(&sizes, &class.present.sizes);
                 for lane in class.tenants.values() {
                     prop_assert!(lane.waiting.iter().map(|waiting| waiting.arrival).is_sorted());
                     // start tags stay within one request of the tag served last

@@ -60,7 +60,9 @@ impl Handler<Choose> for ReplicaTable {
                 let (reply, later) = oneshot::channel();
                 let waits = self.table.wait(request, reply, now);
                 metrics::line(self.table.waiting());
-                waits.inspect_err(metrics::turned_away)?;
+                if let Some((reply, error)) = waits.inspect_err(metrics::turned_away)? {
+                    turn_away(reply, error);
+                }
                 Ok(Chosen::Later(later))
             }
         }
@@ -114,11 +116,15 @@ impl ReplicaTable {
         }
         for (reply, error) in self.table.overdue(Instant::now(), Reply::is_closed) {
             if let Some(error) = error {
-                metrics::turned_away(&error);
-                // whoever waits no longer needs no answer
-                let _: Result<(), Result<Placed, Error>> = reply.send(Err(error));
+                turn_away(reply, error);
             }
         }
         metrics::line(self.table.waiting());
     }
+}
+
+fn turn_away(reply: Reply, error: Error) {
+    metrics::turned_away(&error);
+    // whoever waits no longer needs no answer
+    let _: Result<(), Result<Placed, Error>> = reply.send(Err(error));
 }

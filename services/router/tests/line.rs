@@ -14,6 +14,7 @@ use moesaic_transport::subjects::Subject;
 use moesaic_types::boundary::{EventBus, KvEvent, PlaceRequest, Placed, Placer, ReplicaLoad};
 use moesaic_types::{BlockHash, ErrorCode, Priority, ReplicaId, Result, TenantId};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 
@@ -236,12 +237,36 @@ async fn a_table_that_panics_loses_nobody_who_waits() {
     let cluster = Cluster::full(busy(), &["a"]).await;
     let waiting = cluster.wait(request(&[])).await;
     let broken = Fake::with(Ok(full()));
-    broken.panics.store(1, std::sync::atomic::Ordering::SeqCst);
+    broken.panics.store(1, Ordering::SeqCst);
     cluster.router.register(id("broken"), broken.clone());
-    until("the table has failed", || async { broken.panics.load(std::sync::atomic::Ordering::SeqCst) == 0 }).await;
+    until("the table has failed", || async { broken.panics.load(Ordering::SeqCst) == 0 }).await;
     // it asks again by itself, and goes where nothing is known yet, or waits until there is room
     broken.set(Ok(with_room(2)));
     assert!(placed(waiting).await.is_ok());
+}
+
+#[tokio::test]
+async fn however_many_loads_a_replica_tells_it_is_asked_again_once() {
+    const TOLD: usize = 40;
+    let bus = Arc::new(MemoryBus::new());
+    let router = Router::start(&quiet(), bus.clone()).unwrap();
+    let fake = Fake::with(Ok(full()));
+    router.register(id("a"), fake.clone());
+    until("it has answered", || async { router.replicas().await.unwrap()[0].load.is_some() }).await;
+    let cluster = Cluster { bus, router };
+    let (first, second) = (cluster.wait(request(&[])).await, cluster.wait(request(&[])).await);
+    let (since, before) = (Instant::now(), fake.polls.load(Ordering::SeqCst));
+    cluster.tell("a", &with_room(1)).await;
+    assert!(placed(first).await.is_ok());
+    for _ in 0..TOLD {
+        // the first may not be counted yet, and leave room for the second then
+        cluster.tell("a", &full()).await;
+    }
+    until("all rechecks are over", || async { since.elapsed() > 3 * TRANSIT }).await;
+    let asked = fake.polls.load(Ordering::SeqCst) - before;
+    let most = (since.elapsed().as_micros() / TRANSIT.as_micros()) as usize + 1;
+    assert!(asked <= most, "asked {asked} times in {:?}", since.elapsed());
+    second.abort();
 }
 
 #[tokio::test]

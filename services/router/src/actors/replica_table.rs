@@ -59,6 +59,8 @@ struct Reached {
     replica: Arc<dyn Replica>,
     /// It is being asked for its load.
     is_polled: bool,
+    /// It is asked again soon, for those who wait.
+    is_recheck_due: bool,
 }
 
 /// What is known of a replica.
@@ -96,7 +98,7 @@ impl ReplicaTable {
         for (id, Registered { replica, model }) in registered {
             if !self.reached.contains_key(&id) {
                 self.table.add(id.clone(), model);
-                self.reached.insert(id, Reached { replica, is_polled: false });
+                self.reached.insert(id, Reached { replica, is_polled: false, is_recheck_due: false });
             }
         }
     }

@@ -60,14 +60,26 @@ impl ReplicaTable {
         }
         self.send_canary_if_due(id, context);
         self.advance(context);
-        let is_uncertain =
-            |table: &Self| table.table.replicas().get(id).is_some_and(|entry| entry.recent.fresh().requests > 0);
-        if self.table.waiting() > 0 && is_uncertain(self) {
-            // what is on its way there is counted soon, and may leave room for who waits
-            let id = id.clone();
-            context.run_later(TRANSIT, move |table, context| table.ask_load(&id, context));
-        }
+        self.recheck_if_due(id, context);
         self.count_ready();
+    }
+
+    /// What is on its way to a replica is counted there soon, and may leave room for who waits: it is asked then. Once,
+    /// however many loads it tells meanwhile.
+    fn recheck_if_due(&mut self, id: &ReplicaId, context: &mut Context<Self>) {
+        let is_uncertain = self.table.replicas().get(id).is_some_and(|entry| entry.recent.fresh().requests > 0);
+        if self.table.waiting() == 0 || !is_uncertain {
+            return;
+        }
+        let Some(reached) = self.reached.get_mut(id).filter(|reached| !reached.is_recheck_due) else { return };
+        reached.is_recheck_due = true;
+        let id = id.clone();
+        context.run_later(TRANSIT, move |table, context| {
+            if let Some(reached) = table.reached.get_mut(&id) {
+                reached.is_recheck_due = false;
+            }
+            table.ask_load(&id, context);
+        });
     }
 
     fn send_canaries(&mut self, context: &mut Context<Self>) {

@@ -10,6 +10,10 @@ use std::time::{Duration, Instant};
 /// was told earlier than that after a decision does not count the request yet.
 pub const TRANSIT: Duration = Duration::from_millis(50);
 
+/// How long a placement is remembered that no load has counted: longer than a load is ever asked for anew, so that this
+/// bounds only what is remembered of a replica that is not heard.
+pub const REMEMBERED: Duration = Duration::from_secs(65);
+
 /// What is known of a replica.
 #[derive(Debug)]
 pub struct Entry {
@@ -47,8 +51,9 @@ pub struct Recent {
 }
 
 impl Recent {
-    /// A request that needs so many blocks was placed.
+    /// A request that needs so many blocks was placed. What nobody has counted for long is forgotten.
     pub fn add(&mut self, now: Instant, blocks: usize) {
+        self.forget(|at| now.saturating_duration_since(at) >= REMEMBERED);
         self.placed.push_back((now, blocks));
         self.blocks += blocks;
     }
@@ -62,7 +67,11 @@ impl Recent {
 
     /// A load told at this time counts those that had arrived by then.
     fn counted_at(&mut self, told: Instant) {
-        while let Some((_, blocks)) = self.placed.pop_front_if(|(at, _)| *at + TRANSIT <= told) {
+        self.forget(|at| at + TRANSIT <= told);
+    }
+
+    fn forget(&mut self, is_over: impl Fn(Instant) -> bool) {
+        while let Some((_, blocks)) = self.placed.pop_front_if(|(at, _)| is_over(*at)) {
             self.blocks -= blocks;
         }
     }
@@ -222,6 +231,16 @@ mod tests {
         entry.recent.add(at(101), 5);
         entry.recent.take_back();
         assert_eq!(entry.recent.fresh(), Fresh::default());
+    }
+
+    #[test]
+    fn what_is_placed_at_one_that_is_not_heard_is_forgotten_in_time() {
+        let (mut entry, start) = (entry(), Instant::now());
+        for second in 0..1000 {
+            entry.recent.add(start + Duration::from_secs(second), 2);
+        }
+        let requests = REMEMBERED.as_secs() as usize;
+        assert_eq!(entry.recent.fresh(), Fresh { requests, blocks: 2 * requests });
     }
 
     #[test]

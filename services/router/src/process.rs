@@ -12,8 +12,9 @@ use moesaic_types::boundary::Placer;
 use moesaic_types::cluster::{Role, Service};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use tokio::time::timeout_at;
 
 /// The sections that a router reads.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -55,7 +56,7 @@ pub struct RouterProcess {
     schedulers: watch::Receiver<Arc<View>>,
     _following: [Following; 2],
     /// Leads the placement of experts, or waits to.
-    _leader: PlacementLeader,
+    leader: PlacementLeader,
 }
 
 impl Process for RouterProcess {
@@ -71,7 +72,7 @@ impl Process for RouterProcess {
         let (metadata, events) = (Arc::clone(&cluster.metadata), Arc::clone(&cluster.events));
         let shards = cluster.directory(Service::ExpertShard);
         let leader = PlacementLeader::start(&settings.router.placement, metadata, events, shards)?;
-        Ok(Self { router, schedulers, _following: following, _leader: leader })
+        Ok(Self { router, schedulers, _following: following, leader })
     }
 
     async fn serve(self: Arc<Self>, doors: Doors, stop: watch::Receiver<bool>) -> Result<()> {
@@ -89,5 +90,10 @@ impl Process for RouterProcess {
             Err(error) => error,
         };
         Err(self.schedulers.borrow().explain(nobody))
+    }
+
+    /// Leaves the lead to another router; requests are placed until the server stops.
+    async fn drain(&self, deadline: Instant) -> bool {
+        timeout_at(deadline.into(), self.leader.stop()).await.is_ok()
     }
 }

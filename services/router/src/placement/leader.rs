@@ -11,9 +11,10 @@ use moesaic_transport::membership::Clients;
 use moesaic_types::Result;
 use moesaic_types::boundary::{EventBus, Metadata};
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::time::timeout;
 
 /// Where the lease stands.
 const LEASE: &str = "placement/leader";
@@ -24,10 +25,14 @@ const MAILBOX: usize = 64;
 /// Longest wait for the actor.
 const DEADLINE: Duration = Duration::from_secs(2);
 
+/// Longest wait for the metadata to take the lease back; then it runs out.
+const GIVE_BACK: Duration = Duration::from_secs(2);
+
 /// Seeks to lead the placement of experts, and does it as long as it leads. Ends when it is dropped.
 pub struct PlacementLeader {
     ground: Arc<Ground>,
-    lease: Lease,
+    /// `None` once it was stopped.
+    lease: Mutex<Option<Lease>>,
     actor: Handle<ExpertPlacement>,
 }
 
@@ -66,7 +71,7 @@ impl PlacementLeader {
             let ground = Arc::clone(&ground);
             move || ExpertPlacement::new(Arc::clone(&ground))
         });
-        Ok(Self { ground, lease, actor })
+        Ok(Self { ground, lease: Mutex::new(Some(lease)), actor })
     }
 
     /// Whether this router leads.
@@ -82,10 +87,97 @@ impl PlacementLeader {
         Ok(self.actor.ask(Statuses, DEADLINE).await?)
     }
 
-    /// Stops to lead, so that another router can at once.
-    pub async fn stop(self) {
+    /// Stops to lead for good, so that another router can at once. Where the metadata do not answer it returns all the
+    /// same, after two seconds, and the lease runs out.
+    pub async fn stop(&self) {
+        let lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.actor.stop();
         self.actor.stopped().await;
-        self.lease.give_back().await;
+        if let Some(lease) = lease
+            && timeout(GIVE_BACK, lease.give_back()).await.is_err()
+        {
+            tracing::warn!(key = LEASE, "the metadata do not take the lease back; it runs out");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use futures::future::{BoxFuture, FutureExt, pending};
+    use moesaic_testkit::until;
+    use moesaic_transport::{MemoryBus, MemoryMetadata};
+    use moesaic_types::boundary::Versioned;
+    use moesaic_types::cluster::Service;
+    use std::sync::atomic::AtomicBool;
+
+    /// Metadata that hang from some time on.
+    #[derive(Default)]
+    struct Hanging {
+        metadata: MemoryMetadata,
+        hangs: AtomicBool,
+    }
+
+    impl Hanging {
+        fn call<'a, T: Send + 'a>(
+            &'a self,
+            call: impl FnOnce(&'a MemoryMetadata) -> BoxFuture<'a, Result<T>>,
+        ) -> BoxFuture<'a, Result<T>> {
+            if self.hangs.load(Ordering::SeqCst) { pending().boxed() } else { call(&self.metadata) }
+        }
+    }
+
+    impl Metadata for Hanging {
+        fn get(&self, key: &str) -> BoxFuture<'_, Result<Option<Versioned>>> {
+            self.call(|metadata| metadata.get(key))
+        }
+
+        fn get_many(&self, keys: &[String]) -> BoxFuture<'_, Result<Vec<Option<Versioned>>>> {
+            self.call(|metadata| metadata.get_many(keys))
+        }
+
+        fn compare_and_set(
+            &self,
+            key: &str,
+            expected: Option<u64>,
+            value: Bytes,
+            expires_after: Option<Duration>,
+        ) -> BoxFuture<'_, Result<Option<u64>>> {
+            self.call(|metadata| metadata.compare_and_set(key, expected, value, expires_after))
+        }
+
+        fn remove(&self, key: &str, expected: u64) -> BoxFuture<'_, Result<bool>> {
+            self.call(|metadata| metadata.remove(key, expected))
+        }
+
+        fn add(&self, key: &str, amount: i64, expires_after: Option<Duration>) -> BoxFuture<'_, Result<i64>> {
+            self.call(|metadata| metadata.add(key, amount, expires_after))
+        }
+
+        fn keys(&self, prefix: &str) -> BoxFuture<'_, Result<Vec<String>>> {
+            self.call(|metadata| metadata.keys(prefix))
+        }
+    }
+
+    fn lead(metadata: &Arc<Hanging>) -> PlacementLeader {
+        let (events, lease) = (Arc::new(MemoryBus::new()), Duration::from_secs(60));
+        let shards = Directory::start(metadata.clone(), events.clone(), Service::ExpertShard, lease);
+        PlacementLeader::start(&Config::default(), metadata.clone(), events, shards).unwrap()
+    }
+
+    #[tokio::test]
+    async fn one_that_stops_gives_the_lease_back_and_one_that_cannot_ends_all_the_same() {
+        let metadata = Arc::new(Hanging::default());
+        let one = lead(&metadata);
+        until("it leads", || async { one.leads() }).await;
+        one.stop().await;
+        assert!(!one.leads() && metadata.metadata.get(LEASE).await.unwrap().is_none(), "at once, not by its time");
+        one.stop().await;
+        let two = lead(&metadata);
+        until("another leads", || async { two.leads() }).await;
+        metadata.hangs.store(true, Ordering::SeqCst);
+        two.stop().await;
+        assert!(metadata.metadata.get(LEASE).await.unwrap().is_some());
     }
 }

@@ -187,6 +187,12 @@ impl Entry {
         }
     }
 
+    /// It works, as another router found: that is as good as a canary of our own, unless it is to be left alone still.
+    pub fn works_elsewhere(&mut self, now: Instant) {
+        self.check.works(now);
+        self.check.is_required &= !self.breaker.allows(now);
+    }
+
     /// A request or a question failed there.
     pub fn failed(&mut self, now: Instant) {
         self.breaker.failed(now);
@@ -270,6 +276,11 @@ mod tests {
         assert!(entry.is_ready(later));
         entry.trip(later);
         assert!(!entry.may_be_asked(later + Duration::from_secs(1)), "the pause doubled");
+        let last = later + Duration::from_secs(2);
+        entry.works_elsewhere(later);
+        assert!(!entry.is_ready(last), "it was found before it failed here");
+        entry.works_elsewhere(last);
+        assert!(entry.is_ready(last));
     }
 
     #[test]

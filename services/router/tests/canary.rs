@@ -145,6 +145,22 @@ async fn one_that_has_nothing_to_do_is_asked_now_and_then_and_one_that_works_is_
 }
 
 #[tokio::test]
+async fn one_that_others_keep_full_shows_that_it_works_all_the_same() {
+    let router = start(&Config { breaker_failures: 1, ..with_canaries() });
+    let bird = Bird::new(Act::Answer(7));
+    router.register(id("a"), bird.clone());
+    until("it works", || async { bird.canaries() == 1 }).await;
+    // as many run there as it takes, and more wait
+    let full = ReplicaLoad { running: 4, waiting: 3, max_running: 4, ..ReplicaLoad::default() };
+    *bird.load.lock().unwrap() = full.clone();
+    until("it is heard", || async { router.replicas().await.unwrap()[0].load == Some(Ok(full.clone())) }).await;
+    let failed = PlaceRequest { exclude: vec![id("a")], ..request(&[]) };
+    assert!(router.place(failed).await.is_err());
+    until("it is back", || async { is_ready(&router, "a").await }).await;
+    assert_eq!(bird.canaries(), 2);
+}
+
+#[tokio::test]
 async fn a_refusal_is_an_answer_and_no_canary_is_sent_where_none_is_wanted() {
     let router = start(&with_canaries());
     let bird = Bird::new(Act::Refuse);

@@ -172,7 +172,7 @@ impl Handler<Heard> for ReplicaTable {
             }
             Heard::News(News::Works { replica }) => {
                 if let Some(entry) = self.table.replica_mut(&replica) {
-                    entry.check.works(now);
+                    entry.works_elsewhere(now);
                 }
             }
         }

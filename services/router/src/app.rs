@@ -15,6 +15,7 @@ use moesaic_transport::kv::Tier;
 use moesaic_types::boundary::{EventBus, PlaceRequest, Placed, Placer, Replica};
 use moesaic_types::{Digest, Error, ReplicaId, Result};
 use std::sync::Arc;
+use tokio::runtime;
 use tokio::sync::mpsc;
 
 /// Events that wait to be published.
@@ -53,6 +54,7 @@ impl Router {
             registrations: registrations.clone(),
             index: index.clone(),
             news,
+            runtime: runtime::Handle::current(),
         };
         let new_table = move || ReplicaTable::new(parts.clone());
         let table = Supervised::spawn("replica_table", config.mailbox, new_table);
@@ -156,3 +158,6 @@ impl Placer for Router {
         self.table.ask(Ready, self.config.decision_timeout.get()).map(|ready| ready?).boxed()
     }
 }
+
+#[cfg(test)]
+mod tests;

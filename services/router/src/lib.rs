@@ -7,6 +7,9 @@
 //! [`PlacementLeader`] places experts on their shards.
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+extern crate self as moesaic_router;
+
 pub mod actors;
 mod app;
 pub mod breaker;

@@ -233,19 +233,6 @@ async fn without_a_queue_requests_wait_at_the_replicas() {
 }
 
 #[tokio::test]
-async fn a_table_that_panics_loses_nobody_who_waits() {
-    let cluster = Cluster::full(busy(), &["a"]).await;
-    let waiting = cluster.wait(request(&[])).await;
-    let broken = Fake::with(Ok(full()));
-    broken.panics.store(1, Ordering::SeqCst);
-    cluster.router.register(id("broken"), broken.clone());
-    until("the table has failed", || async { broken.panics.load(Ordering::SeqCst) == 0 }).await;
-    // it asks again by itself, and goes where nothing is known yet, or waits until there is room
-    broken.set(Ok(with_room(2)));
-    assert!(placed(waiting).await.is_ok());
-}
-
-#[tokio::test]
 async fn however_many_loads_a_replica_tells_it_is_asked_again_once() {
     const TOLD: usize = 40;
     let bus = Arc::new(MemoryBus::new());

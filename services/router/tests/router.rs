@@ -6,6 +6,7 @@ mod fake;
 use bytes::Bytes;
 use fake::{Fake, config, id, request};
 use moesaic_config::HumanDuration;
+use moesaic_router::actors::replica_table::Status;
 use moesaic_router::policy::Policy;
 use moesaic_router::replica::TRANSIT;
 use moesaic_router::{Config, Router};
@@ -199,24 +200,43 @@ async fn a_burst_between_polls_spreads() {
 }
 
 #[tokio::test]
-async fn a_table_that_panics_comes_back_with_the_registered_replicas() {
+async fn a_replica_whose_client_panics_fails_alone() {
     let router = Router::start(&config(), Arc::new(MemoryBus::new())).unwrap();
     let (sound, broken) = (Fake::new(0), Fake::new(0));
     router.register(id("sound"), sound.clone());
     polled(&sound).await;
-    broken.panics.store(1, Ordering::SeqCst);
+    broken.panics.store(usize::MAX, Ordering::SeqCst);
     router.register(id("broken"), broken.clone());
-    until("the table has failed", || async { broken.panics.load(Ordering::SeqCst) == 0 }).await;
-    // In flight while it fails: a clear error. After: it works again, with both replicas.
-    until("the table is back and has heard of both", || async {
-        match router.replicas().await {
-            Ok(statuses) => statuses.len() == 2 && statuses.iter().all(|s| s.ready && s.load.is_some()),
-            Err(error) => {
-                assert_eq!(error.code, ErrorCode::Unavailable);
-                false
-            }
-        }
+    let is_failed =
+        |statuses: &[Status]| matches!(&statuses[0].load, Some(Err(error)) if error.code == ErrorCode::Internal);
+    until("it has failed", || async {
+        let statuses = router.replicas().await.unwrap();
+        assert_eq!(
+            statuses.last().unwrap().load,
+            Some(Ok(ReplicaLoad { max_context: 1000, ..ReplicaLoad::default() }))
+        );
+        statuses.len() == 2 && is_failed(&statuses)
     })
     .await;
-    assert!(router.place(request(&[])).await.is_ok());
+    assert_eq!(router.place(request(&[])).await.unwrap().replica, id("sound"));
+    broken.panics.store(0, Ordering::SeqCst);
+    until("it is back", || async { router.replicas().await.unwrap().iter().all(|status| status.ready) }).await;
+}
+
+#[tokio::test]
+async fn many_replicas_are_all_heard_again_and_again() {
+    let router = Router::start(&config(), Arc::new(MemoryBus::new())).unwrap();
+    let fakes: Vec<_> = (0..300).map(|_| Fake::new(0)).collect();
+    for (number, fake) in fakes.iter().enumerate() {
+        router.register(id(&number.to_string()), fake.clone());
+    }
+    for running in [3, 4] {
+        let load = ReplicaLoad { running, ..ReplicaLoad::default() };
+        fakes.iter().for_each(|fake| fake.set(Ok(load.clone())));
+        until("all are heard", || async {
+            let statuses = router.replicas().await.unwrap_or_default();
+            statuses.len() == fakes.len() && statuses.iter().all(|status| status.load == Some(Ok(load.clone())))
+        })
+        .await;
+    }
 }

@@ -19,6 +19,8 @@ use crate::policy::Fresh;
 use crate::replica::State;
 use crate::table::Table;
 use actix::{Actor, AsyncContext, Context, Handler, Message, MessageResult};
+use asking::Answer;
+use futures::stream;
 use line::Reply;
 use moesaic_actors::Handle;
 use moesaic_types::boundary::{Replica, ReplicaLoad};
@@ -26,7 +28,11 @@ use moesaic_types::{ReplicaId, Result};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::runtime;
 use tokio::sync::mpsc;
+
+/// Pieces of answers that wait for the actor at most; further ones wait where the replicas are asked.
+const ANSWERS: usize = 64;
 
 /// What the actor works with.
 #[derive(Clone)]
@@ -39,6 +45,8 @@ pub struct Parts {
     pub index: Handle<IndexActor>,
     /// To the other routers.
     pub news: mpsc::Sender<News>,
+    /// Where replicas are asked.
+    pub runtime: runtime::Handle,
     /// How often this router sends a canary to a replica without work.
     pub canary_interval: Option<Duration>,
 }
@@ -53,6 +61,12 @@ pub struct ReplicaTable {
     read: u64,
     /// A request was taken out of the line and is about to be placed.
     is_binding: bool,
+    /// The line is looked at once all is taken in that was told.
+    is_advance_due: bool,
+    /// From the tasks that ask replicas.
+    answers: mpsc::Sender<Vec<Answer>>,
+    /// The other end, until the actor starts.
+    answered: Option<mpsc::Receiver<Vec<Answer>>>,
 }
 
 struct Reached {
@@ -80,7 +94,17 @@ impl ReplicaTable {
     /// Fresh state: the registered replicas, of which nothing is known.
     pub fn new(parts: Parts) -> Self {
         let table = Table::new(parts.config.rules());
-        let mut this = Self { parts, table, reached: HashMap::new(), read: 0, is_binding: false };
+        let (answers, answered) = mpsc::channel(ANSWERS);
+        let mut this = Self {
+            parts,
+            table,
+            reached: HashMap::new(),
+            read: 0,
+            is_binding: false,
+            is_advance_due: false,
+            answers,
+            answered: Some(answered),
+        };
         this.read_registrations();
         this
     }
@@ -119,6 +143,9 @@ impl Actor for ReplicaTable {
 
     fn started(&mut self, context: &mut Context<Self>) {
         metrics::line(self.table.waiting());
+        if let Some(mut answered) = self.answered.take() {
+            context.add_stream(stream::poll_fn(move |task| answered.poll_recv(task)));
+        }
         self.poll(context);
         context.run_interval(self.parts.config.poll_interval.get(), Self::poll);
     }
@@ -133,7 +160,8 @@ impl Handler<Refresh> for ReplicaTable {
     type Result = ();
 
     fn handle(&mut self, _: Refresh, context: &mut Context<Self>) {
-        self.poll(context);
+        self.ask_new();
+        self.advance(context);
     }
 }
 

@@ -7,7 +7,7 @@ use crate::queue::{Queue, Waiting};
 use crate::replica::{Entry, State};
 use moesaic_types::boundary::{PlaceRequest, Placed, ReplicaLoad};
 use moesaic_types::{BLOCK_TOKENS, Digest, Error, ErrorCode, ReplicaId, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -66,13 +66,24 @@ pub struct Table<R> {
     line: Queue<Pending<R>>,
     /// How long those waited who were taken last.
     waited: Duration,
+    /// How often the replicas were looked through for a request.
+    #[cfg(test)]
+    looks: std::cell::Cell<usize>,
 }
 
 impl<R> Table<R> {
     /// A table without replicas.
     pub fn new(rules: Rules) -> Self {
         let line = Queue::new(rules.promote_after);
-        Self { rules, replicas: BTreeMap::new(), turn: 0, line, waited: Duration::ZERO }
+        Self {
+            rules,
+            replicas: BTreeMap::new(),
+            turn: 0,
+            line,
+            waited: Duration::ZERO,
+            #[cfg(test)]
+            looks: Default::default(),
+        }
     }
 
     /// Adds a replica of which nothing is known.
@@ -141,6 +152,8 @@ impl<R> Table<R> {
     /// The best replica for a request; `None` when none of those that could take it has room, an error when there are
     /// none.
     fn pick(&self, request: &PlaceRequest, prefixes: &Prefixes, now: Instant) -> Result<Option<Placed>> {
+        #[cfg(test)]
+        self.looks.set(self.looks.get() + 1);
         let able = self.able(request, now);
         if able.is_empty() {
             return Err(self.nobody(&request.exclude, request.model));
@@ -235,20 +248,14 @@ impl<R> Table<R> {
             return None;
         }
         let ahead = self.rules.ahead;
-        let has_room = |(_, entry): &(&ReplicaId, &Entry)| entry.is_ready(now) && entry.room(0, ahead) > 0;
-        let with_room: Vec<_> = self.replicas.iter().filter(has_room).collect();
-        if with_room.is_empty() {
+        if !self.replicas.values().any(|entry| entry.is_ready(now) && entry.room(0, ahead) > 0) {
             return None;
         }
         // the line is looked through while the replicas are
         let mut line = std::mem::replace(&mut self.line, Queue::new(self.rules.promote_after));
-        let nothing = Prefixes::default();
+        let mut refusals = Refusals::new(self.replicas.values());
         let next = line.take(now, |Pending { request, .. }| {
-            let blocks = blocks_of(request);
-            let may = |(id, entry): &(&ReplicaId, &Entry)| {
-                self.may_take(request, id, entry, now) && entry.room(blocks, ahead) > 0
-            };
-            with_room.iter().any(may) && matches!(self.pick(request, &nothing, now), Ok(Some(_)))
+            refusals.or_find(request, || matches!(self.pick(request, &Prefixes::default(), now), Ok(Some(_))))
         });
         self.line = line;
         next
@@ -316,6 +323,42 @@ impl<R> Table<R> {
     }
 }
 
+/// Which requests found no replica with room in one look through the line, so that others like them need not look: for
+/// the same model, with a prompt that fits the same replicas, and with as many blocks or more.
+struct Refusals {
+    /// The contexts of the replicas, ascending.
+    limits: Vec<usize>,
+    /// By model and number of limits that the prompt is beyond: the fewest blocks for which there was no room.
+    fewest: HashMap<(Option<Digest>, usize), usize>,
+}
+
+impl Refusals {
+    fn new<'a>(replicas: impl Iterator<Item = &'a Entry>) -> Self {
+        let mut limits: Vec<usize> = replicas.map(|entry| entry.load().max_context).collect();
+        limits.sort_unstable();
+        limits.dedup();
+        Self { limits, fewest: HashMap::new() }
+    }
+
+    /// Whether a replica has room, by what is known of requests like this one or by a look.
+    fn or_find(&mut self, request: &PlaceRequest, look: impl FnOnce() -> bool) -> bool {
+        if !request.exclude.is_empty() {
+            // it may not go where others may
+            return look();
+        }
+        let beyond = self.limits.partition_point(|limit| *limit <= request.prompt_tokens);
+        let (like, blocks) = ((request.model, beyond), blocks_of(request));
+        if self.fewest.get(&like).is_some_and(|fewest| blocks >= *fewest) {
+            return false;
+        }
+        let is_found = look();
+        if !is_found {
+            self.fewest.insert(like, blocks);
+        }
+        is_found
+    }
+}
+
 /// Keeps those for which `is_better` holds, if there are any.
 fn narrow(able: &mut Vec<(&ReplicaId, &Entry)>, is_better: impl Fn(&Entry) -> bool) {
     if able.iter().any(|(_, entry)| is_better(entry)) {
@@ -327,3 +370,6 @@ fn narrow(able: &mut Vec<(&ReplicaId, &Entry)>, is_better: impl Fn(&Entry) -> bo
 pub fn blocks_of(request: &PlaceRequest) -> usize {
     request.prompt_tokens.div_ceil(BLOCK_TOKENS) + request.max_tokens.div_ceil(BLOCK_TOKENS).min(1)
 }
+
+#[cfg(test)]
+mod tests;

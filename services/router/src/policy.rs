@@ -60,8 +60,6 @@ pub struct Candidate<'a> {
     pub load: &'a ReplicaLoad,
     /// What came since.
     pub fresh: Fresh,
-    /// What is believed of the prompt's blocks.
-    pub known: Known,
 }
 
 impl Candidate<'_> {
@@ -69,17 +67,21 @@ impl Candidate<'_> {
         self.load.running + self.load.waiting + self.fresh.requests
     }
 
-    /// The work that the replica would have with this request.
-    fn cost(&self, prompt_tokens: usize, weights: &Weights) -> f64 {
-        let Known { local, ram, disk } = self.known;
-        // The last token is computed whatever is cached: its logits are needed.
-        let missing_tokens = prompt_tokens.saturating_sub((local + ram + disk) * BLOCK_TOKENS).max(1);
-        let computed = missing_tokens as f64 / BLOCK_TOKENS as f64;
-        let fetched = weights.store_ram * ram as f64 + weights.store_disk * disk as f64;
+    /// The work that the replica has.
+    fn work(&self, weights: &Weights) -> f64 {
         let decode_blocks = (self.load.kv_blocks_used + self.fresh.blocks) as f64;
         let waiting = (self.load.waiting + self.fresh.requests) as f64;
-        weights.prefill * (computed + fetched) + decode_blocks + weights.queue * waiting
+        decode_blocks + weights.queue * waiting
     }
+}
+
+/// The work of the missing prefill.
+fn prefill(prompt_tokens: usize, Known { local, ram, disk }: Known, weights: &Weights) -> f64 {
+    // The last token is computed whatever is cached: its logits are needed.
+    let missing_tokens = prompt_tokens.saturating_sub((local + ram + disk) * BLOCK_TOKENS).max(1);
+    let computed = missing_tokens as f64 / BLOCK_TOKENS as f64;
+    let fetched = weights.store_ram * ram as f64 + weights.store_disk * disk as f64;
+    weights.prefill * (computed + fetched)
 }
 
 /// How many requests of so many blocks a replica can take now: those that it can begin at once, and `ahead` more that
@@ -96,13 +98,15 @@ pub fn room(load: &ReplicaLoad, fresh: Fresh, blocks: usize, ahead: usize) -> us
     (places + ahead).saturating_sub(load.waiting + fresh.requests)
 }
 
-/// The index of the chosen candidate; `None` if there is none. `turn` grows by one with each decision: it drives
-/// round-robin and spreads ties.
+/// The index of the chosen candidate; `None` if there is none. What is believed of the prompt's blocks at one is asked for
+/// by its index, and only where it can matter. `turn` grows by one with each decision: it drives round-robin and spreads
+/// ties.
 pub fn choose(
     policy: Policy,
     weights: &Weights,
     prompt_tokens: usize,
     candidates: &[Candidate<'_>],
+    known: impl Fn(usize) -> Known,
     turn: usize,
 ) -> Option<usize> {
     let count = candidates.len();
@@ -116,11 +120,21 @@ pub fn choose(
         Policy::RoundRobin => Some(first),
         Policy::LeastLoaded => in_turn.min_by_key(|&index| candidates[index].requests()),
         Policy::PrefixAware => {
-            let costs = in_turn.map(|index| {
+            // with all of the prompt in its pool
+            let least_prefill = prefill(1, Known::default(), weights);
+            let mut least: Option<(f64, usize, usize)> = None;
+            for index in in_turn {
                 let candidate = &candidates[index];
-                (candidate.cost(prompt_tokens, weights), candidate.requests(), index)
-            });
-            let least = costs.min_by(|a, b| a.0.total_cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
+                let work = candidate.work(weights);
+                if least.is_some_and(|(least, ..)| work + least_prefill > least) {
+                    continue;
+                }
+                let (cost, requests) = (work + prefill(prompt_tokens, known(index), weights), candidate.requests());
+                let is_less = |least: (f64, usize, usize)| (cost, requests) < (least.0, least.1);
+                if least.is_none_or(is_less) {
+                    least = Some((cost, requests, index));
+                }
+            }
             least.map(|(.., index)| index)
         }
     }
@@ -132,6 +146,35 @@ mod tests {
     use proptest::prelude::*;
 
     const WEIGHTS: Weights = Weights { prefill: 1.0, store_ram: 0.2, store_disk: 0.5, queue: 4.0 };
+
+    /// A replica and what is believed of the prompt's blocks there.
+    #[derive(Clone, Copy)]
+    struct Candidate<'a> {
+        load: &'a ReplicaLoad,
+        fresh: Fresh,
+        known: Known,
+    }
+
+    impl Candidate<'_> {
+        fn cost(&self, prompt_tokens: usize, weights: &Weights) -> f64 {
+            self.bare().work(weights) + prefill(prompt_tokens, self.known, weights)
+        }
+
+        fn bare(&self) -> super::Candidate<'_> {
+            super::Candidate { load: self.load, fresh: self.fresh }
+        }
+    }
+
+    fn choose(
+        policy: Policy,
+        weights: &Weights,
+        prompt_tokens: usize,
+        candidates: &[Candidate<'_>],
+        turn: usize,
+    ) -> Option<usize> {
+        let bare: Vec<_> = candidates.iter().map(Candidate::bare).collect();
+        super::choose(policy, weights, prompt_tokens, &bare, |index| candidates[index].known, turn)
+    }
 
     fn load(running: usize, waiting: usize, used: usize) -> ReplicaLoad {
         ReplicaLoad { running, waiting, kv_blocks_used: used, ..ReplicaLoad::default() }
@@ -215,6 +258,25 @@ mod tests {
     }
 
     proptest! {
+        /// Looking at all of them finds the same: least cost, then fewest requests, then the first in turn.
+        #[test]
+        fn who_is_passed_over_would_not_have_been_chosen(
+            prompt in 1usize..3000, turn in 0usize..9,
+            all in prop::collection::vec((0usize..4, 0usize..3, 0usize..40, 0usize..40, 0usize..9), 1..9),
+        ) {
+            let candidates: Vec<_> = all.iter().map(|(running, waiting, used, local, ram)| {
+                let mut candidate = candidate(*running, *waiting, *used, *local);
+                candidate.known.ram = *ram;
+                candidate
+            }).collect();
+            let in_turn = (0..all.len()).map(|at| (turn + at) % all.len());
+            let least = in_turn.min_by(|a, b| {
+                let of = |index: usize| (candidates[index].cost(prompt, &WEIGHTS), candidates[index].bare().requests());
+                of(*a).partial_cmp(&of(*b)).unwrap()
+            });
+            prop_assert_eq!(choose(Policy::PrefixAware, &WEIGHTS, prompt, &candidates, turn), least);
+        }
+
         #[test]
         fn more_overlap_or_less_load_never_loses_to_a_twin(
             prompt in 1usize..10_000, running in 0usize..50, waiting in 0usize..50, used in 0usize..500,

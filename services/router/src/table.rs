@@ -154,38 +154,36 @@ impl<R> Table<R> {
     fn pick(&self, request: &PlaceRequest, prefixes: &Prefixes, now: Instant) -> Result<Option<Placed>> {
         #[cfg(test)]
         self.looks.set(self.looks.get() + 1);
-        let able = self.able(request, now);
-        if able.is_empty() {
+        let count = self.replicas.len();
+        let (mut ids, mut candidates) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        let (line, ahead, blocks) = (self.rules.line, self.rules.ahead, blocks_of(request));
+        let has_canaries = self.rules.canary_interval.is_some();
+        let mut best = None;
+        for (id, entry) in &self.replicas {
+            if !self.may_take(request, id, entry, now) {
+                continue;
+            }
+            let (load, fresh) = (entry.load(), entry.recent.fresh());
+            // A prompt that fits nowhere goes anywhere: the replica's refusal names the limit. And one that has not shown
+            // that it works takes requests where nobody else can.
+            let fits = load.max_context == 0 || request.prompt_tokens < load.max_context;
+            let rank = Some((fits, !has_canaries || entry.check.is_proven));
+            if rank > best {
+                best = rank;
+                ids.clear();
+                candidates.clear();
+            }
+            if rank == best && (line == 0 || entry.room(blocks, ahead) > 0) {
+                ids.push(id);
+                candidates.push(Candidate { load, fresh });
+            }
+        }
+        if best.is_none() {
             return Err(self.nobody(&request.exclude, request.model));
         }
-        let (line, ahead, blocks) = (self.rules.line, self.rules.ahead, blocks_of(request));
-        let with_room = able.into_iter().filter(|(_, entry)| line == 0 || entry.room(blocks, ahead) > 0);
-        let (ids, candidates): (Vec<&ReplicaId>, Vec<Candidate<'_>>) = with_room
-            .map(|(id, entry)| {
-                let fresh = entry.recent.fresh();
-                (id, Candidate { load: entry.load(), fresh, known: prefixes.known(id) })
-            })
-            .unzip();
-        let Rules { policy, weights, .. } = &self.rules;
-        let chosen = policy::choose(*policy, weights, request.prompt_tokens, &candidates, self.turn);
-        Ok(chosen.map(|at| Placed { replica: ids[at].clone(), overlap_blocks: candidates[at].known.local }))
-    }
-
-    /// The replicas that can take a request, with room or without.
-    fn able(&self, request: &PlaceRequest, now: Instant) -> Vec<(&ReplicaId, &Entry)> {
-        let mut able: Vec<_> =
-            self.replicas.iter().filter(|(id, entry)| self.may_take(request, id, entry, now)).collect();
-        // A prompt that fits nowhere goes anywhere: the replica's refusal names the limit.
-        let fits = |entry: &Entry| {
-            let limit = entry.load().max_context;
-            limit == 0 || request.prompt_tokens < limit
-        };
-        narrow(&mut able, fits);
-        if self.rules.canary_interval.is_some() {
-            // One that has not shown that it works takes requests where nobody else can.
-            narrow(&mut able, |entry| entry.check.is_proven);
-        }
-        able
+        let (Rules { policy, weights, .. }, known) = (&self.rules, |at: usize| prefixes.known(ids[at]));
+        let chosen = policy::choose(*policy, weights, request.prompt_tokens, &candidates, known, self.turn);
+        Ok(chosen.map(|at| Placed { replica: ids[at].clone(), overlap_blocks: known(at).local }))
     }
 
     /// Whether a replica takes requests, and this one among them.
@@ -356,13 +354,6 @@ impl Refusals {
             self.fewest.insert(like, blocks);
         }
         is_found
-    }
-}
-
-/// Keeps those for which `is_better` holds, if there are any.
-fn narrow(able: &mut Vec<(&ReplicaId, &Entry)>, is_better: impl Fn(&Entry) -> bool) {
-    if able.iter().any(|(_, entry)| is_better(entry)) {
-        able.retain(|(_, entry)| is_better(entry));
     }
 }
 

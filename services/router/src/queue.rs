@@ -2,9 +2,9 @@
 //!
 //! Higher priorities go first. Within one, tenants share by start-time fair queueing (Goyal, Vin, Cheng 1996): each
 //! tenant's next request has a start tag, the lowest goes next, and it moves its tenant's next tag on by what it costs,
-//! in tokens. A tenant that was away begins at the tag that was served last: it has saved nothing up, and waits behind
-//! no more than one request of each other tenant. Within a tenant it is first come, first served. A priority of which
-//! nobody was taken for a while has one taken before all others, so that none starves.
+//! in tokens of its prompt and of a common answer. A tenant that was away begins at the tag that was served last: it has
+//! saved nothing up, and waits behind no more than one request of each other tenant. Within a tenant it is first come,
+//! first served. A priority of which nobody was taken for a while has one taken before all others, so that none starves.
 //!
 //! Where the line is full, a newcomer [displaces](Queue::displace) the newest request of whoever has the most in the lowest
 //! priority, so that nobody can keep all others out of it.

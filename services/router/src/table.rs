@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// What a client is told to wait at least and at most where the line is full.
 const RETRY_AFTER: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
+/// Tokens of output that a tenant is charged for at most, for each request in line.
+pub const COUNTED_OUTPUT: usize = 256;
+
 /// What an operator decides.
 #[derive(Clone, Debug)]
 pub struct Rules {
@@ -235,8 +238,7 @@ impl<R> Table<R> {
             let message = format!("{message}, and one of a higher priority or of a tenant with fewer came");
             displaced = Some((other.request.reply, Error::exhausted(message, retry_after)));
         }
-        let cost = (request.prompt_tokens + request.max_tokens) as u64;
-        self.line.push(tenant, priority, cost, Pending { request, reply }, now);
+        self.line.push(tenant, priority, cost_of(&request), Pending { request, reply }, now);
         Ok(displaced)
     }
 
@@ -355,6 +357,12 @@ impl Refusals {
         }
         is_found
     }
+}
+
+/// What a request costs its tenant, in tokens. The router does not hear how long an answer became, and many clients ask
+/// for as much as may be: beyond a common answer's length, what may be generated counts for nothing.
+fn cost_of(request: &PlaceRequest) -> u64 {
+    (request.prompt_tokens + request.max_tokens.min(COUNTED_OUTPUT)) as u64
 }
 
 /// Blocks that a request needs. Not all that may be generated will be; a block is what a short answer needs.

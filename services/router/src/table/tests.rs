@@ -1,7 +1,7 @@
 //! The line before replicas with room for some.
 use super::*;
 use crate::Config;
-use moesaic_types::RequestId;
+use moesaic_types::{RequestId, TenantId};
 use proptest::prelude::*;
 
 fn id(number: usize) -> ReplicaId {
@@ -46,6 +46,29 @@ fn requests_alike_for_which_nobody_has_room_cost_one_look_together() {
     table.heard(&id(0), Ok(with_blocks(3)), now, now);
     let few = table.next(now).map(|waiting| waiting.request.reply);
     assert_eq!(few, Some(0), "two blocks of the prompt, and one of the answer");
+}
+
+#[test]
+fn a_tenant_s_share_hardly_depends_on_how_much_it_lets_be_generated() {
+    let (rules, now) = (Config::default().rules(), Instant::now());
+    let mut table: Table<usize> = Table::new(Rules { canary_interval: None, ..rules.clone() });
+    table.add(id(0), None);
+    table.heard(&id(0), Ok(full(&rules)), now, now);
+    let of =
+        |tenant: u8, max_tokens: usize| PlaceRequest { max_tokens, tenant: TenantId([tenant; 16]), ..request(1000) };
+    for number in 0..40 {
+        let asked = if number % 2 == 0 { of(0, 16) } else { of(1, 100_000) };
+        table.wait(Arc::new(asked), number % 2, now).unwrap();
+    }
+    table.heard(&id(0), Ok(ReplicaLoad::default()), now, now);
+    let mut served = [0; 2];
+    for _ in 0..20 {
+        let waiting = table.next(now).unwrap();
+        served[waiting.request.reply] += 1;
+        assert!(table.bind(waiting, &Prefixes::default(), now, |_, _| true).is_some());
+    }
+    // 1016 tokens against 1256
+    assert_eq!(served, [11, 9]);
 }
 
 proptest! {

@@ -129,7 +129,8 @@ pub struct Model {
     settled: Option<(BTreeSet<usize>, Instant)>,
     /// Experts are to be placed by the load.
     is_due: bool,
-    is_changing: bool,
+    /// While a change is under way: the shards that it has prepare something, with their lives.
+    changing: Option<BTreeMap<Arc<str>, u64>>,
     retry: Retry,
     mending: BTreeMap<Arc<str>, Mending>,
     /// Groups that could not load what they should; those that hold nothing are left out for a while.
@@ -146,7 +147,7 @@ impl Model {
             whole_at: BTreeMap::new(),
             settled: None,
             is_due: false,
-            is_changing: false,
+            changing: None,
             retry: Retry::default(),
             mending: BTreeMap::new(),
             refused: BTreeMap::new(),
@@ -209,13 +210,18 @@ impl Model {
         let refuses = |group: &usize| self.refused.get(group).is_some_and(|retry| !retry.allows(now));
         let usable = whole.iter().copied().filter(|group| holders.contains(group) || !refuses(group)).collect();
         let groups = Groups { left: left(&shards, &whole), serving: serving(&shards), usable, whole };
-        let (is_planned, is_renumbered) = self.wants(now, config, &groups, present.as_ref(), &load);
+        // what stands is served before it is bettered
+        let is_behind = stands.as_ref().is_some_and(|stands| {
+            let mut behind = behind(&shards, stands);
+            behind.any(|seen| holders.contains(&seen.info.group))
+        });
+        let (is_planned, is_renumbered) = self.wants(now, config, &groups, present.as_ref(), &load, is_behind);
         let is_renumbered = is_renumbered && must_renumber;
         let usable = groups.usable;
         let is_asked = |group: usize| usable.contains(&group) || holders.contains(&group);
         // one that leaves serves those who do not follow the next placement yet
         let asked = answers(&shards).filter(|(seen, _)| !seen.leaves && is_asked(seen.info.group));
-        let asked = asked.map(|(seen, _)| (Arc::clone(&seen.id), seen.info.group)).collect();
+        let asked: Vec<_> = asked.map(|(seen, _)| seen).collect();
         let change = (is_planned || is_renumbered).then_some(Change {
             groups: usable,
             load,
@@ -224,19 +230,18 @@ impl Model {
             is_renumbered,
             floor,
             version,
-            shards: asked,
+            shards: asked.iter().map(|seen| (Arc::clone(&seen.id), seen.info.group)).collect(),
         });
-        self.is_changing |= change.is_some();
-        let mends = match stands {
-            Some(stands) if !self.is_changing => self.mends(now, &shards, &stands),
-            _ => Vec::new(),
-        };
+        if change.is_some() {
+            self.changing = Some(asked.iter().map(|seen| (Arc::clone(&seen.id), seen.generation)).collect());
+        }
+        let mends = stands.map(|stands| self.mends(now, &shards, &stands)).unwrap_or_default();
         Steps { change, mends }
     }
 
     /// A change ended: with a placement, with none because nothing is better, or not.
     pub fn changed(&mut self, now: Instant, config: &Config, outcome: Result<Option<Placement>, Failure>) {
-        self.is_changing = false;
+        self.changing = None;
         match outcome {
             Ok(placement) => {
                 let used = placement.as_ref().map(|placement| holders(&placement.layers)).unwrap_or_default();
@@ -318,6 +323,7 @@ impl Model {
         Groups { whole, left, serving, usable }: &Groups,
         present: Option<&Layers>,
         load: &Load,
+        is_behind: bool,
     ) -> (bool, bool) {
         let has_shape =
             |layers: &Layers| load.iter().all(|(index, counts)| layers.get(index).map(Vec::len) == Some(counts.len()));
@@ -341,12 +347,12 @@ impl Model {
                 awaited.push(is_needed);
             }
         }
-        if self.is_changing || !self.retry.allows(now) || whole.is_empty() {
+        if self.changing.is_some() || !self.retry.allows(now) || whole.is_empty() {
             return (false, false);
         }
         let is_loading = self.mending.values().any(|mending| mending.is_running);
         let is_wanted = if is_whole {
-            is_lost || self.is_due
+            is_lost || (self.is_due && !is_behind)
         } else {
             // those who hold something of a placement that is lost may not all be there yet
             let patience = if holders.is_empty() { config.settle } else { config.lost_after };
@@ -358,11 +364,15 @@ impl Model {
         (is_wanted && !is_waiting && !is_loading, is_whole)
     }
 
-    /// Shards that are behind.
+    /// Shards that are behind, and that no change has prepare something: a life that began since would wait for the end of
+    /// the change, which is as long as the slowest shard loads.
     fn mends(&mut self, now: Instant, shards: &[Seen], stands: &Placement) -> Vec<Mend> {
         let mut mends = Vec::new();
-        for (seen, _) in answers(shards).filter(|(seen, report)| !seen.leaves && report.epoch < stands.epoch) {
+        for seen in behind(shards, stands) {
             let (generation, group) = (seen.generation, seen.info.group);
+            if self.changing.as_ref().is_some_and(|asked| asked.get(&seen.id) == Some(&generation)) {
+                continue;
+            }
             let fresh = Mending { generation, group, is_running: false, retry: Retry::default(), failing_since: None };
             let mending = self.mending.entry(Arc::clone(&seen.id)).or_insert(fresh);
             if mending.is_running || !mending.retry.allows(now) {
@@ -374,6 +384,12 @@ impl Model {
         }
         mends
     }
+}
+
+/// Shards that stay, and do not follow what stands yet.
+fn behind<'a>(shards: &'a [Seen], stands: &Placement) -> impl Iterator<Item = &'a Seen> {
+    let epoch = stands.epoch;
+    answers(shards).filter(move |(seen, report)| !seen.leaves && report.epoch < epoch).map(|(seen, _)| seen)
 }
 
 /// Whether so many groups can hold all experts, without one that holds more than `max_experts` of a layer (0: any).

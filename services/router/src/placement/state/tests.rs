@@ -100,6 +100,44 @@ fn a_shard_that_is_behind_is_mended_and_those_that_fail_are_tried_again() {
 }
 
 #[test]
+fn one_that_restarts_does_not_wait_for_the_end_of_a_change() {
+    let (mut model, now, config) = (Model::new(None), Instant::now(), config());
+    model.next(now, &config, found(&both(7), Some(7)));
+    model.rebalance();
+    assert!(model.next(now, &config, found(&both(7), Some(7))).change.is_some());
+    let restarted = [both(7)[0].clone(), Seen { generation: 2, ..seen(1, 0, &[]) }];
+    let mend = Mend { id: "s1".into(), generation: 2, epoch: 7, shares: Shares::from([(0, vec![2, 3])]) };
+    let steps = model.next(now, &config, found(&restarted, Some(7)));
+    assert_eq!(steps, Steps { change: None, mends: vec![mend] });
+    assert_eq!(model.next(now, &config, found(&restarted, Some(7))), Steps::default(), "it loads");
+    model.mended(now, &config, "s1", 2, true);
+    // the change was written meanwhile: it is taken there next
+    model.changed(now, &config, Ok(Some(placement(8))));
+    let moved = [seen(0, 8, &[0, 1]), Seen { generation: 2, ..seen(1, 7, &[2, 3]) }];
+    let epochs = |steps: Steps| steps.mends.iter().map(|mend| mend.epoch).collect::<Vec<_>>();
+    assert_eq!(epochs(model.next(now, &config, found(&moved, Some(8)))), [8]);
+}
+
+#[test]
+fn what_stands_is_mended_before_it_is_bettered_and_what_a_change_prepares_is_left_to_it() {
+    let (mut model, now, config) = (Model::new(None), Instant::now(), config());
+    let behind = [both(7)[0].clone(), seen(1, 0, &[])];
+    model.rebalance();
+    let steps = model.next(now, &config, found(&behind, Some(7)));
+    assert_eq!((steps.change, steps.mends.len()), (None, 1));
+    model.mended(now, &config, "s1", 1, true);
+    assert!(model.next(now, &config, found(&both(7), Some(7))).change.is_some(), "then experts are placed by the load");
+
+    // one that has nothing yet takes part in a change at once; what it loads for that is all that it needs
+    let mut model = Model::new(None);
+    let new = [both(7)[0].clone(), both(7)[1].clone(), seen(2, 0, &[])];
+    model.rebalance();
+    let steps = model.next(now, &config, found(&new, Some(7)));
+    assert!(steps.change.is_some_and(|change| change.groups.contains(&2)) && steps.mends.is_empty());
+    assert_eq!(model.next(now, &config, found(&new, Some(7))), Steps::default());
+}
+
+#[test]
 fn a_group_that_is_lost_for_long_is_given_up() {
     let (mut model, now, config) = (Model::new(None), Instant::now(), config());
     let alone = [both(7)[0].clone(), silent(1)];

@@ -1,5 +1,5 @@
 //! Composition: the two actors, the events' ways into them and out, and the `Placer` boundary.
-use crate::actors::prefix_index::{Forget, IndexActor, Overlap, Size};
+use crate::actors::prefix_index::Index;
 use crate::actors::replica_table::{
     Choose, Chosen, InLine, Parts, Ready, Refresh, Registered, Registrations, ReplicaTable, Status, Statuses,
 };
@@ -29,7 +29,7 @@ pub struct Router {
     config: Arc<Config>,
     registrations: Registrations,
     table: Handle<ReplicaTable>,
-    index: Handle<IndexActor>,
+    index: Index,
     _feeds: Feeds,
 }
 
@@ -44,21 +44,19 @@ impl Router {
         let config = Arc::new(config.clone());
         let registrations = Registrations::default();
         let ((news, told), (questions, asked)) = (mpsc::channel(OUTBOX), mpsc::channel(OUTBOX));
-        let entries = config.index_entries;
-        let new_index = move || IndexActor::new(entries, questions.clone());
-        let index = Supervised::spawn("prefix_index", config.mailbox, new_index);
+        let index = Index::start(config.index_entries, config.mailbox, registrations.clone(), questions);
         let name = news::own_name();
         let parts = Parts {
             canary_interval: config.canary_interval().map(|interval| canary::own_interval(&name, interval)),
             config: Arc::clone(&config),
             registrations: registrations.clone(),
-            index: index.clone(),
+            index: index.actor().clone(),
             news,
             runtime: runtime::Handle::current(),
         };
         let new_table = move || ReplicaTable::new(parts.clone());
         let table = Supervised::spawn("replica_table", config.mailbox, new_table);
-        let feeds = Feeds::start(events, name, &index, &table, told, asked);
+        let feeds = Feeds::start(events, name, index.actor(), &table, told, asked);
         Ok(Arc::new(Self { config, registrations, table, index, _feeds: feeds }))
     }
 
@@ -81,14 +79,16 @@ impl Router {
 
     /// Takes a replica out; whether it was there.
     pub fn deregister(&self, id: &ReplicaId) -> bool {
-        let _ = self.index.try_tell(Forget(Owner::Replica(id.clone())));
-        self.registrations.remove(id)
+        // first: the index takes no events from who is not registered, so nothing comes after it has forgotten
+        let was_there = self.registrations.remove(id);
+        self.index.forget(Owner::Replica(id.clone()));
+        was_there
     }
 
     /// Forgets what a kv-store had.
     pub fn forget_store(&self, id: &Arc<str>) {
         for tier in [Tier::Ram, Tier::Disk] {
-            let _ = self.index.try_tell(Forget(Owner::Store(Arc::clone(id), tier)));
+            self.index.forget(Owner::Store(Arc::clone(id), tier));
         }
     }
 
@@ -116,9 +116,9 @@ impl Router {
     /// Entries of the prefix index: a block at an owner each.
     ///
     /// # Errors
-    /// As [`Self::replicas`].
+    /// `Unavailable` while the index restarts.
     pub async fn indexed(&self) -> Result<usize> {
-        Ok(self.index.ask(Size, self.config.decision_timeout.get()).await?)
+        self.index.entries().ok_or_else(|| Error::unavailable("the prefix index restarts"))
     }
 
     async fn decide(&self, request: PlaceRequest) -> Result<Placed> {
@@ -138,13 +138,7 @@ impl Router {
 
     async fn choose(&self, request: &Arc<PlaceRequest>, is_first: bool) -> Result<Chosen> {
         let deadline = self.config.decision_timeout.get();
-        let prefixes = match self.index.ask(Overlap(Arc::clone(request)), deadline).await {
-            Ok(prefixes) => prefixes,
-            Err(error) => {
-                tracing::warn!(request = %request.id, %error, "place without prefixes");
-                Default::default()
-            }
-        };
+        let prefixes = self.index.prefixes(request);
         self.table.ask(Choose { request: Arc::clone(request), is_first, prefixes }, deadline).await?
     }
 }

@@ -45,7 +45,7 @@ impl Feeds {
         let name: Arc<str> = name.into();
         let own = Arc::clone(&name);
         let tasks = [
-            tokio::spawn(feed(Arc::clone(&events), Plane::Kv, index.downgrade(), |event| Some(Apply(event)))),
+            tokio::spawn(feed(Arc::clone(&events), Plane::Kv, index.downgrade(), |event| Apply::read(&event))),
             tokio::spawn(feed(Arc::clone(&events), Plane::Load, table.downgrade(), move |event| heard(&own, &event))),
             tokio::spawn(tell(Arc::clone(&events), Arc::clone(&name), news)),
             tokio::spawn(ask(events, name, questions)),

@@ -137,14 +137,18 @@ impl Drop for Process {
     }
 }
 
-/// A metric's value by its name and labels as they are printed; `None` where it is not there.
+/// A metric's value: the sum over all its labels; `None` where it is not there.
 ///
 /// # Errors
 /// When nobody answers.
 pub fn metric(address: SocketAddr, name: &str) -> Result<Option<f64>> {
-    let text = http::get(address, "/metrics")?;
-    let line = text.lines().find(|line| line.starts_with(name) && !line.starts_with('#'));
-    Ok(line.and_then(|line| line.rsplit(' ').next()).and_then(|value| value.parse().ok()))
+    Ok(sum(&http::get(address, "/metrics")?, name))
+}
+
+/// The sum of all samples of this very name. What is printed first differs from one answer to the next.
+fn sum(text: &str, name: &str) -> Option<f64> {
+    let of_this = text.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])));
+    of_this.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).reduce(|sum, value| sum + value)
 }
 
 /// A running `moesaic up`.

@@ -3,9 +3,9 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Longest wait for a byte, or for the connection.
+/// Longest wait for a byte, for the connection, or for the next event of a stream.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A response whose head is read; the body comes as it is sent.
@@ -15,6 +15,7 @@ pub struct Response {
     /// Header lines.
     pub headers: Vec<String>,
     reader: BufReader<TcpStream>,
+    patience: Duration,
 }
 
 /// Sends a request; `body` is sent as JSON.
@@ -25,7 +26,7 @@ pub fn send(address: SocketAddr, method: &str, path: &str, body: Option<&[u8]>) 
     send_within(address, method, path, body, TIMEOUT)
 }
 
-/// The same with another longest wait for a byte, and for the connection.
+/// The same with another longest wait.
 ///
 /// # Errors
 /// As [`send`].
@@ -58,7 +59,7 @@ pub fn send_within(
             bail!("the head ended early");
         }
         if line == "\r\n" {
-            return Ok(Response { status, headers, reader });
+            return Ok(Response { status, headers, reader, patience });
         }
         headers.push(line.trim_end().to_owned());
     }
@@ -115,8 +116,9 @@ impl Response {
     /// The next server-sent event's data; `None` at the end. Dropping the response hangs up.
     ///
     /// # Errors
-    /// When the connection fails.
+    /// When the connection fails, or no event comes for too long: lines that only keep the connection open are none.
     pub fn event(&mut self) -> Result<Option<String>> {
+        let asked = Instant::now();
         let mut line = String::new();
         loop {
             line.clear();
@@ -125,6 +127,9 @@ impl Response {
             }
             if let Some(data) = line.strip_prefix("data: ") {
                 return Ok(Some(data.trim_end().to_owned()));
+            }
+            if asked.elapsed() > self.patience {
+                bail!("no event for {:?}, though {line:?} came", self.patience);
             }
         }
     }

@@ -1,9 +1,11 @@
-//! What the scenarios stand on: metrics that are read whole.
+//! What the scenarios stand on: metrics that are read whole, and streams that stall.
 #![allow(clippy::unwrap_used, reason = "a test fails there")]
+use moesaic_tests::http;
 use moesaic_tests::process::metric;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// A server that gives its connections to `answer`, so many of them.
 fn server(connections: usize, answer: fn(TcpStream)) -> (SocketAddr, JoinHandle<()>) {
@@ -30,5 +32,21 @@ fn a_metric_is_the_sum_over_its_labels_and_no_other_s() {
     for (name, value) in [("tokens_total", Some(7.0)), ("tokens", Some(600.0)), ("idle", Some(0.0)), ("tok", None)] {
         assert_eq!(metric(address, name).unwrap(), value, "{name}");
     }
+    server.join().unwrap();
+}
+
+#[test]
+fn a_stream_that_is_only_kept_open_is_an_error() {
+    let (address, server) = server(1, |mut stream| {
+        stream.write_all(b"data: one\n\n").unwrap();
+        while stream.write_all(b": waiting\n\n").is_ok() {
+            std::thread::sleep(Duration::from_millis(10)); // as a server does, again and again
+        }
+    });
+    let mut answer = http::send_within(address, "GET", "/", None, Duration::from_secs(1)).unwrap();
+    assert_eq!(answer.event().unwrap().unwrap(), "one");
+    let error = answer.event().unwrap_err().to_string();
+    assert!(error.contains("no event for"), "{error}");
+    drop(answer);
     server.join().unwrap();
 }

@@ -1,13 +1,13 @@
 //! A cluster of processes on loopback: gateway, router and schedulers of the demo model, with Redis and NATS of its own.
-use crate::process::{Process, metric};
-use crate::{http, root};
+use crate::process::{Process, metric, program};
+use crate::{http, root, until};
 use anyhow::{Context, Result, bail};
 use moesaic_testkit::servers::{self, ports};
 use serde_json::{Value, json};
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 use tempfile::TempDir;
 
 /// The admin server listens so many ports above gRPC.
@@ -15,10 +15,12 @@ const ADMIN_OFFSET: u16 = 1000;
 
 /// One service's process, which can be started again.
 pub struct Member {
+    /// Its gRPC door.
+    pub grpc: SocketAddr,
     /// Where `/metrics`, `/live` and `/ready` are.
     pub admin: SocketAddr,
     name: &'static str,
-    log_name: String,
+    id: String,
     arguments: Vec<OsString>,
     folder: PathBuf,
     process: Process,
@@ -33,10 +35,17 @@ impl Member {
         for setting in own.iter().chain(settings) {
             arguments.extend(["--set".into(), setting.into()]);
         }
-        let admin = SocketAddr::from(([127, 0, 0, 1], port + ADMIN_OFFSET));
-        let log_name = format!("{id}.log");
-        let process = Process::start(name, &arguments, folder, &log_name)?;
-        Ok(Self { admin, name, log_name, arguments, folder: folder.to_owned(), process })
+        let [grpc, admin] = [port, port + ADMIN_OFFSET].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+        let (id, folder) = (id.to_owned(), folder.to_owned());
+        let process = Self::run(name, &id, &arguments, &folder)?;
+        Ok(Self { grpc, admin, name, id, arguments, folder, process })
+    }
+
+    fn run(name: &str, id: &str, arguments: &[OsString], folder: &Path) -> Result<Process> {
+        let mut command = Command::new(program(name)?);
+        // traces name the process as well as the service
+        command.args(arguments).env("OTEL_RESOURCE_ATTRIBUTES", format!("service.instance.id={id}"));
+        Process::spawn(command, folder, &format!("{id}.log")).with_context(|| format!("start {name}"))
     }
 
     /// Starts it again, at its port and under its name; kills it first where it runs.
@@ -45,7 +54,7 @@ impl Member {
     /// When it cannot be started.
     pub fn restart(&mut self) -> Result<()> {
         self.process.kill()?;
-        self.process = Process::start(self.name, &self.arguments, &self.folder, &self.log_name)?;
+        self.process = Self::run(self.name, &self.id, &self.arguments, &self.folder)?;
         Ok(())
     }
 
@@ -235,26 +244,24 @@ impl Cluster {
     /// # Errors
     /// When it is not accepted.
     pub fn stream(&self, prompt: &str, max_tokens: usize) -> Result<Streaming> {
-        let body = json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true,
-            "stream": true, "stream_options": {"include_usage": true}});
-        let answer = http::send(self.http, "POST", "/v1/completions", Some(body.to_string().as_bytes()))?;
-        if answer.status != 200 {
-            bail!("{}\n{}", answer.status, self.gateway.log());
-        }
-        Ok(Streaming { answer, text: String::new(), completion_tokens: None })
+        Streaming::ask(self.http, prompt, max_tokens).with_context(|| self.gateway.log())
     }
 
-    /// Which scheduler works on a request now.
+    /// Waits until a scheduler works on a request, and tells which.
     ///
     /// # Errors
-    /// When one does not answer.
-    pub fn busy(&self) -> Result<Option<usize>> {
-        for (index, scheduler) in self.schedulers.iter().enumerate() {
-            if scheduler.metric("vllm:num_requests_running")? > 0.0 {
-                return Ok(Some(index));
+    /// When one does not answer, or none works in time.
+    pub fn becomes_busy(&self) -> Result<usize> {
+        let mut busy = None;
+        until("a scheduler works", || {
+            for (index, scheduler) in self.schedulers.iter().enumerate() {
+                if scheduler.metric("vllm:num_requests_running")? > 0.0 {
+                    busy = Some(index);
+                }
             }
-        }
-        Ok(None)
+            Ok(busy.is_some())
+        })?;
+        busy.context("one works")
     }
 }
 
@@ -265,27 +272,53 @@ pub struct Streaming {
     pub text: String,
     /// Tokens of the answer, once it ended.
     pub completion_tokens: Option<u64>,
+    /// The error that it ended with, if one came.
+    pub error: Option<Value>,
 }
 
 impl Streaming {
+    /// Asks at an HTTP door for a greedy completion as a stream.
+    ///
+    /// # Errors
+    /// When it is not accepted.
+    pub fn ask(http: SocketAddr, prompt: &str, max_tokens: usize) -> Result<Self> {
+        let body = json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true,
+            "stream": true, "stream_options": {"include_usage": true}});
+        let mut answer = http::send(http, "POST", "/v1/completions", Some(body.to_string().as_bytes()))?;
+        if answer.status != 200 {
+            let text = answer.text()?;
+            bail!("{}: {text}", answer.status);
+        }
+        Ok(Self { answer, text: String::new(), completion_tokens: None, error: None })
+    }
+
+    /// Reads an event; whether there was one.
+    ///
+    /// # Errors
+    /// When the connection fails or the event is an error.
+    pub fn event(&mut self) -> Result<bool> {
+        let Some(event) = self.answer.event()?.filter(|event| event != "[DONE]") else { return Ok(false) };
+        let event: Value = serde_json::from_str(&event).with_context(|| format!("event {event:?}"))?;
+        if let Some(error) = event.get("error") {
+            self.error = Some(error.clone());
+            bail!("after {:?}: {event}", self.text);
+        }
+        if let Some(text) = event["choices"][0]["text"].as_str() {
+            self.text += text;
+        }
+        self.completion_tokens = event["usage"]["completion_tokens"].as_u64().or(self.completion_tokens);
+        Ok(true)
+    }
+
     /// Reads so many events, fewer at the end.
     ///
     /// # Errors
-    /// When the connection fails or an event is an error.
+    /// As [`Self::event`].
     pub fn read(&mut self, events: usize) -> Result<()> {
         for _ in 0..events {
-            let Some(event) = self.answer.event()? else { return Ok(()) };
-            if event == "[DONE]" {
+            if !self.event()? {
                 return Ok(());
             }
-            let event: Value = serde_json::from_str(&event).with_context(|| format!("event {event:?}"))?;
-            if event.get("error").is_some() {
-                bail!("after {:?}: {event}", self.text);
-            }
-            if let Some(text) = event["choices"][0]["text"].as_str() {
-                self.text += text;
-            }
-            self.completion_tokens = event["usage"]["completion_tokens"].as_u64().or(self.completion_tokens);
         }
         Ok(())
     }
@@ -293,7 +326,7 @@ impl Streaming {
     /// Reads to the end.
     ///
     /// # Errors
-    /// As [`Self::read`].
+    /// As [`Self::event`].
     pub fn finish(&mut self) -> Result<()> {
         self.read(usize::MAX)
     }

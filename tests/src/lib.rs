@@ -4,6 +4,7 @@
 pub mod cluster;
 pub mod http;
 pub mod process;
+pub mod steady;
 
 use anyhow::{Result, bail};
 use std::path::PathBuf;

@@ -3,13 +3,21 @@
 use moesaic_testkit::servers;
 use moesaic_tests::cluster::Cluster;
 use moesaic_tests::process::Server;
+use moesaic_tests::steady::Steady;
 use moesaic_tests::{http, until};
 use serde_json::json;
 
 const PROMPT: &str = "Once upon a time";
-/// So many tokens that an answer is under way for long enough to be disturbed.
+/// Tokens of an answer.
 const LONG: usize = 400;
+/// As many as a sequence has.
+const LONGEST: usize = 4000;
+/// Clients whose answers are disturbed: at any time several of them are in one.
+const CLIENTS: usize = 3;
 const EPOCH: &str = "moesaic_placement_epoch";
+const EXPERT_TOKENS: &str = "moesaic_expert_tokens_total";
+const STEP_RETRIES: &str = "moesaic_step_retries_total";
+const MIGRATIONS: &str = "moesaic_migrations_total";
 
 /// What one process answers.
 fn undisturbed(tokens: usize) -> String {
@@ -27,11 +35,7 @@ fn every_grid_answers_as_one_process_does() {
         let mut cluster = Cluster::start_with_shards(2, groups, ranks, "").unwrap();
         assert_eq!(cluster.complete(PROMPT, LONG).unwrap(), want, "{groups} groups of {ranks}");
         for shard in &cluster.shards {
-            assert!(
-                shard.metric("moesaic_expert_tokens_total").unwrap() > 0.0,
-                "a shard without work: {}",
-                shard.log()
-            );
+            assert!(shard.metric(EXPERT_TOKENS).unwrap() > 0.0, "a shard without work: {}", shard.log());
         }
         let shard = &mut cluster.shards[0];
         shard.terminate().unwrap();
@@ -39,51 +43,42 @@ fn every_grid_answers_as_one_process_does() {
     }
 }
 
+fn steady(cluster: &Cluster, want: &str) -> Steady {
+    Steady::start(cluster, CLIENTS, PROMPT, LONG, want).unwrap()
+}
+
 #[test]
 fn a_killed_shard_s_copies_answer_and_it_comes_back() {
     let mut cluster = Cluster::start_with_shards(1, 2, 1, "min_copies = 2").unwrap();
     let want = undisturbed(LONG);
-    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
-    stream.read(20).unwrap();
+    let mut clients = steady(&cluster, &want);
     cluster.shards[0].kill().unwrap();
-    stream.finish().unwrap();
-    assert_eq!(stream.text, want);
-    assert_eq!(stream.completion_tokens, Some(LONG as u64));
     // everything goes to the other meanwhile
-    assert_eq!(cluster.complete(PROMPT, LONG).unwrap(), want);
+    clients.go_on().unwrap();
     cluster.shards[0].restart().unwrap();
     cluster.shards[0].is_ready().unwrap();
-    let works = || {
-        assert_eq!(cluster.complete(PROMPT, LONG)?, want);
-        Ok(cluster.shards[0].metric("moesaic_expert_tokens_total")? > 0.0)
-    };
-    until("the shard that came back works", works).unwrap();
+    until("the shard that came back works", || Ok(cluster.shards[0].metric(EXPERT_TOKENS)? > 0.0)).unwrap();
+    clients.go_on().unwrap();
+    clients.finish().unwrap();
 }
 
 #[test]
 fn frozen_processes_are_passed_over_and_used_again() {
     let cluster = Cluster::start_with_shards(2, 2, 1, "min_copies = 2").unwrap();
     let want = undisturbed(LONG);
-    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
-    stream.read(20).unwrap();
+    let mut clients = steady(&cluster, &want);
     cluster.shards[0].freeze().unwrap();
-    stream.finish().unwrap();
-    assert_eq!(stream.text, want, "a frozen shard");
+    clients.go_on().unwrap();
     cluster.shards[0].thaw().unwrap();
-    let before = cluster.shards[0].metric("moesaic_expert_tokens_total").unwrap();
-    let works = || {
-        assert_eq!(cluster.complete(PROMPT, LONG)?, want);
-        Ok(cluster.shards[0].metric("moesaic_expert_tokens_total")? > before)
-    };
-    until("the shard works again", works).unwrap();
+    let before = cluster.shards[0].metric(EXPERT_TOKENS).unwrap();
+    until("the shard works again", || Ok(cluster.shards[0].metric(EXPERT_TOKENS)? > before)).unwrap();
 
-    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
-    stream.read(20).unwrap();
-    let busy = cluster.busy().unwrap().expect("one works on the stream");
+    let busy = cluster.becomes_busy().unwrap();
     cluster.schedulers[busy].freeze().unwrap();
-    stream.finish().unwrap();
-    assert_eq!((stream.text, stream.completion_tokens), (want.clone(), Some(LONG as u64)), "a frozen scheduler");
+    until("answers go on at the other", || Ok(cluster.gateway.metric(MIGRATIONS)? > 0.0)).unwrap();
+    clients.go_on().unwrap();
     cluster.schedulers[busy].thaw().unwrap();
+    clients.finish().unwrap();
 
     // who is placed already goes on, and who comes waits until it is back
     let mut stream = cluster.stream(PROMPT, LONG).unwrap();
@@ -99,15 +94,12 @@ fn frozen_processes_are_passed_over_and_used_again() {
 fn a_stream_waits_for_a_shard_that_nobody_replaces() {
     let mut cluster = Cluster::start_with_shards(1, 2, 1, "").unwrap();
     let want = undisturbed(LONG);
-    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
-    stream.read(20).unwrap();
+    let mut clients = steady(&cluster, &want);
     cluster.shards[1].kill().unwrap();
-    until("steps wait for the lost experts", || Ok(cluster.schedulers[0].metric("moesaic_step_retries_total")? > 0.0))
-        .unwrap();
+    until("steps wait for the lost experts", || Ok(cluster.schedulers[0].metric(STEP_RETRIES)? > 0.0)).unwrap();
     cluster.shards[1].restart().unwrap();
-    stream.finish().unwrap();
-    assert_eq!(stream.text, want);
-    assert_eq!(stream.completion_tokens, Some(LONG as u64));
+    clients.go_on().unwrap();
+    clients.finish().unwrap();
 }
 
 #[test]
@@ -115,12 +107,11 @@ fn a_lost_group_s_experts_go_to_the_others() {
     let mut cluster = Cluster::start_with_shards(1, 2, 1, "lost_after = \"500ms\"").unwrap();
     let want = undisturbed(LONG);
     let before = cluster.router.metric(EPOCH).unwrap();
-    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
-    stream.read(20).unwrap();
+    let mut clients = steady(&cluster, &want);
     cluster.shards[1].kill().unwrap();
-    stream.finish().unwrap();
-    assert_eq!(stream.text, want, "{}", cluster.router.log());
-    assert!(cluster.router.metric(EPOCH).unwrap() > before, "experts were placed anew");
+    until("experts are placed anew", || Ok(cluster.router.metric(EPOCH)? > before)).unwrap();
+    clients.go_on().unwrap();
+    clients.finish().unwrap();
 }
 
 #[test]
@@ -128,18 +119,16 @@ fn a_shard_that_is_told_to_stop_hands_its_experts_over_first() {
     let mut cluster = Cluster::start_with_shards(1, 2, 1, "").unwrap();
     let want = undisturbed(LONG);
     let before = cluster.router.metric(EPOCH).unwrap();
-    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
-    stream.read(20).unwrap();
+    let mut clients = steady(&cluster, &want);
     let leaving = &mut cluster.shards[1];
     leaving.terminate().unwrap();
     assert!(leaving.ended().unwrap().success(), "{}", leaving.log());
     assert!(!leaving.log().contains("nobody took the experts"), "{}", leaving.log());
     until("its experts went to the other", || Ok(cluster.router.metric(EPOCH)? > before)).unwrap();
-    stream.finish().unwrap();
-    assert_eq!(stream.text, want);
-    let retries = cluster.schedulers[0].metric("moesaic_step_retries_total").unwrap();
+    clients.go_on().unwrap();
+    clients.finish().unwrap();
+    let retries = cluster.schedulers[0].metric(STEP_RETRIES).unwrap();
     assert_eq!(retries, 0.0, "its experts were missing for a while: {}", cluster.schedulers[0].log());
-    assert_eq!(cluster.complete(PROMPT, LONG).unwrap(), want);
 }
 
 #[test]
@@ -153,11 +142,20 @@ fn a_replica_in_two_stages_answers_as_one_process_does_and_outlives_a_lost_stage
     let want = undisturbed(LONG);
     assert_eq!(cluster.complete(PROMPT, LONG).unwrap(), want);
     // its keys and values go with it: what runs ends, and what comes later is served when it is back
-    let mut stream = cluster.stream(PROMPT, LONG).unwrap();
-    stream.read(20).unwrap();
+    let mut streams: Vec<_> = (0..CLIENTS).map(|_| cluster.stream(PROMPT, LONGEST).unwrap()).collect();
+    streams.iter_mut().for_each(|stream| stream.read(5).unwrap());
     stage.kill().unwrap();
-    let ended = stream.finish();
-    assert!(ended.is_err() || stream.text == want, "a part of an answer looks whole");
+    let mut lost = 0;
+    for stream in &mut streams {
+        let Err(error) = stream.finish() else {
+            assert_eq!(stream.completion_tokens, Some(LONGEST as u64), "a part of an answer looks whole");
+            continue;
+        };
+        let code = stream.error.as_ref().map(|error| &error["code"]);
+        assert_eq!(code, Some(&json!("unavailable")), "{error:#}");
+        lost += 1;
+    }
+    assert!(lost > 0, "all were over before the stage was lost");
     stage.restart().unwrap();
     stage.is_ready().unwrap();
     let answers = || Ok(cluster.complete(PROMPT, LONG).is_ok_and(|text| text == want));

@@ -1,9 +1,10 @@
 //! Processes of the project's own, ended when they are dropped.
 use crate::{http, root, until};
 use anyhow::{Context, Result, bail};
+use moesaic_testkit::servers::ports;
 use std::ffi::OsString;
 use std::fs::File;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use tempfile::TempDir;
@@ -167,10 +168,7 @@ impl Server {
     /// # Errors
     /// With the server's log when it does not become ready.
     pub fn start(flags: &[&str]) -> Result<Self> {
-        // both are held until both are chosen, so that they differ
-        let doors = [TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?];
-        let [http, grpc] = [doors[0].local_addr()?, doors[1].local_addr()?];
-        drop(doors);
+        let [http, grpc] = [ports::free(), ports::free()].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
         let folder = tempfile::tempdir()?;
         let (at_http, at_grpc) = (http.to_string(), grpc.to_string());
         let fixed = ["up", "--http", &at_http, "--grpc", &at_grpc, "--model"];

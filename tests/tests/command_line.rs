@@ -1,8 +1,9 @@
 //! The tools over broken files and wrong flags: an error that names what is wrong, never a panic.
 #![allow(clippy::unwrap_used, reason = "a test fails there")]
+use moesaic_testkit::servers::ports;
 use moesaic_tests::process::binary;
 use moesaic_tests::{http, root};
-use std::net::TcpListener;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -125,8 +126,7 @@ fn a_model_whose_files_are_slow_holds_up_neither_the_doors_nor_the_end() {
     let slow = folder.path().join("tokenizer.json");
     std::fs::remove_file(&slow).unwrap();
     assert!(Command::new("mkfifo").arg(&slow).status().unwrap().success());
-    let doors = [TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap()];
-    let [http, grpc] = doors.map(|door| door.local_addr().unwrap());
+    let [http, grpc] = [ports::free(), ports::free()].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
     let mut up = Command::new(binary().unwrap())
         .args(["up", "--model", text(folder.path()), "--http", &http.to_string(), "--grpc", &grpc.to_string()])
         .current_dir(folder.path())

@@ -1,10 +1,11 @@
 //! The servers for tests start, freeze, die and come back as asked, and leave nothing.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, reason = "a test fails there")]
-use moesaic_testkit::servers::{self, Server};
+use moesaic_testkit::servers::{self, Server, ports};
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::Duration;
 
 /// One line that the server answers to a command.
@@ -69,8 +70,48 @@ fn ask_folder(redis: &Server) -> String {
     lines.map(Result::unwrap).find(|line| line.starts_with('/')).unwrap()
 }
 
-/// Set in the process that [`a_killed_test_leaves_no_server`] starts from this same binary.
+/// Set in the process that a test starts from this same binary.
 const INNER: &str = "MOESAIC_TESTKIT_INNER";
+
+/// A test of this binary in a process of its own.
+fn inner(test: &str) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(INNER, "1")
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// What follows `port=` in the lines of a process.
+fn told(test: &mut Child) -> impl Iterator<Item = u16> + use<> {
+    let lines = BufReader::new(test.stdout.take().unwrap()).lines();
+    lines.map(Result::unwrap).filter_map(|line| line.split_once("port=")?.1.parse().ok())
+}
+
+#[test]
+fn no_port_is_handed_out_twice_be_it_by_another_process() {
+    let some = || -> Vec<u16> {
+        let clusters = (0..100).flat_map(|_| {
+            let port = ports::free_with(&[1000]);
+            [port, port + 1000]
+        });
+        clusters.chain((0..200).map(|_| ports::free())).collect()
+    };
+    let own = some();
+    if std::env::var_os(INNER).is_some() {
+        // the harness begins the first line
+        println!();
+        own.iter().for_each(|port| println!("port={port}"));
+        return;
+    }
+    let mut test = inner("no_port_is_handed_out_twice_be_it_by_another_process");
+    let others: Vec<u16> = told(&mut test).collect();
+    assert!(test.wait().unwrap().success());
+    assert_eq!((own.len(), others.len()), (400, 400));
+    let all: BTreeSet<u16> = own.into_iter().chain(others).collect();
+    assert_eq!(all.len(), 800);
+}
 
 #[test]
 fn a_killed_test_leaves_no_server() {
@@ -81,15 +122,8 @@ fn a_killed_test_leaves_no_server() {
             std::thread::park();
         }
     }
-    let mut test = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "a_killed_test_leaves_no_server", "--nocapture"])
-        .env(INNER, "1")
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let lines = BufReader::new(test.stdout.take().unwrap()).lines();
-    let port = lines.map(Result::unwrap).find_map(|line| line.split_once("port=").map(|(_, port)| port.to_owned()));
-    let port: u16 = port.unwrap().parse().unwrap();
+    let mut test = inner("a_killed_test_leaves_no_server");
+    let port = told(&mut test).next().unwrap();
     TcpStream::connect(("127.0.0.1", port)).unwrap();
     test.kill().unwrap();
     test.wait().unwrap();

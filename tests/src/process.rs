@@ -1,7 +1,8 @@
-//! Processes of the project's own, ended when they are dropped.
+//! Processes of the project's own, ended when they are dropped, or when the test's process is killed.
 use crate::{http, root, until};
 use anyhow::{Context, Result, bail};
 use moesaic_testkit::servers::ports;
+use moesaic_testkit::servers::process::Watchdog;
 use std::ffi::OsString;
 use std::fs::File;
 use std::net::SocketAddr;
@@ -30,6 +31,8 @@ pub fn binary() -> Result<PathBuf> {
 /// A running process that writes to a log.
 pub struct Process {
     child: Child,
+    /// Ends it where this process is killed; `None` once it is waited for.
+    watchdog: Option<Watchdog>,
     log: PathBuf,
 }
 
@@ -52,7 +55,11 @@ impl Process {
         let log = folder.join(log_name);
         let file = File::options().create(true).append(true).open(&log)?;
         command.current_dir(folder).stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
-        Ok(Self { child: command.spawn()?, log })
+        let child = command.spawn()?;
+        // of one that cannot be watched, nothing is left
+        let mut process = Self { child, watchdog: None, log };
+        process.watchdog = Some(Watchdog::over(&process.child).context("start a watchdog")?);
+        Ok(process)
     }
 
     /// What it wrote, in this life and those before under the same name.
@@ -65,7 +72,15 @@ impl Process {
     /// # Errors
     /// Where the system does not tell.
     pub fn has_ended(&mut self) -> Result<bool> {
-        Ok(self.child.try_wait()?.is_some())
+        Ok(self.status()?.is_some())
+    }
+
+    fn status(&mut self) -> Result<Option<ExitStatus>> {
+        let status = self.child.try_wait()?;
+        if status.is_some() {
+            self.watchdog = None;
+        }
+        Ok(status)
     }
 
     /// Waits until `path` answers with 200 at `address`.
@@ -111,7 +126,7 @@ impl Process {
     pub fn ended(&mut self) -> Result<ExitStatus> {
         let mut status = None;
         let ended = until("the end", || {
-            status = self.child.try_wait()?;
+            status = self.status()?;
             Ok(status.is_some())
         });
         ended.with_context(|| format!("the process's log:\n{}", self.log()))?;
@@ -123,6 +138,7 @@ impl Process {
     /// # Errors
     /// When it cannot be waited for.
     pub fn kill(&mut self) -> Result<()> {
+        self.watchdog = None;
         // it may have ended already
         let _ = self.child.kill();
         self.child.wait()?;
@@ -132,9 +148,8 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // it may have ended already
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        // it is gone, or nobody can say
+        let _ = self.kill();
     }
 }
 

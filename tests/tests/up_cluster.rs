@@ -1,6 +1,7 @@
 //! `moesaic up --cluster`: the services as processes of one host, with Redis and NATS of their own; what is killed comes
 //! back, and whatever ends the cluster, nothing of it is left.
 #![allow(clippy::unwrap_used, reason = "a test fails there")]
+use moesaic_testkit::servers::process::Watchdog;
 use moesaic_testkit::servers::{self, ports};
 use moesaic_tests::process::{Server, binary};
 use moesaic_tests::{http, root, until};
@@ -51,6 +52,8 @@ fn descendants(pid: u32) -> Vec<Life> {
 /// A cluster under way, killed where it is dropped.
 struct Up {
     child: Child,
+    /// Ends it where this process is killed; `None` once it is waited for.
+    watchdog: Option<Watchdog>,
     log: PathBuf,
     /// Where it may make temporary files; empty when it leaves nothing behind.
     temporary: TempDir,
@@ -78,7 +81,12 @@ impl Up {
             .stderr(file)
             .spawn()
             .unwrap();
-        Self { child, log, temporary, _folder: folder }
+        Self::of(child, log, temporary, folder)
+    }
+
+    fn of(child: Child, log: PathBuf, temporary: TempDir, folder: TempDir) -> Self {
+        let watchdog = Some(Watchdog::over(&child).unwrap());
+        Self { child, watchdog, log, temporary, _folder: folder }
     }
 
     fn start(arguments: &[&str], variables: &[(&str, &str)]) -> (Self, SocketAddr) {
@@ -121,6 +129,7 @@ impl Up {
             status = self.child.try_wait()?;
             Ok(status.is_some())
         });
+        self.watchdog = None;
         ended.unwrap_or_else(|error| panic!("{error}\n{}", self.log()));
         status.unwrap()
     }
@@ -134,6 +143,7 @@ impl Up {
 
 impl Drop for Up {
     fn drop(&mut self) {
+        self.watchdog = None;
         // it may have ended already
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -152,8 +162,8 @@ fn question() -> Value {
 }
 
 /// A long answer, of which the head and the first token came.
-fn stream(address: SocketAddr) -> http::Response {
-    let body = json!({"prompt": "Once upon a time", "max_tokens": 600, "temperature": 0, "ignore_eos": true,
+fn stream(address: SocketAddr, tokens: usize) -> http::Response {
+    let body = json!({"prompt": "Once upon a time", "max_tokens": tokens, "temperature": 0, "ignore_eos": true,
         "stream": true, "stream_options": {"include_usage": true}});
     let mut answer = http::send(address, "POST", "/v1/completions", Some(body.to_string().as_bytes())).unwrap();
     assert_eq!(answer.status, 200);
@@ -183,7 +193,7 @@ fn it_answers_as_one_process_does_and_what_is_killed_comes_back() {
     let all = descendants(up.child.id());
     // redis and nats have a process each that ends them with the cluster
     assert_eq!(all.len(), 10 + 2 * 2, "{}", up.log());
-    let mut answer = stream(door);
+    let mut answer = stream(door, 600);
     up.signal("-TERM", up.child.id());
     let mut usage = Value::Null;
     while let Some(event) = answer.event().unwrap() {
@@ -219,7 +229,7 @@ fn a_second_signal_does_not_wait_for_answers() {
     let (mut up, door) = Up::start(&[&few[..], &["--logs", kept.to_str().unwrap()]].concat(), &[]);
     let all = descendants(up.child.id());
     // its reader reads no further
-    let answer = stream(door);
+    let answer = stream(door, 4000);
     up.signal("-STOP", up.pid("scheduler-0"));
     up.signal("-TERM", up.child.id());
     until("it waits", || Ok(up.log().contains("ending processes=\"gateway\""))).unwrap();
@@ -336,7 +346,7 @@ fn a_terminal_that_closes_ends_it_unless_that_is_ignored() {
         .stderr(file)
         .spawn()
         .unwrap();
-    let mut up = Up { child, log, temporary, _folder: folder };
+    let mut up = Up::of(child, log, temporary, folder);
     // it hears it, if at all, before it is ready
     until("it has begun", || Ok(up.log().contains("started process=\"redis\""))).unwrap();
     up.signal("-HUP", up.child.id());

@@ -4,12 +4,39 @@ use std::fs::OpenOptions;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+/// A shell that waits for the end of its input, which comes with the end of this process, and then kills another.
+#[derive(Debug)]
+pub struct Watchdog(Child);
+
+impl Watchdog {
+    /// Watches over a child of this process. Drop it before the child is waited for: the child's process id may be given
+    /// to another then.
+    ///
+    /// # Errors
+    /// Where there is no `sh`.
+    pub fn over(child: &Child) -> std::io::Result<Self> {
+        let watchdog = Command::new("sh")
+            .args(["-c", "read -r _; kill -9 \"$1\"", "watchdog", &child.id().to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        watchdog.map(Self)
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        end(&mut self.0);
+    }
+}
+
 /// Killed on drop.
 #[derive(Debug)]
 pub struct Process {
     server: Child,
-    /// Waits for the end of its input, which comes with the end of this process, and kills the server.
-    watchdog: Child,
+    /// `None` once the server is to be waited for.
+    watchdog: Option<Watchdog>,
 }
 
 impl Process {
@@ -25,14 +52,8 @@ impl Process {
             .stderr(errors)
             .spawn()
             .map_err(|error| failed(program, error))?;
-        let watchdog = Command::new("sh")
-            .args(["-c", "read -r _; kill -9 \"$1\"", "watchdog", &server.id().to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn();
-        match watchdog {
-            Ok(watchdog) => Ok(Self { server, watchdog }),
+        match Watchdog::over(&server) {
+            Ok(watchdog) => Ok(Self { server, watchdog: Some(watchdog) }),
             Err(error) => {
                 end(&mut server);
                 Err(failed(Path::new("sh"), error))
@@ -70,8 +91,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // The watchdog first: it must not signal a process id that was given to another since.
-        end(&mut self.watchdog);
+        self.watchdog = None;
         end(&mut self.server);
     }
 }

@@ -83,18 +83,40 @@ async fn grid_matches(name: &'static str, grid: Grid) {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn every_grid_gives_the_reference_s_logits() {
-    for (groups, ranks) in [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)] {
-        grid_matches("qwen3_moe", Grid { groups, ranks }).await;
+/// The families whose models have experts.
+const FAMILIES: [&str; 9] =
+    ["deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granite_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"];
+
+/// Every family on one grid.
+async fn families_match(groups: usize, ranks: usize) {
+    for name in FAMILIES {
+        grid_matches(name, Grid { groups, ranks }).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_moe_family_runs_on_shards() {
-    for name in ["deepseek_v2", "deepseek_v3", "gpt_oss", "granite_moe", "mixtral", "olmoe", "qwen2_moe"] {
-        grid_matches(name, Grid { groups: 2, ranks: 2 }).await;
-    }
+async fn one_shard_gives_the_reference_s_logits() {
+    families_match(1, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_groups_give_the_reference_s_logits() {
+    families_match(2, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn four_groups_give_the_reference_s_logits() {
+    families_match(4, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_group_of_two_ranks_gives_the_reference_s_logits() {
+    families_match(1, 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_groups_of_two_ranks_give_the_reference_s_logits() {
+    families_match(2, 2).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! Many clients that stream, some of which hang up, for a minute: nothing leaks, nothing fails.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails there, and prints its seed")]
-use moesaic_tests::http;
 use moesaic_tests::process::Server;
+use moesaic_tests::{http, until};
 use serde_json::json;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -35,6 +35,11 @@ fn clients_that_stream_and_hang_up_leave_nothing_behind() {
     let (finished, cut) = (AtomicU64::new(0), AtomicU64::new(0));
     let started = Instant::now();
     let length = Duration::from_secs(seconds());
+    // on a slow machine they go on until there was enough of both
+    let is_over = |finished: &AtomicU64, cut: &AtomicU64| {
+        let (finished, cut) = (finished.load(Ordering::Relaxed), cut.load(Ordering::Relaxed));
+        started.elapsed() >= length && finished > CLIENTS && cut > CLIENTS / 2
+    };
     let mut settled = None;
     std::thread::scope(|scope| {
         let clients: Vec<_> = (0..CLIENTS)
@@ -42,7 +47,7 @@ fn clients_that_stream_and_hang_up_leave_nothing_behind() {
                 let (finished, cut, address) = (&finished, &cut, server.http);
                 scope.spawn(move || {
                     let mut random = Random(seed * CLIENTS + client + 1);
-                    while started.elapsed() < length {
+                    while !is_over(finished, cut) {
                         let prompt = "blocks of keys and values ".repeat(1 + random.below(40) as usize);
                         let body = json!({
                             "prompt": format!("{} {prompt}", random.below(8)),
@@ -69,7 +74,7 @@ fn clients_that_stream_and_hang_up_leave_nothing_behind() {
                 })
             })
             .collect();
-        while started.elapsed() < length && !clients.iter().any(|client| client.is_finished()) {
+        while !is_over(&finished, &cut) && !clients.iter().any(|client| client.is_finished()) {
             if settled.is_none() && started.elapsed() > length / 3 {
                 settled = Some(server.resident_bytes().unwrap());
             }
@@ -77,18 +82,14 @@ fn clients_that_stream_and_hang_up_leave_nothing_behind() {
         }
     });
     let end = server.resident_bytes().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
     let idle = |server: &Server| {
         ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"]
             .map(|name| server.metric(name).unwrap().unwrap_or(f64::NAN))
     };
-    while idle(&server) != [0.0; 3] {
-        assert!(Instant::now() < deadline, "not idle: {:?}\n{}", idle(&server), server.log());
-        std::thread::sleep(Duration::from_millis(50)); // between two looks at the condition
-    }
+    until("it is idle", || Ok(idle(&server) == [0.0; 3]))
+        .unwrap_or_else(|error| panic!("{error}: {:?}\n{}", idle(&server), server.log()));
     let (finished, cut, settled) = (finished.into_inner(), cut.into_inner(), settled.unwrap());
     println!("{finished} finished, {cut} hung up; memory {settled} at a third, {end} at the end");
-    assert!(finished > CLIENTS && cut > CLIENTS / 2, "{finished} finished, {cut} hung up");
     assert!(end < settled + MEMORY_SLACK, "memory grew from {settled} to {end}");
     assert!(server.terminate().unwrap().success());
 }

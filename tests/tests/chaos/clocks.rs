@@ -2,9 +2,9 @@
 use crate::cluster::{Cluster, Kind};
 use crate::disks::{STORES, disks};
 use crate::hosts::Hosts;
-use crate::processes::add_two_of_everything;
-use crate::suite::{Fault, GENERATED, Suite};
-use anyhow::Result;
+use crate::processes::{add_two_of_everything, works};
+use crate::suite::{Fault, GENERATED, MIGRATIONS, Suite};
+use anyhow::{Result, bail};
 use moesaic_tests::until;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -18,6 +18,7 @@ fn full_and_corrupt_disks_and_jumping_clocks() {
     let mut cluster = Cluster::new(Hosts::loopback(), library.clone()).unwrap();
     add_two_of_everything(&mut cluster, 2, STORES).unwrap();
     let mut suite = Suite::start("3-disks-and-clocks", cluster).unwrap();
+    suite.undisturbed();
     disks(&mut suite);
     leases(&mut suite);
     match library {
@@ -34,8 +35,8 @@ fn faketime() -> Option<PathBuf> {
     places.map(|folder| folder.join("faketime/libfaketimeMT.so.1")).find(|file| file.is_file())
 }
 
-/// What a jump of its clock does in Redis, where time is nothing but the end of keys. libfaketime does not work in a
-/// Redis over jemalloc.
+/// What a jump of its clock would do in Redis, where time is nothing but the end of keys: its clock stays, the ends of
+/// keys move. libfaketime does not work in a Redis over jemalloc.
 fn leases(suite: &mut Suite) {
     let each = |change: &str| {
         format!(
@@ -44,16 +45,24 @@ fn leases(suite: &mut Suite) {
         )
     };
     let over = each("redis.call('del', key)");
-    let fault = Fault::new("Redis's clock jumps an hour forward: all leases are over", "they are taken again");
-    suite.fault(fault.lasting_shortly(), |c| c.member("redis").evaluate(&over), |_| Ok(()));
+    let fault = Fault::new("all leases end, as if Redis's clock jumped an hour forward", "they are taken again");
+    let fault = fault.lasting_shortly().goes_on();
+    let fault = fault.meanwhile(|watch| until("its lease is taken again", || watch.cluster.has_lease("s0")));
+    suite.fault(fault, |c| c.member("redis").evaluate(&over).map(drop), |_| Ok(()));
     let longer = each("redis.call('pexpire', key, left + 3600000)");
     let fault = Fault::new(
-        "Redis's clock jumps an hour back, and a scheduler is killed: its lease lasts",
+        "a scheduler is killed, and its lease lasts as if Redis's clock jumped an hour back",
         "its streams go on at the other, which is asked from then on",
     );
+    let fault =
+        fault.goes_on().grows(&["g0", "g1"], MIGRATIONS).meanwhile(|watch| match watch.cluster.has_lease("s0")? {
+            true => Ok(()),
+            false => bail!("its lease is over"),
+        });
     let begin = |c: &mut Cluster| {
+        works(c, "s0")?;
         c.kill("s0")?;
-        c.member("redis").evaluate(&longer)
+        c.member("redis").evaluate(&longer).map(drop)
     };
     suite.fault(fault.then_works("s0", GENERATED), begin, |c| c.start("s0"));
 }
@@ -66,10 +75,11 @@ fn clocks(suite: &mut Suite) {
     for (how, offset) in [("forward", HOUR), ("back", -HOUR)] {
         let name = format!("the clocks of all services jump an hour {how}");
         let fault = Fault::new(name, "nothing: no lease or deadline is counted by them");
-        suite.fault(fault.lasting_shortly(), |c| jump(c, &services(c), offset), |c| jump(c, &services(c), 0));
+        let fault = fault.lasting_shortly().goes_on();
+        suite.fault(fault, |c| jump(c, &services(c), offset), |c| jump(c, &services(c), 0));
     }
     let name = "a scheduler is killed and starts with a clock an hour back";
-    let fault = Fault::new(name, "it is the later one all the same");
+    let fault = Fault::new(name, "it is the later one all the same").goes_on();
     let begin = |c: &mut Cluster| {
         c.kill("s0")?;
         c.set_clock("s0", -HOUR)?;

@@ -292,6 +292,19 @@ impl Cluster {
         })
     }
 
+    /// Whether Redis knows a scheduler as a member: its lease is not over.
+    ///
+    /// # Errors
+    /// When Redis does not answer.
+    pub fn has_lease(&self, scheduler: &str) -> Result<bool> {
+        let count = format!("return #redis.call('keys', '*:value:members/scheduler/{scheduler}')");
+        match &*self.member("redis").evaluate(&count)? {
+            ":0" => Ok(false),
+            ":1" => Ok(true),
+            other => bail!("{count}: {other}"),
+        }
+    }
+
     /// Copies the logs to a folder.
     ///
     /// # Errors
@@ -324,6 +337,11 @@ impl Member {
         }
     }
 
+    /// Whether it does its job, be it without somebody whom it misses.
+    pub fn is_ready(&self) -> bool {
+        self.readiness().is_ok_and(|said| said.is_none_or(|(status, _)| status == 200))
+    }
+
     /// What it says of itself; `None` of a server that serves.
     fn readiness(&self) -> Result<Option<(u16, Value)>> {
         let Some(admin) = self.admin() else {
@@ -334,17 +352,17 @@ impl Member {
         Ok(Some((answer.status, serde_json::from_str(&text)?)))
     }
 
-    /// Runs a Lua script, without double quotes in it, in Redis.
+    /// Runs a Lua script, without double quotes in it, in Redis; the first line of its answer.
     ///
     /// # Errors
     /// When Redis does not answer, or with an error.
-    pub fn evaluate(&self, script: &str) -> Result<()> {
+    pub fn evaluate(&self, script: &str) -> Result<String> {
         let mut stream = TcpStream::connect_timeout(&self.address, LOOK)?;
         stream.set_read_timeout(Some(LOOK))?;
         stream.write_all(format!("EVAL \"{script}\" 0\r\n").as_bytes())?;
         let mut answer = String::new();
         BufReader::new(stream).read_line(&mut answer)?;
-        if answer.starts_with('-') { bail!("{script}: {answer}") } else { Ok(()) }
+        if answer.starts_with('-') { bail!("{script}: {answer}") } else { Ok(answer.trim_end().to_owned()) }
     }
 
     /// A metric's value, 0 where it is not there yet.

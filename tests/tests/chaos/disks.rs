@@ -35,7 +35,8 @@ fn corrupt(suite: &mut Suite) {
         if flipped == 0 { bail!("there is no block on disk") } else { Ok(()) }
     };
     suite.fault(fault.lasting(Duration::ZERO), begin, |c| {
-        stores_are_used(c, "s0")?;
+        let stores = c.names(Kind::Store);
+        stores_are_used(c, "s0", &stores)?;
         grows(c)
     });
 }

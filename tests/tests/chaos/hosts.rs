@@ -13,8 +13,9 @@ pub struct Host(usize);
 pub struct Hosts {
     names: Vec<String>,
     network: Network,
-    /// Those whose network is not as it was.
-    touched: Vec<Host>,
+    /// What does not reach whom, by cut: packets from the first host are lost at the second.
+    cuts: Vec<Vec<(Host, Host)>>,
+    slow: Vec<Host>,
 }
 
 enum Network {
@@ -44,7 +45,7 @@ impl Hosts {
     /// The loopback interface: for faults of processes.
     pub fn loopback() -> Self {
         let octet = u8::try_from((std::process::id() + next()) % 199).unwrap_or(0) + 2;
-        Self { names: Vec::new(), touched: Vec::new(), network: Network::Loopback { octet } }
+        Self { names: Vec::new(), cuts: Vec::new(), slow: Vec::new(), network: Network::Loopback { octet } }
     }
 
     /// A network of namespaces; an error says why there is none, where the system has none for us.
@@ -62,7 +63,8 @@ impl Hosts {
         let octets = [18 + u8::try_from(id / 256 % 2)?, u8::try_from((id + number) % 256)?];
         let hosts = Self {
             names: Vec::new(),
-            touched: Vec::new(),
+            cuts: Vec::new(),
+            slow: Vec::new(),
             network: Network::Namespaces { prefix: prefix.clone(), octets },
         };
         let switch = format!("{prefix}-switch");
@@ -121,8 +123,7 @@ impl Hosts {
     /// # Errors
     /// When a command fails.
     pub fn cut(&mut self, one: Host, other: Host) -> Result<()> {
-        self.lose(one, other)?;
-        self.lose(other, one)
+        self.lose_all(&[(one, other), (other, one)])
     }
 
     /// Loses what one host sends to another; the way back stays open.
@@ -130,8 +131,54 @@ impl Hosts {
     /// # Errors
     /// When a command fails.
     pub fn lose(&mut self, from: Host, to: Host) -> Result<()> {
-        self.touched.push(to);
-        self.on(to, &["iptables", "-w", "-A", "INPUT", "-s", &self.address(from).to_string(), "-j", "DROP"])
+        self.lose_all(&[(from, to)])
+    }
+
+    fn lose_all(&mut self, ways: &[(Host, Host)]) -> Result<()> {
+        self.cuts.push(ways.to_vec());
+        ways.iter().try_for_each(|&(from, to)| {
+            let address = self.address(from).to_string();
+            self.on(to, &["iptables", "-w", "-A", "INPUT", "-s", &address, "-j", "DROP"]).map(drop)
+        })
+    }
+
+    /// Whether each cut lost packets so far, and each slow link had some to slow down.
+    ///
+    /// # Errors
+    /// Names those that disturbed nobody.
+    pub fn disturb(&self) -> Result<()> {
+        for cut in &self.cuts {
+            let lost = cut.iter().map(|&(from, to)| self.lost(from, to)).sum::<Result<u64>>()?;
+            if lost == 0 {
+                let ways = cut.iter().map(|(from, to)| format!("{} to {}", self.names[from.0], self.names[to.0]));
+                bail!("nothing was sent from {} meanwhile", ways.collect::<Vec<_>>().join(" or "));
+            }
+        }
+        for &host in &self.slow {
+            let namespace = self.namespace(host).context("no network")?;
+            let said = run("tc", &["-n", &namespace, "-s", "qdisc", "show", "dev", "eth0", "root"])?;
+            let packets = said.split_once(" bytes ").and_then(|(_, rest)| rest.split(' ').next()?.parse::<u64>().ok());
+            if packets.with_context(|| format!("no packets in {said:?}"))? == 0 {
+                bail!("{} sent nothing meanwhile", self.names[host.0]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Packets of a host that were dropped at another.
+    fn lost(&self, from: Host, to: Host) -> Result<u64> {
+        let (rules, address) = (self.on(to, &["iptables", "-w", "-nvxL", "INPUT"])?, self.address(from).to_string());
+        let packets = |line: &str| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            // packets, bytes, target, protocol, options, in, out, source
+            let is_of_cut = words.get(2) == Some(&"DROP") && words.get(7) == Some(&&*address);
+            if is_of_cut { words[0].parse::<u64>().ok() } else { None }
+        };
+        let counts: Vec<u64> = rules.lines().filter_map(packets).collect();
+        if counts.is_empty() {
+            bail!("no rule drops what {address} sends:\n{rules}");
+        }
+        Ok(counts.iter().sum())
     }
 
     /// Pulls a host's plug: it reaches nobody, and nobody reaches it.
@@ -157,7 +204,7 @@ impl Hosts {
     /// # Errors
     /// When a command fails.
     pub fn slow(&mut self, host: Host) -> Result<()> {
-        self.touched.push(host);
+        self.slow.push(host);
         let (switch, namespace) = self.switch().zip(self.namespace(host)).context("no network")?;
         for (at, device) in [(&namespace, "eth0"), (&switch, self.names[host.0].as_str())] {
             let limit = ["rate", SLOW_RATE, "burst", "8kb", "latency", SLOW_QUEUE];
@@ -165,7 +212,7 @@ impl Hosts {
             run("tc", &[&to[..], &limit[..]].concat())?;
         }
         let at_random = ["-m", "statistic", "--mode", "random", "--probability", SLOW_LOSS, "-j", "DROP"];
-        self.on(host, &[&["iptables", "-w", "-A", "INPUT"][..], &at_random[..]].concat())
+        self.on(host, &[&["iptables", "-w", "-A", "INPUT"][..], &at_random[..]].concat()).map(drop)
     }
 
     /// Ends what [`Self::cut`], [`Self::lose`] and [`Self::slow`] did.
@@ -174,17 +221,21 @@ impl Hosts {
     /// When a command fails.
     pub fn heal(&mut self) -> Result<()> {
         let switch = self.switch().context("no network")?;
-        for host in std::mem::take(&mut self.touched) {
+        let slow = std::mem::take(&mut self.slow);
+        let cut = std::mem::take(&mut self.cuts).into_iter().flatten().map(|(_, to)| to);
+        for host in cut.chain(slow.iter().copied()).collect::<Vec<_>>() {
             self.on(host, &["iptables", "-w", "-F", "INPUT"])?;
+        }
+        for host in slow {
             for (at, device) in [(self.namespace(host).as_ref(), "eth0"), (Some(&switch), &self.names[host.0])] {
-                // most links are not slow, which is an error here
-                let _ = run("tc", &["-n", at.context("no network")?, "qdisc", "del", "dev", device, "root"]);
+                run("tc", &["-n", at.context("no network")?, "qdisc", "del", "dev", device, "root"])?;
             }
         }
         Ok(())
     }
 
-    fn on(&self, host: Host, command: &[&str]) -> Result<()> {
+    /// What a command on a host says.
+    fn on(&self, host: Host, command: &[&str]) -> Result<String> {
         let namespace = self.namespace(host).context("no network")?;
         run("ip", &[&["netns", "exec", &namespace][..], command].concat())
     }
@@ -219,16 +270,17 @@ fn address([second, third]: [u8; 2], last: u8) -> IpAddr {
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {
-    run("ip", arguments)
+    run("ip", arguments).map(drop)
 }
 
-fn run(program: &str, arguments: &[&str]) -> Result<()> {
+/// What a command says.
+fn run(program: &str, arguments: &[&str]) -> Result<String> {
     let shown = || format!("{program} {}", arguments.join(" "));
     let output = Command::new(program).args(arguments).output().with_context(shown)?;
     if !output.status.success() {
         bail!("{}: {}", shown(), String::from_utf8_lossy(&output.stderr).trim());
     }
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// Makes one of everything that is needed.
@@ -248,10 +300,11 @@ fn try_out() -> Result<()> {
         )
     })();
     ip(&["netns", "del", &name])?;
-    tried
+    tried.map(drop)
 }
 
-/// Removes namespaces of tests that were killed.
+/// Removes namespaces of tests that were killed, and ends what still runs in them: else they would be there without a
+/// name.
 fn remove_left_over() -> Result<()> {
     let output = Command::new("ip").args(["netns", "list"]).output()?;
     for line in String::from_utf8_lossy(&output.stdout).lines() {
@@ -259,6 +312,11 @@ fn remove_left_over() -> Result<()> {
         let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split(['x', '-']).next());
         let is_over = owner.is_some_and(|id| !std::path::Path::new("/proc").join(id).exists());
         if is_over {
+            let processes = run("ip", &["netns", "pids", name])?;
+            for process in processes.split_whitespace() {
+                // it may have ended meanwhile
+                let _ = run("kill", &["-KILL", process]);
+            }
             ip(&["netns", "del", name])?;
         }
     }

@@ -14,7 +14,7 @@ pub const CLIENTS: usize = 6;
 /// What a client that was refused waits before it asks again.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// Longest wait for a byte of an answer: a stream that stalls for so long is an error.
+/// Longest wait for an event of an answer: a stream that stalls for so long is an error.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What was asked, and what an undisturbed run answered.
@@ -198,16 +198,30 @@ impl Load {
     /// # Errors
     /// When one does not, in time.
     pub fn all_answered(&self, since: Instant) -> Result<()> {
+        self.answered(since, |_| true)
+    }
+
+    /// The same of the clients whose own door this is.
+    ///
+    /// # Errors
+    /// When one gets none, in time.
+    pub fn answered_at(&self, door: SocketAddr, since: Instant) -> Result<()> {
+        let doors = &self.shared.doors;
+        self.answered(since, |client| doors[client % doors.len()] == door)
+    }
+
+    fn answered(&self, since: Instant, is_meant: impl Fn(usize) -> bool) -> Result<()> {
         let answered = |client: usize| {
             let seen = self.shared.seen();
             let is_answered =
                 |ended: &Ended| ended.client == client && ended.begun >= since && ended.outcome == Outcome::Equal;
             seen.ended.iter().any(is_answered)
         };
-        until("each client gets a whole answer", || Ok((0..CLIENTS).all(answered))).with_context(|| {
-            let waits: Vec<usize> = (0..CLIENTS).filter(|client| !answered(*client)).collect();
+        let waits = || (0..CLIENTS).filter(|client| is_meant(*client) && !answered(*client)).collect::<Vec<_>>();
+        until("each client gets a whole answer", || Ok(waits().is_empty())).with_context(|| {
             format!(
-                "clients {waits:?} got none; the latest ends: {:?}",
+                "clients {:?} got none; the latest ends: {:?}",
+                waits(),
                 self.shared.seen().ended.iter().rev().take(6).collect::<Vec<_>>()
             )
         })

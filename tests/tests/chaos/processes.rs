@@ -2,8 +2,11 @@
 use crate::cluster::{Cluster, Kind};
 use crate::hosts::Hosts;
 use crate::load::Outcome;
-use crate::suite::{EXPERT_TOKENS, Fault, GENERATED, PLACED, Suite, leader, stores_are_used};
+use crate::suite::{
+    EXPERT_TOKENS, Fault, GENERATED, LEADER, MIGRATIONS, PLACED, RUNNING, STEP_RETRIES, Suite, leader, stores_are_used,
+};
 use anyhow::Result;
+use moesaic_tests::until;
 use std::time::Duration;
 
 /// Two of everything; each expert is in both groups where `copies` is 2.
@@ -41,6 +44,7 @@ pub fn add_two_of_everything(cluster: &mut Cluster, copies: usize, stores: &[&st
 fn killed_frozen_and_restarted_processes() {
     let cluster = two_of_everything(Hosts::loopback(), 2).unwrap();
     let mut suite = Suite::start("1-processes", cluster).unwrap();
+    suite.undisturbed();
     kill(&mut suite);
     freeze(&mut suite);
     servers(&mut suite);
@@ -49,30 +53,45 @@ fn killed_frozen_and_restarted_processes() {
 }
 
 fn kill(suite: &mut Suite) {
+    let fault = |what: &str, expected| Fault::new(format!("kill -9 {what}"), expected).lasting_shortly();
+    let scheduler = fault("a scheduler", "its streams go on at the other").goes_on().grows(&["g0", "g1"], MIGRATIONS);
+    let scheduler = scheduler.leaves_one(&["r0", "r1"]);
+    let begin = |c: &mut Cluster| {
+        works(c, "s0")?;
+        c.kill("s0")
+    };
+    suite.fault(scheduler.then_works("s0", GENERATED), begin, |c| c.start("s0"));
+    let shard = fault("a shard, its experts have copies", "the copies answer").goes_on().grows(&["e1"], EXPERT_TOKENS);
+    suite.fault(shard.then_works("e0", EXPERT_TOKENS), |c| c.kill("e0"), |c| c.start("e0"));
     let leading = leader(&suite.cluster).unwrap();
-    let all = [
-        ("s0", "a scheduler", "its streams go on at the other", GENERATED),
-        ("e0", "a shard, its experts have copies", "the copies answer", EXPERT_TOKENS),
-        (leading, "the leading router", "the other places and leads", PLACED),
-    ];
-    for (name, what, expected, metric) in all {
-        let fault = Fault::new(format!("kill -9 {what}"), expected).lasting_shortly().then_works(name, metric);
-        suite.fault(fault, move |c| c.kill(name), move |c| c.start(name));
-    }
-    let fault = Fault::new("kill -9 a kv-store", "its blocks are computed or come from the other").lasting_shortly();
+    let router = another_leads(fault("the leading router", "the other places and leads"), leading);
+    suite.fault(router.then_works(leading, PLACED), |c| c.kill(leading), |c| c.start(leading));
+    let store = fault("a kv-store", "its blocks are computed or come from the other").goes_on();
     suite.fault(
-        fault,
+        store,
         |c| {
             c.kill("k0")?;
-            stores_are_used(c, "s0")
+            stores_are_used(c, "s0", &["k1"])
         },
         |c| c.start("k0"),
     );
     let door = suite.cluster.member("g0").address;
-    let expected = "its connections break, clients ask again at the other; no other is lost";
-    let fault = Fault::new("kill -9 a gateway", expected).lasting_shortly().losing(door);
-    suite.fault(fault, |c| c.kill("g0"), |c| c.start("g0"));
+    let gateway = fault("a gateway", "its connections break, clients ask again at the other; no other is lost");
+    suite.fault(gateway.losing(door).goes_on(), |c| c.kill("g0"), |c| c.start("g0"));
     both(suite);
+}
+
+/// Waits until a scheduler works, so that who is lost next has something to lose.
+pub fn works(cluster: &Cluster, scheduler: &str) -> Result<()> {
+    until(&format!("{scheduler} works"), || Ok(cluster.member(scheduler).metric(RUNNING)? > 0.0))
+}
+
+/// The router that is not `leading` leads while the fault lasts, and places.
+fn another_leads(fault: Fault, leading: &'static str) -> Fault {
+    let other = if leading == "r0" { "r1" } else { "r0" };
+    fault.goes_on().grows(&[other], PLACED).meanwhile(move |watch| {
+        until("the other router leads", || Ok(watch.cluster.member(other).metric(LEADER)? > 0.0))
+    })
 }
 
 /// Nobody is left of a kind.
@@ -81,48 +100,62 @@ fn both(suite: &mut Suite) {
     let start = |names: [&'static str; 2]| move |c: &mut Cluster| names.iter().try_for_each(|name| c.start(name));
     let fault = |what: &str, expected| Fault::new(format!("kill -9 {what}"), expected).lasting_shortly();
     let (schedulers, shards, routers, stores) = (["s0", "s1"], ["e0", "e1"], ["r0", "r1"], ["k0", "k1"]);
-    let all = fault("all schedulers", "requests end with the error `unavailable`, at once").unavailable();
+    let door = suite.cluster.member("g0").address;
+    let all =
+        fault("all schedulers", "what is new is refused with `unavailable`; what runs waits, and goes on or ends so");
+    let all = all.unavailable().refuses(door);
     suite.fault(all.then_works("s0", GENERATED), kill(schedulers), start(schedulers));
-    let all = fault("all shards", "streams wait until they are back and go on");
+    let all = fault("all shards", "streams wait until they are back and go on").grows(&schedulers, STEP_RETRIES);
     suite.fault(all.then_works("e0", EXPERT_TOKENS), kill(shards), start(shards));
     let all = fault("all routers", "what is new is refused with `unavailable`; what runs goes on");
     let all = all.allowing(|ended| matches!(ended.outcome, Outcome::Refused { status: Some(503), .. }));
-    suite.fault(all.then_works("r0", PLACED), kill(routers), start(routers));
-    let all = fault("all kv-stores", "their blocks are computed");
+    suite.fault(all.refuses(door).then_works("r0", PLACED), kill(routers), start(routers));
+    let all = fault("all kv-stores", "their blocks are computed").goes_on();
     suite.fault(all, kill(stores), move |c| {
         start(stores)(c)?;
-        stores_are_used(c, "s0")
+        stores_are_used(c, "s0", &stores)
     });
 }
 
 fn freeze(suite: &mut Suite) {
+    let fault = |what: &str, expected| Fault::new(format!("SIGSTOP {what}"), expected);
+    let freeze = |name: &'static str| move |c: &mut Cluster| c.signal(name, "STOP");
+    let thaw = |name: &'static str| move |c: &mut Cluster| c.signal(name, "CONT");
+    let scheduler = fault("a scheduler", "its streams go on at the other").goes_on().grows(&["g0", "g1"], MIGRATIONS);
+    let scheduler = scheduler.leaves_one(&["r0", "r1"]);
+    let begin = |c: &mut Cluster| {
+        works(c, "s1")?;
+        c.signal("s1", "STOP")
+    };
+    suite.fault(scheduler.then_works("s1", GENERATED), begin, thaw("s1"));
+    let shard = fault("a shard, its experts have copies", "the copies answer").goes_on().grows(&["e0"], EXPERT_TOKENS);
+    suite.fault(shard.then_works("e1", EXPERT_TOKENS), freeze("e1"), thaw("e1"));
     let leading = leader(&suite.cluster).unwrap();
-    let all = [
-        ("s1", "a scheduler", "its streams go on at the other", Some(GENERATED)),
-        ("e1", "a shard, its experts have copies", "the copies answer", Some(EXPERT_TOKENS)),
-        (leading, "the leading router", "the other places and leads", Some(PLACED)),
-        ("k1", "a kv-store", "its blocks are computed or come from the other", None),
-        ("g1", "a gateway", "its streams stand still and go on", None),
-        ("redis", "Redis", "all go on with what they know", None),
-        ("nats", "NATS", "all go on with what they know", None),
-    ];
-    for (name, what, expected, works) in all {
-        let fault = Fault::new(format!("SIGSTOP {what}"), expected);
-        let fault = works.into_iter().fold(fault, |fault, metric| fault.then_works(name, metric));
-        suite.fault(fault, move |c| c.signal(name, "STOP"), move |c| c.signal(name, "CONT"));
+    let router = another_leads(fault("the leading router", "the other places and leads"), leading);
+    suite.fault(router.then_works(leading, PLACED), freeze(leading), thaw(leading));
+    let store = fault("a kv-store", "its blocks are computed or come from the other").goes_on();
+    suite.fault(store, freeze("k1"), thaw("k1"));
+    let door = suite.cluster.member("g0").address;
+    let gateway = fault("a gateway", "its streams stand still and go on; the other's go on");
+    let gateway = gateway.meanwhile(move |watch| watch.load.answered_at(door, watch.begun));
+    suite.fault(gateway, freeze("g1"), thaw("g1"));
+    for (name, what) in [("redis", "Redis"), ("nats", "NATS")] {
+        suite.fault(fault(what, "all go on with what they know").goes_on(), freeze(name), thaw(name));
     }
 }
 
 fn servers(suite: &mut Suite) {
     for (name, what) in [("redis", "Redis"), ("nats", "NATS")] {
-        let fault = |how: &str| Fault::new(format!("{what} {how}"), "all go on with what they know");
+        let fault = |how: &str| Fault::new(format!("{what} {how}"), "all go on with what they know").goes_on();
         suite.fault(fault("killed and restarted").lasting_shortly(), move |c| c.kill(name), move |c| c.start(name));
         suite.fault(fault("killed and restarted empty"), move |c| c.kill(name), move |c| c.start_empty(name));
     }
     let fault = Fault::new("Redis and NATS gone, then a scheduler killed", "its streams go on at the other");
+    let fault = fault.goes_on().grows(&["g0", "g1"], MIGRATIONS);
     let begin = |c: &mut Cluster| {
         c.kill("redis")?;
         c.kill("nats")?;
+        works(c, "s0")?;
         c.kill("s0")
     };
     let end = |c: &mut Cluster| {

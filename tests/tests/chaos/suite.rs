@@ -3,7 +3,8 @@ use crate::cluster::{Cluster, Kind};
 use crate::load::{Ended, Load, Outcome};
 use crate::report::Report;
 use anyhow::{Context, Result, bail};
-use moesaic_tests::until;
+use moesaic_tests::{http, until};
+use serde_json::json;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -14,10 +15,20 @@ const LASTS: Duration = Duration::from_secs(4);
 pub const GENERATED: &str = "vllm:generation_tokens_total";
 pub const EXPERT_TOKENS: &str = "moesaic_expert_tokens_total";
 pub const PLACED: &str = "moesaic_router_placements_total";
+/// What a scheduler works on now.
+pub const RUNNING: &str = "vllm:num_requests_running";
+pub const MIGRATIONS: &str = "moesaic_migrations_total";
+/// Grows as long as steps wait for experts that nobody has.
+pub const STEP_RETRIES: &str = "moesaic_step_retries_total";
+/// What the kv-stores found of what they were asked for, and what a scheduler read from them.
 const FOUND: &str = "moesaic_kv_store_hits_total";
-const KEPT: &str = "moesaic_kv_store_bytes";
+const FETCHED: &str = "moesaic_prefix_store_fetched_blocks_total";
 
-const LEADER: &str = "moesaic_placement_leader";
+/// Replicas that a router places at.
+const READY: &str = "moesaic_router_replicas_ready";
+/// Of the router that leads.
+pub const EPOCH: &str = "moesaic_placement_epoch";
+pub const LEADER: &str = "moesaic_placement_leader";
 
 /// The router that leads the placement of experts.
 ///
@@ -36,24 +47,28 @@ pub fn leader(cluster: &Cluster) -> Result<&'static str> {
 /// The same where those who are concerned notice at once.
 const SHORT: Duration = Duration::from_secs(2);
 
-/// Waits until the kv-stores are used: a scheduler that starts empty asks them, and offers what they have not.
+/// Waits until the kv-stores are used, of which `stores` run: a scheduler that starts empty finds blocks there.
 ///
 /// # Errors
-/// When they are not, in time.
-pub fn stores_are_used(cluster: &mut Cluster, scheduler: &str) -> Result<()> {
-    let used = |cluster: &Cluster| -> Vec<Option<f64>> {
-        let stores = cluster.names(Kind::Store).into_iter().map(|name| cluster.member(name));
-        // one that is lost is not used
-        stores.map(|store| Some(store.metric(FOUND).ok()? + store.metric(KEPT).ok()?)).collect()
-    };
+/// When it does not, in time.
+pub fn stores_are_used(cluster: &mut Cluster, scheduler: &str, stores: &[&'static str]) -> Result<()> {
+    for store in stores {
+        until(&format!("{store} is ready"), || Ok(cluster.member(store).is_ready()))?;
+    }
     cluster.kill(scheduler)?;
-    let before = used(cluster);
+    let found = |cluster: &Cluster| stores.iter().map(|store| cluster.member(store).metric(FOUND)).sum::<Result<f64>>();
+    let before = found(cluster)?;
     cluster.start(scheduler)?;
-    until("the kv-stores are used", || Ok(used(cluster).iter().zip(&before).any(|(now, before)| now > before)))
+    until("the kv-stores find what is asked for", || Ok(found(cluster)? > before))?;
+    let fetched = || cluster.member(scheduler).metric(FETCHED);
+    until(&format!("{scheduler} reads from the kv-stores"), || Ok(fetched().is_ok_and(|blocks| blocks > 0.0)))
 }
 
 /// Whether a request may end in this way, other than with the undisturbed answer.
 type Allows = Box<dyn Fn(&Ended) -> bool>;
+
+/// What must come true before a fault is ended.
+type Condition = Box<dyn Fn(&Watch<'_>) -> Result<()>>;
 
 /// A fault to be made, and what is expected of it.
 pub struct Fault {
@@ -61,6 +76,8 @@ pub struct Fault {
     expected: &'static str,
     lasts: Duration,
     allows: Allows,
+    meanwhile: Vec<Condition>,
+    grow: Vec<(Vec<&'static str>, &'static str)>,
     works_again: Vec<(&'static str, &'static str)>,
 }
 
@@ -68,7 +85,8 @@ impl Fault {
     /// A fault after which every request ends as in an undisturbed run.
     pub fn new(name: impl Into<String>, expected: &'static str) -> Self {
         let allows = Box::new(|_: &Ended| false);
-        Self { name: name.into(), expected, lasts: LASTS, allows, works_again: Vec::new() }
+        let (meanwhile, grow, works_again) = (Vec::new(), Vec::new(), Vec::new());
+        Self { name: name.into(), expected, lasts: LASTS, allows, meanwhile, grow, works_again }
     }
 
     /// How long it lasts.
@@ -102,11 +120,55 @@ impl Fault {
         })
     }
 
+    /// What must come true while it lasts: it is not ended before, and a condition that fails is not as expected.
+    pub fn meanwhile(mut self, condition: impl Fn(&Watch<'_>) -> Result<()> + 'static) -> Self {
+        self.meanwhile.push(Box::new(condition));
+        self
+    }
+
+    /// While it lasts each client gets a whole answer to what it asks.
+    pub fn goes_on(self) -> Self {
+        self.meanwhile(|watch| watch.load.all_answered(watch.begun))
+    }
+
+    /// While it lasts a new request at this door is refused with `unavailable`.
+    pub fn refuses(self, door: SocketAddr) -> Self {
+        self.meanwhile(move |_| {
+            let body = json!({"prompt": "Is anybody there?", "max_tokens": 1});
+            until("a new request is refused", || {
+                let (status, answer) = http::post(door, "/v1/completions", &body)?;
+                Ok(status == 503 && answer["error"]["code"] == "unavailable")
+            })
+        })
+    }
+
+    /// While it lasts these routers come to place at one replica and no other.
+    pub fn leaves_one(self, routers: &'static [&'static str]) -> Self {
+        self.meanwhile(move |watch| {
+            let knows_one = |router: &&str| watch.cluster.member(router).metric(READY).is_ok_and(|ready| ready == 1.0);
+            until(&format!("{routers:?} place at one replica"), || Ok(routers.iter().all(knows_one)))
+        })
+    }
+
+    /// While it lasts this metric of one of these members grows.
+    pub fn grows(mut self, members: &[&'static str], metric: &'static str) -> Self {
+        self.grow.push((members.to_vec(), metric));
+        self
+    }
+
     /// A member that works again afterwards: this metric of its grows.
     pub fn then_works(mut self, member: &'static str, metric: &'static str) -> Self {
         self.works_again.push((member, metric));
         self
     }
+}
+
+/// A cluster while a fault lasts.
+pub struct Watch<'a> {
+    pub cluster: &'a Cluster,
+    pub load: &'a Load,
+    /// When the fault had been made.
+    pub begun: Instant,
 }
 
 /// A cluster under load.
@@ -146,10 +208,14 @@ impl Suite {
         }
         self.load.begin();
         let mut ended_at = Instant::now();
+        let mut meanwhile = Ok(());
+        let counts = self.counts(&fault);
         let recovered = (|| {
             begin(&mut self.cluster).context("begin")?;
+            let begun = Instant::now();
             // the load goes on meanwhile; how long it lasts is a part of the fault
             std::thread::sleep(fault.lasts);
+            meanwhile = counts.and_then(|counts| self.meanwhile(&fault, &counts, begun)).context("meanwhile");
             end(&mut self.cluster).context("end")?;
             ended_at = Instant::now();
             self.cluster.becomes_whole()
@@ -159,8 +225,14 @@ impl Suite {
         let recovered =
             recovered.and_then(|()| self.works_again(&fault)).and_then(|()| self.load.all_answered(ended_at));
         let window = self.load.take();
-        let outcome = recovered.and_then(|()| check(&fault, &window.ended));
+        let outcome = meanwhile.and(recovered).and_then(|()| check(&fault, &window.ended));
         self.report.add(&fault.name, fault.expected, &window, ready, outcome);
+    }
+
+    /// Makes no fault: how long clients wait for tokens anyway.
+    pub fn undisturbed(&mut self) {
+        let fault = Fault::new("none: nothing is disturbed", "the gaps are those of the load").goes_on();
+        self.fault(fault, |_| Ok(()), |_| Ok(()));
     }
 
     /// Notes a fault that cannot be made here.
@@ -176,6 +248,26 @@ impl Suite {
         let mut report = Report::new(family);
         report.skip(faults, why);
         report.finish()
+    }
+
+    /// What the metrics are that are to grow.
+    fn counts(&self, fault: &Fault) -> Result<Vec<Vec<f64>>> {
+        let of = |(members, metric): &(Vec<&'static str>, &'static str)| {
+            members.iter().map(|name| self.cluster.member(name).metric(metric)).collect()
+        };
+        fault.grow.iter().map(of).collect()
+    }
+
+    fn meanwhile(&self, fault: &Fault, before: &[Vec<f64>], begun: Instant) -> Result<()> {
+        let watch = Watch { cluster: &self.cluster, load: &self.load, begun };
+        for ((members, metric), before) in fault.grow.iter().zip(before) {
+            let grew = |(name, before): (&&str, &f64)| {
+                // one that does not answer now may do so at the next look
+                self.cluster.member(name).metric(metric).is_ok_and(|now| now > *before)
+            };
+            until(&format!("{metric} of {members:?} grows"), || Ok(members.iter().zip(before).any(grew)))?;
+        }
+        fault.meanwhile.iter().try_for_each(|condition| condition(&watch))
     }
 
     fn works_again(&self, fault: &Fault) -> Result<()> {

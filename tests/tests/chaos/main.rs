@@ -15,4 +15,5 @@ mod load;
 mod network;
 mod processes;
 mod report;
+mod stages;
 mod suite;

@@ -1,5 +1,5 @@
-//! Threads that are dispatched to in microseconds: the caller is worker 0, tasks are taken from one atomic cursor,
-//! and a worker spins for a short, bounded time before it parks, so that it is a good neighbour on shared cores.
+//! The peer: the pool that this one came after. A region is an `Arc` behind a mutex, and a condition variable is told
+//! of it.
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -87,16 +87,6 @@ impl Pool {
         Arc::new(Self { shared, workers, turn: Mutex::new(()) })
     }
 
-    /// Threads in all.
-    pub fn threads(&self) -> usize {
-        self.workers.len() + 1
-    }
-
-    /// Tasks that ended so far: any thread sees by it whether a long computation gets on.
-    pub fn advanced(&self) -> u64 {
-        self.shared.advanced.load(Ordering::Relaxed)
-    }
-
     /// Calls `task` with 0..tasks, each once, on all threads. A panic in a task is raised again here, after the others
     /// have finished. Must not be called from inside a task.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
@@ -172,36 +162,5 @@ impl Drop for Pool {
             // a worker catches its tasks' panics, so it cannot have panicked
             let _ = worker.join();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_task_runs_once() {
-        let pool = Pool::new(3);
-        for tasks in [0, 1, 2, 7, 1000] {
-            let counts: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-            let before = pool.advanced();
-            pool.run(tasks, &|i| {
-                counts[i].fetch_add(1, Ordering::Relaxed);
-            });
-            assert_eq!(pool.advanced() - before, tasks as u64);
-            assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
-        }
-    }
-
-    #[test]
-    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let pool = Pool::new(2);
-        let caught = catch_unwind(AssertUnwindSafe(|| pool.run(64, &|i| assert!(i != 40, "task 40 breaks"))));
-        assert!(caught.is_err());
-        let sum = AtomicUsize::new(0);
-        pool.run(100, &|i| {
-            sum.fetch_add(i, Ordering::Relaxed);
-        });
-        assert_eq!(sum.load(Ordering::Relaxed), 4950);
     }
 }

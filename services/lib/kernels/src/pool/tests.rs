@@ -147,6 +147,26 @@ fn a_region_wakes_all_whom_it_invites_and_nobody_else() {
 }
 
 #[test]
+fn who_is_not_invited_takes_no_task_though_it_looks() {
+    let pool = Pool::new(4);
+    let strangers = AtomicUsize::new(0);
+    let caller = std::thread::current().id();
+    for _ in 0..regions(3000) {
+        // all look now
+        pool.run(64, &|_| std::hint::spin_loop());
+        pool.run(2, &|_| {
+            let thread = std::thread::current();
+            if thread.id() != caller && thread.name() != Some("kernel-1") {
+                strangers.fetch_add(1, Relaxed);
+            }
+            // long enough for others to come
+            (0..200).for_each(|_| std::hint::spin_loop());
+        });
+    }
+    assert_eq!(strangers.load(Relaxed), 0);
+}
+
+#[test]
 fn a_caller_that_sleeps_is_woken_by_the_last_worker() {
     let pool = Pool::new(2);
     for _ in 0..50 {

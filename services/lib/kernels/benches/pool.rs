@@ -155,60 +155,40 @@ fn decode(name: &str, pools: &[(&str, &dyn Run)], tokens: usize, rate: f64) {
     }
 }
 
-/// Empty regions in a row: the fastest and the middle batch of 1,000.
-fn empty(pools: &[(&str, &dyn Run)], threads: usize) {
-    let mut nanos: Vec<Vec<f64>> = pools.iter().map(|_| Vec::new()).collect();
-    for _ in 0..200 {
-        for ((_, pool), nanos) in pools.iter().zip(&mut nanos) {
-            let begin = Instant::now();
-            for _ in 0..1_000 {
-                pool.run(threads, &|_| {});
-            }
-            nanos.push(begin.elapsed().as_secs_f64() * 1e6);
+/// A region whose tasks all wait for each other, so that every thread has come.
+fn meet(pool: &dyn Run, threads: usize) {
+    let here = AtomicUsize::new(0);
+    pool.run(threads, &|_| {
+        here.fetch_add(1, Ordering::Relaxed);
+        while here.load(Ordering::Relaxed) < threads {
+            std::hint::spin_loop();
         }
-    }
-    for ((pool, _), nanos) in pools.iter().zip(&mut nanos) {
-        nanos.sort_by(f64::total_cmp);
-        println!(
-            "empty region             {pool:<8} ns min {:6.0} p50 {:6.0} p90 {:6.0}",
-            at(nanos, 0.0),
-            at(nanos, 0.5),
-            at(nanos, 0.9),
-        );
-    }
+    });
 }
 
-/// Regions of `threads` tasks that all wait for each other, so that every thread has come: the fastest batches of 50.
-/// Where the cores are wanted by others a batch takes many time slices, so the number of batches is what the time allows.
-fn meeting(pools: &[(&str, &dyn Run)], threads: usize) {
+/// Batches of 50 regions, each after a meeting, when all threads look for work. Where the cores are wanted by others a
+/// meeting takes many time slices, so the number of batches is what the time allows.
+fn dispatch(name: &str, pools: &[(&str, &dyn Run)], threads: usize, region: &dyn Fn(&dyn Run)) {
     let mut nanos: Vec<Vec<f64>> = pools.iter().map(|_| Vec::new()).collect();
-    let begin = Instant::now();
-    while begin.elapsed() < Duration::from_secs(3) {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(3) {
         for ((_, pool), nanos) in pools.iter().zip(&mut nanos) {
-            let meet = || {
-                let here = AtomicUsize::new(0);
-                pool.run(threads, &|_| {
-                    here.fetch_add(1, Ordering::Relaxed);
-                    while here.load(Ordering::Relaxed) < threads {
-                        std::hint::spin_loop();
-                    }
-                });
-            };
-            meet();
+            meet(*pool, threads);
             let begin = Instant::now();
             for _ in 0..50 {
-                meet();
+                region(*pool);
             }
-            nanos.push(begin.elapsed().as_secs_f64() * 2e7);
+            nanos.push(begin.elapsed().as_secs_f64() * 1e9 / 50.0);
         }
     }
     for ((pool, _), nanos) in pools.iter().zip(&mut nanos) {
         nanos.sort_by(f64::total_cmp);
         println!(
-            "meeting                  {pool:<8} ns min {:6.0} p25 {:6.0} p50 {:6.0} p90 {:6.0}",
+            "{name:<24} {pool:<8} ns min {:6.0} p25 {:6.0} p50 {:6.0} p75 {:6.0} p90 {:6.0}",
             at(nanos, 0.0),
             at(nanos, 0.25),
             at(nanos, 0.5),
+            at(nanos, 0.75),
             at(nanos, 0.9),
         );
     }
@@ -244,8 +224,8 @@ fn main() {
     let (new, old) = (Pool::new(threads), condvar::Pool::new(threads));
     let pools: [(&str, &dyn Run); 2] = [("condvar", &old), ("gate", &new)];
     let rate = rounds_per_second();
-    empty(&pools, threads);
-    meeting(&pools, threads);
+    dispatch("empty region", &pools, threads, &|pool| pool.run(threads, &|_| {}));
+    dispatch("meeting", &pools, threads, &|pool| meet(pool, threads));
     idle(&pools);
     decode("decoder", &pools, tokens, rate);
     let running = Foreign::start(foreign);

@@ -11,7 +11,7 @@ use crate::int8::{self, Ahead};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Kind;
 use crate::isa::{Isa, for_each_isa};
-use crate::packed::{Format, PANEL, PackedMatrix, expand_panel};
+use crate::packed::{self, Format, PANEL, PackedMatrix, expand_panel};
 use crate::pool::Pool;
 use std::cell::Cell;
 use std::sync::Arc;
@@ -20,6 +20,8 @@ use std::sync::Arc;
 pub(crate) const TILE: usize = 8;
 /// Bytes that one pass over a panel asks for ahead of its reading.
 const AHEAD: usize = 4096;
+/// Bytes of rows of x that a task takes at a time: they and some panels fit the second cache.
+const BLOCK: usize = 384 << 10;
 /// Values that a thread quantizes in the time in which a second one would wake up.
 const ALONE: usize = 16_384;
 
@@ -111,32 +113,42 @@ impl Kernels {
         assert_eq!(out.len(), m * n, "out is [m, n]");
         assert!(bias.is_none_or(|b| b.len() == n), "bias is [n]");
         with(&ROWS, |buffer| {
-            let x = self.rows(Form::new(self.activations, w.format()), x, k, buffer);
+            let form = Form::new(self.activations, w.format());
+            let x = self.rows(form, x, k, buffer);
+            let block = match form {
+                Form::Int8 { .. } => (BLOCK / form.row_bytes(k).max(1)).max(4 * TILE),
+                // weights that are expanded serve all rows
+                Form::Float => m.max(1),
+            };
             let panels = w.panels();
             // some tasks a thread, so that a late thread costs little; each worth its dispatch
             let least = (16_384 / (PackedMatrix::packed_len(w.format(), PANEL, k) * m).max(1)).max(1);
             let per_task = (panels / (self.pool.threads() * 8)).min(16).max(least);
             let out = Shared::new(out);
             self.pool.run(panels.div_ceil(per_task), &|task| {
+                let panels = task * per_task..((task + 1) * per_task).min(panels);
                 with(&LINES, |lines| {
-                    for index in task * per_task..((task + 1) * per_task).min(panels) {
-                        let next = index + 1;
-                        let next = (next < panels && next % per_task != 0).then(|| w.panel(next));
-                        let mut panel = Panel::new(self, w, index, m, next, lines);
-                        let (first, width) = (index * PANEL, PANEL.min(n - index * PANEL));
-                        let bias = bias.map(|bias| &bias[first..first + width]);
-                        panel.for_each_tile(
-                            &x,
-                            |row| row,
-                            |row, values| {
-                                // SAFETY: a panel's task writes that panel's columns only.
-                                let out = unsafe { out.slice(row * n + first, width) };
-                                out.copy_from_slice(&values[..width]);
-                                if let Some(bias) = bias {
-                                    out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
-                                }
-                            },
-                        );
+                    // rows of x that stay in a cache while the task's panels run over them
+                    for first_row in (0..m).step_by(block) {
+                        let rows = block.min(m - first_row);
+                        for index in panels.clone() {
+                            let next = (index + 1 < panels.end).then(|| w.panel(index + 1));
+                            let panel = Panel::new(self, w, index, rows, [next; 2], lines);
+                            let (first, width) = (index * PANEL, PANEL.min(n - index * PANEL));
+                            let bias = bias.map(|bias| &bias[first..first + width]);
+                            panel.for_each_tile(
+                                &x,
+                                |row| first_row + row,
+                                |row, values| {
+                                    // SAFETY: a panel's task writes that panel's columns only.
+                                    let out = unsafe { out.slice((first_row + row) * n + first, width) };
+                                    out.copy_from_slice(&values[..width]);
+                                    if let Some(bias) = bias {
+                                        out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+                                    }
+                                },
+                            );
+                        }
                     }
                 });
             });
@@ -179,9 +191,8 @@ pub(crate) struct Panel<'a> {
     k: usize,
     rows: usize,
     source: Source<'a>,
-    len: usize,
-    next: *const u8,
-    contiguous: bool,
+    /// What will be read after it, and after all passes over it.
+    next: [*const u8; 2],
 }
 
 /// Where a panel's weights come from.
@@ -196,14 +207,14 @@ enum Source<'a> {
 }
 
 impl<'a> Panel<'a> {
-    /// Panel `index` of w for `rows` rows; `next` is what will be read after it. Weights that must be expanded are
-    /// written to the buffer.
+    /// Panel `index` of w for `rows` rows; `next` is what will be read after it, should one pass do, else after all
+    /// passes. Weights that must be expanded are written to the buffer.
     pub(crate) fn new(
         kernels: &Kernels,
         w: &'a PackedMatrix,
         index: usize,
         rows: usize,
-        next: Option<&'a [u8]>,
+        next: [Option<&'a [u8]>; 2],
         buffer: &'a mut Buffer,
     ) -> Self {
         let (isa, k, bytes) = (kernels.isa, w.cols(), w.panel(index));
@@ -222,9 +233,7 @@ impl<'a> Panel<'a> {
                 }
             },
         };
-        let end = bytes.as_ptr_range().end;
-        let next = next.map_or(bytes.as_ptr(), <[u8]>::as_ptr);
-        Self { isa, k, rows, source, len: bytes.len(), next, contiguous: next == end }
+        Self { isa, k, rows, source, next: next.map(|next| next.unwrap_or(bytes).as_ptr()) }
     }
 
     /// The most rows that one tile takes.
@@ -235,22 +244,25 @@ impl<'a> Panel<'a> {
         }
     }
 
-    /// What pass `pass` of `passes` over this panel asks for: its own bytes a little ahead where it is the only one,
-    /// else its part of the next panel.
-    fn ahead(&self, pass: usize, passes: usize) -> Ahead {
-        let step = 64 / passes.min(64);
-        if passes == 1 && self.contiguous {
-            let start = self.next.wrapping_sub(self.len);
-            return Ahead { from: start.wrapping_add(AHEAD), step };
+    /// What pass `pass` of `passes` over this panel asks for: where it is the only one, the panel's own bytes a little
+    /// ahead and at last the next panel's, so that they are still in the first cache when they are read; else its part
+    /// of the next panel.
+    fn ahead(&self, format: Format, bytes: &[u8], pass: usize, passes: usize) -> Ahead {
+        if passes > 1 {
+            let first = self.next[1].wrapping_add(bytes.len() / passes * pass);
+            return Ahead { first, groups: usize::MAX, then: first, step: packed::LINE / passes.min(packed::LINE) };
         }
-        Ahead { from: self.next.wrapping_add(self.len / passes * pass), step }
+        let group_bytes = format.group_bytes();
+        let distance = (AHEAD / group_bytes * group_bytes).clamp(0, bytes.len());
+        let first = bytes.as_ptr().wrapping_add(distance);
+        Ahead { first, groups: (bytes.len() - distance) / group_bytes, then: self.next[0], step: packed::LINE }
     }
 
     /// Multiplies one tile's rows.
     pub(crate) fn multiply(&self, rows: &[&[u8]], pass: usize, passes: usize, out: &mut Tile) {
         match self.source {
             Source::Int8(format, bytes) => {
-                int8::multiply(self.isa, format, bytes, rows, self.k, self.ahead(pass, passes), out);
+                int8::multiply(self.isa, format, bytes, rows, self.k, self.ahead(format, bytes, pass, passes), out);
             }
             #[cfg(target_arch = "x86_64")]
             // SAFETY: such a source is made only for tokens of kinds with these parts of AVX-512.
@@ -263,7 +275,7 @@ impl<'a> Panel<'a> {
 
     /// Multiplies all rows, row i being `x.row(index(i))`; `put(i, values)` takes the results.
     pub(crate) fn for_each_tile(
-        &mut self,
+        &self,
         x: &Rows<'_>,
         index: impl Fn(usize) -> usize,
         mut put: impl FnMut(usize, &[f32; PANEL]),

@@ -241,10 +241,14 @@ impl Kernels {
         let inner = inner.bytes(total);
         let shared = Shared::new(&mut *inner);
         self.pool.run(parts.len(), &|part| {
+            // the part after this one is next for some thread, most likely
+            let following = parts.get(part + 1).unwrap_or(&parts[part]);
+            let following = (weights_of(groups[following.group as usize].expert), following.first as usize);
             let part = parts[part];
             let group = groups[part.group as usize];
             with(&SCRATCH, |scratch| {
-                self.gate_and_up(weights_of(group.expert), activation, &inputs, group, tokens, part, shared, scratch);
+                let w = weights_of(group.expert);
+                self.gate_and_up(w, activation, &inputs, group, tokens, part, following, shared, scratch);
             });
         });
         let sink = match tokens {
@@ -277,6 +281,7 @@ impl Kernels {
         group: Group,
         tokens: Option<&[u32]>,
         part: Part,
+        following: (&ExpertWeights, usize),
         inner: Shared<'_, u8>,
         scratch: &mut Scratch,
     ) {
@@ -293,9 +298,11 @@ impl Kernels {
             let columns = panels.start * PANEL..(panels.end * PANEL).min(inter);
             let block = scratch.block.floats(group.rows * columns.len());
             for index in panels {
-                let gate = Panel::new(self, &w.gate, index, group.rows, Some(w.up.panel(index)), &mut scratch.gate);
-                let next = (index + 1 < last).then(|| w.gate.panel(index + 1));
-                let up = Panel::new(self, &w.up, index, group.rows, next, &mut scratch.up);
+                let (w_next, next) = if index + 1 < last { (w, index + 1) } else { following };
+                let (gate_next, up_next) = (Some(w_next.gate.panel(next)), Some(w_next.up.panel(next)));
+                let up_now = Some(w.up.panel(index));
+                let gate = Panel::new(self, &w.gate, index, group.rows, [up_now, gate_next], &mut scratch.gate);
+                let up = Panel::new(self, &w.up, index, group.rows, [gate_next, up_next], &mut scratch.up);
                 let columns_here = index * PANEL..((index + 1) * PANEL).min(inter);
                 let passes = tiles(group.rows, gate.most().min(up.most()));
                 let (mut gates, mut ups) = (Tile::new(), Tile::new());
@@ -345,13 +352,14 @@ impl Kernels {
         self.pool.run(panels.div_ceil(per_task), &|task| {
             let range = task * per_task..((task + 1) * per_task).min(panels);
             let columns = range.start * PANEL..(range.end * PANEL).min(width);
-            if matches!(sink, Sink::Tokens { .. }) {
-                for row in 0..rows_out {
-                    // SAFETY: a task writes its own columns only.
-                    unsafe { out.slice(row * width + columns.start, columns.len()) }.fill(0.0);
-                }
-            }
             with(&SCRATCH, |scratch| {
+                // sums grow in memory of our own: rows of the output are far apart, often by a power of two, so that
+                // few of them fit a cache together
+                let sums = match sink {
+                    Sink::Rows => &mut [],
+                    Sink::Tokens { .. } => scratch.block.floats(rows_out * columns.len()),
+                };
+                sums.fill(0.0);
                 for (i, group) in groups.iter().enumerate() {
                     let w = weights_of(group.expert);
                     let (form, inter) = (self.down_form(w), w.down.cols());
@@ -363,35 +371,36 @@ impl Kernels {
                         } else {
                             groups.get(i + 1).map(|group| weights_of(group.expert).down.panel(range.start))
                         };
-                        let mut panel = Panel::new(self, &w.down, index, group.rows, next, &mut scratch.gate);
+                        let panel = Panel::new(self, &w.down, index, group.rows, [next; 2], &mut scratch.gate);
                         let first = index * PANEL;
                         let here = PANEL.min(width - first);
                         let bias = w.down_bias.as_ref().map(|bias| &bias[first..first + here]);
-                        panel.for_each_tile(
-                            &rows,
-                            |row| row,
-                            |row, values| {
-                                let mut values = *values;
-                                if let Some(bias) = bias {
-                                    values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+                        let row_of = |row| row;
+                        panel.for_each_tile(&rows, row_of, |row, values| {
+                            let mut values = *values;
+                            if let Some(bias) = bias {
+                                values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+                            }
+                            let row = group.first + row;
+                            match sink {
+                                Sink::Rows => {
+                                    // SAFETY: a task writes its own columns only.
+                                    let out = unsafe { out.slice(row * width + first, here) };
+                                    out.copy_from_slice(&values[..here]);
                                 }
-                                let row = group.first + row;
-                                let token = match sink {
-                                    Sink::Rows => row,
-                                    Sink::Tokens { tokens, .. } => tokens[row] as usize,
-                                };
-                                // SAFETY: as above.
-                                let out = unsafe { out.slice(token * width + first, here) };
-                                match sink {
-                                    Sink::Rows => out.copy_from_slice(&values[..here]),
-                                    Sink::Tokens { weights, .. } => {
-                                        let weight = weights[row];
-                                        out.iter_mut().zip(&values).for_each(|(out, value)| *out += weight * value);
-                                    }
+                                Sink::Tokens { tokens, weights } => {
+                                    let at = tokens[row] as usize * columns.len() + first - columns.start;
+                                    let sums = &mut sums[at..at + here];
+                                    let weight = weights[row];
+                                    sums.iter_mut().zip(&values).for_each(|(sum, value)| *sum += weight * value);
                                 }
-                            },
-                        );
+                            }
+                        });
                     }
+                }
+                for (row, sums) in sums.chunks_exact(columns.len()).enumerate() {
+                    // SAFETY: a task writes its own columns only.
+                    unsafe { out.slice(row * width + columns.start, columns.len()) }.copy_from_slice(sums);
                 }
             });
         });

@@ -20,12 +20,17 @@ use crate::isa::Kind;
 use crate::packed::{Format, LINE, PANEL, Q8_LINES};
 use half::f16;
 
-/// Memory that will be read next: each line of the panel that is read asks for `step` bytes of it.
+/// Memory that will be read next: each line of the panel that is read asks for `step` bytes of it. None of it is ever
+/// read through these pointers, so they may lie anywhere.
 #[derive(Clone, Copy)]
 #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "portable code leaves it to the processor"))]
 pub(crate) struct Ahead {
-    /// The first byte. It is never read through, so it may lie anywhere.
-    pub(crate) from: *const u8,
+    /// What the first groups ask for.
+    pub(crate) first: *const u8,
+    /// How many groups that are.
+    pub(crate) groups: usize,
+    /// What the others ask for.
+    pub(crate) then: *const u8,
     /// Bytes for each line.
     pub(crate) step: usize,
 }

@@ -1,6 +1,7 @@
 //! Every instruction set that this machine has against the portable code, to the bit: all formats, row counts on both
 //! sides of the fused kernels' limit and of the tiles', both formats of activations, and inputs that are random, extreme
-//! (without overflow), denormal or no numbers.
+//! (without overflow), denormal or no numbers. Attention over bf16 and int8 keys and values by `vdpbf16ps` is held to a
+//! tolerance instead: it takes denormals for zeros.
 use moesaic_kernels::{
     Activation, ActivationFormat, AttentionCall, AttentionSequence, ExpertWeights, Format, Isa, Kernels, KvFormat,
     KvLayer, KvShape,
@@ -63,6 +64,25 @@ fn agree_with(
         for (i, (got, want)) in results.iter().zip(&reference).enumerate() {
             let same = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
             assert!(same, "{isa}, {activations:?}, {}, element {i}: {got} for {want}", what());
+        }
+    }
+}
+
+/// The same where the results of some instruction sets are only near: by 1e-5 of the largest number, and 1e-35.
+fn agree_but_for(near: &dyn Fn(Isa) -> bool, what: &dyn Fn() -> String, work: &dyn Fn(&Kernels) -> Vec<f32>) {
+    let mut all = Isa::available().into_iter().map(|isa| (isa, work(&Kernels::with_isa(2, isa))));
+    let (first, reference) = all.next().expect("there is portable code");
+    assert_eq!(first.to_string(), "scalar");
+    assert!(reference.iter().all(|v| v.is_finite()), "{}: the inputs overflow", what());
+    let largest = reference.iter().fold(0f32, |largest, v| largest.max(v.abs()));
+    for (isa, results) in all {
+        for (i, (got, want)) in results.iter().zip(&reference).enumerate() {
+            if near(isa) {
+                let error = (got - want).abs();
+                assert!(error <= 1e-5 * largest + 1e-35, "{isa}, {}, element {i}: {got} for {want}", what());
+                continue;
+            }
+            assert_eq!(got.to_bits(), want.to_bits(), "{isa}, {}, element {i}: {got} for {want}", what());
         }
     }
 }
@@ -217,7 +237,8 @@ fn attention_agrees_for_every_cache_variant_and_kind_of_input() {
                                 alibi.is_some()
                             )
                         };
-                        agree(&what, &|kernels| {
+                        let near = |isa: Isa| format != KvFormat::F32 && isa.to_string() == "avx512-bf16";
+                        agree_but_for(&near, &what, &|kernels| {
                             let mut out = vec![f32::NAN; queries_count * heads * v_dim];
                             let sequence = AttentionSequence { blocks: &blocks, start, queries: queries_count };
                             kernels.attention(&kv, &call, &[sequence], &q, &mut out);
@@ -239,8 +260,10 @@ fn attention_averages_the_values_whatever_their_size() {
         (1e30, KvFormat::Bf16, 4e-3),
         (1e30, KvFormat::Int8, 8e-3),
         (1e-40, KvFormat::F32, 1e-4),
-        (1e-38, KvFormat::Bf16, 1e-2),
-        (1e-40, KvFormat::Int8, 1e-2),
+        (1e-37, KvFormat::Bf16, 1e-2),
+        // products below 1.2e-38 may be taken for zeros
+        (1e-33, KvFormat::Bf16, 4e-3),
+        (1e-32, KvFormat::Int8, 8e-3),
     ] {
         let mut kv = KvLayer::new(shape(format), 2).expect("two blocks fit in memory");
         let len = 100;

@@ -1,0 +1,209 @@
+//! `avx512-bf16-pairs`: both products by `vdpbf16ps`.
+//!
+//! Shapes and results as in `dots`; a group of up to 12 lines by 2 vectors, or up to 6 by 4, has its accumulators in
+//! registers: 24 products for 4 to 6 loads. `vdpbf16ps` takes denormal inputs and results for zeros, so the results
+//! differ from the portable body's by less than n · 2⁻¹²⁶ for n products where these are below the normal range.
+use super::PAIR_ROW;
+use super::ROW;
+use super::dots::Segment;
+use super::layout::{LANES, Line};
+use std::arch::x86_64::{
+    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_and_si512, _mm512_dpbf16_ps, _mm512_load_si512,
+    _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps,
+};
+use std::mem::transmute;
+use std::ops::Range;
+
+/// Calls a kernel for a group of lines and so many vectors of what is left, the widest that the registers hold.
+macro_rules! widest {
+    ($kernel:ident, $group:expr, $left:expr, ($($arg:expr),* $(,)?)) => {
+        widest!(@ $kernel, $group, $left, ($($arg),*), 1 2 3 4 5 6, 7 8 9 10 11 12)
+    };
+    (@ $kernel:ident, $group:expr, $left:expr, $args:tt, $($few:literal)*, $($many:literal)*) => {
+        match ($group, $left) {
+            $(($few, 4..) => { widest!(@call $kernel, $few, 4, $args); 4 })*
+            $(($few, 2..=3) => { widest!(@call $kernel, $few, 2, $args); 2 })*
+            $(($few, _) => { widest!(@call $kernel, $few, 1, $args); 1 })*
+            $(($many, 2..) => { widest!(@call $kernel, $many, 2, $args); 2 })*
+            $(($many, _) => { widest!(@call $kernel, $many, 1, $args); 1 })*
+            _ => unreachable!("a group has 1 to 12 lines"),
+        }
+    };
+    (@call $kernel:ident, $group:literal, $vectors:literal, ($($arg:expr),*)) => {
+        // SAFETY: the caller of the function around this has stated what the kernel asks for.
+        unsafe { $kernel::<$group, $vectors>($($arg),*) }
+    };
+}
+
+/// As `dots::score`.
+///
+/// # Safety
+/// The CPU must have AVX-512 F and BF16; lengths as asserted there.
+pub(super) unsafe fn score(
+    q: &[u32],
+    group: usize,
+    keys: &[Line],
+    steps: usize,
+    runs: Range<usize>,
+    ahead: &[Line],
+    out: &mut [f32],
+) {
+    // what is not there to be read ahead is replaced by what is read anyway
+    let ahead = if ahead.len() >= keys.len() { ahead } else { keys };
+    let mut run = runs.start;
+    while run < runs.end {
+        let (keys, ahead) = (&keys[run * steps..], &ahead[run * steps..]);
+        let out = &mut out[(run - runs.start) * LANES..];
+        run += widest!(score_lines, group, runs.end - run, (q, keys, steps, ahead, out));
+    }
+}
+
+/// # Safety
+/// The CPU must have AVX-512 F and BF16; `q [steps][R]`, `keys` and `ahead` `[C][steps]`, out `[R][ROW]` but for what
+/// follows the last line's C vectors.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn score_lines<const R: usize, const C: usize>(
+    q: &[u32],
+    keys: &[Line],
+    steps: usize,
+    ahead: &[Line],
+    out: &mut [f32],
+) {
+    debug_assert!(q.len() >= steps * R && keys.len() >= steps * C && ahead.len() >= steps * C);
+    debug_assert!(out.len() >= (R - 1) * ROW + C * LANES);
+    let mut sums = [[_mm512_setzero_ps(); C]; R];
+    let (q, keys, ahead) = (q.as_ptr(), keys.as_ptr(), ahead.as_ptr());
+    for i in 0..steps {
+        let mut lines = [_mm512_setzero_si512(); C];
+        for (c, line) in lines.iter_mut().enumerate() {
+            // SAFETY: c < C and i < steps; a line is aligned.
+            *line = unsafe { _mm512_load_si512(keys.add(c * steps + i).cast()) };
+            // SAFETY: as above.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.add(c * steps + i).cast()) };
+        }
+        for (r, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: i < steps and r < R.
+            let pair = _mm512_set1_epi32(unsafe { *q.add(i * R + r) } as i32);
+            for (sum, line) in sums.iter_mut().zip(&lines) {
+                *sum = multiply(*sum, pair, *line);
+            }
+        }
+    }
+    // SAFETY: `out` has R rows of C vectors.
+    unsafe { store(&sums, out.as_mut_ptr(), ROW) };
+}
+
+/// `sum + pair · line`, by lanes.
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[inline]
+fn multiply(sum: __m512, pair: __m512i, line: __m512i) -> __m512 {
+    // SAFETY: all three types are 64 plain bytes.
+    let (pair, line) = unsafe { (transmute::<__m512i, __m512bh>(pair), transmute::<__m512i, __m512bh>(line)) };
+    _mm512_dpbf16_ps(sum, pair, line)
+}
+
+/// # Safety
+/// `out` has R rows, `row` numbers apart, of C vectors.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn store<const R: usize, const C: usize>(sums: &[[__m512; C]; R], out: *mut f32, row: usize) {
+    for (r, sums) in sums.iter().enumerate() {
+        for (c, sum) in sums.iter().enumerate() {
+            // SAFETY: by the caller's word.
+            unsafe { _mm512_storeu_ps(out.add(r * row + c * LANES), *sum) };
+        }
+    }
+}
+
+/// As `dots::weigh`.
+///
+/// # Safety
+/// The CPU must have AVX-512 F and BF16; lengths as asserted there.
+pub(super) unsafe fn weigh(
+    weights: &[u32],
+    group: usize,
+    segments: &[Segment<'_>],
+    tiles: Range<usize>,
+    half: bool,
+    out: &mut [f32],
+    row: usize,
+) {
+    let mut tile = tiles.start;
+    while tile < tiles.end {
+        let out = &mut out[(tile - tiles.start) * LANES..];
+        tile += widest!(weigh_lines, group, tiles.end - tile, (weights, segments, tile, half, out, row));
+    }
+}
+
+/// # Safety
+/// The CPU must have AVX-512 F and BF16; `weights` has R rows of `PAIR_ROW` but for what follows the last step, each
+/// segment has its steps in C tiles from `tile`, `out` has R rows, `row` numbers apart, of C vectors.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn weigh_lines<const R: usize, const C: usize>(
+    weights: &[u32],
+    segments: &[Segment<'_>],
+    tile: usize,
+    half: bool,
+    out: &mut [f32],
+    row: usize,
+) {
+    debug_assert!(out.len() >= (R - 1) * row + C * LANES);
+    let mut sums = [[_mm512_setzero_ps(); C]; R];
+    for (index, segment) in segments.iter().enumerate() {
+        let first = tile * segment.stride + segment.from;
+        debug_assert!(segment.lines.len() >= first + (C - 1) * segment.stride + segment.steps);
+        debug_assert!(weights.len() >= (R - 1) * PAIR_ROW + segment.weight + segment.steps);
+        // SAFETY: both are inside, by the caller's word.
+        let (lines, weights) = unsafe { (segment.lines.as_ptr().add(first), weights.as_ptr().add(segment.weight)) };
+        // what the next segment holds of these tiles is fetched meanwhile
+        let ahead = match segments.get(index + 1) {
+            Some(next) if next.stride == segment.stride && next.lines.len() == segment.lines.len() => {
+                next.lines[tile * segment.stride..].as_ptr()
+            }
+            _ => lines,
+        };
+        let halved = usize::from(half && index + 1 == segments.len());
+        for i in 0..segment.steps - halved {
+            // SAFETY: i is one of the segment's steps; the next one's tiles are as long where they are fetched.
+            unsafe { weigh_step(&mut sums, weights, lines, segment.stride, i, ahead, -1) };
+        }
+        if halved == 1 {
+            let i = segment.steps - 1;
+            // SAFETY: as above.
+            unsafe { weigh_step(&mut sums, weights, lines, segment.stride, i, lines, 0xffff) };
+        }
+    }
+    // SAFETY: by the caller's word.
+    unsafe { store(&sums, out.as_mut_ptr(), row) };
+}
+
+/// # Safety
+/// Step i of R rows of weights and of C tiles can be read; `ahead` is a pointer that may be fetched from.
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[inline]
+unsafe fn weigh_step<const R: usize, const C: usize>(
+    sums: &mut [[__m512; C]; R],
+    weights: *const u32,
+    tiles: *const Line,
+    stride: usize,
+    i: usize,
+    ahead: *const Line,
+    mask: i32,
+) {
+    let mut lines = [_mm512_setzero_si512(); C];
+    for (c, line) in lines.iter_mut().enumerate() {
+        // SAFETY: by the caller's word; a line is aligned.
+        *line = unsafe { _mm512_load_si512(tiles.add(c * stride + i).cast()) };
+        if mask != -1 {
+            *line = _mm512_and_si512(*line, _mm512_set1_epi32(mask));
+        }
+        _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(c * stride + i).cast());
+    }
+    for (r, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: by the caller's word.
+        let pair = _mm512_set1_epi32(unsafe { *weights.add(r * PAIR_ROW + i) } as i32);
+        for (sum, line) in sums.iter_mut().zip(&lines) {
+            *sum = multiply(*sum, pair, *line);
+        }
+    }
+}

@@ -6,9 +6,73 @@ use crate::isa::{Isa, for_each_isa};
 /// Lines of keys that hold a tile's dimensions as pairs.
 const PAIRS: usize = LANES / 2;
 
+/// int8 numbers to bf16, 32 for each line.
+pub(super) fn widen(isa: Isa, bytes: &[u8], lines: &mut [Line]) {
+    assert!(bytes.len() >= lines.len() * 2 * LANES);
+    let done = 0;
+    #[cfg(target_arch = "x86_64")]
+    let done = if isa.kind() >= crate::isa::Kind::Avx512 && std::is_x86_feature_detected!("avx512vbmi") {
+        // SAFETY: tokens from this kind on are made only where the CPU has AVX-512 F and BW; VBMI is looked up.
+        unsafe { widen_vectors(bytes, lines) }
+    } else {
+        done
+    };
+    widen_portable(isa, &bytes[done * 2 * LANES..], &mut lines[done..]);
+}
+
 for_each_isa! {
-    /// int8 numbers to bf16, 32 for each line.
-    pub(super) fn widen(bytes: &[u8], lines: &mut [Line]) => widen_body
+    /// As [`widen`].
+    fn widen_portable(bytes: &[u8], lines: &mut [Line]) => widen_body
+}
+
+/// As [`widen`], by tables of the bytes of the numbers 0 to 127 in bf16; returns how many lines are done: all but an odd
+/// one.
+///
+/// # Safety
+/// The CPU must have AVX-512 F, BW and VBMI; there are 32 bytes for each line.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+unsafe fn widen_vectors(bytes: &[u8], lines: &mut [Line]) -> usize {
+    use std::arch::x86_64::{
+        _mm512_abs_epi8, _mm512_loadu_si512, _mm512_permutex2var_epi8, _mm512_permutexvar_epi64, _mm512_set_epi64,
+        _mm512_set1_epi8, _mm512_store_si512, _mm512_ternarylogic_epi32, _mm512_unpackhi_epi8, _mm512_unpacklo_epi8,
+    };
+    static TABLES: [[u8; 128]; 2] = {
+        let mut tables = [[0; 128]; 2];
+        let mut number = 0;
+        while number < 128 {
+            let bits = (number as f32).to_bits();
+            tables[0][number] = (bits >> 16) as u8;
+            tables[1][number] = (bits >> 24) as u8;
+            number += 1;
+        }
+        tables
+    };
+    let table = |byte: usize, half: usize| {
+        // SAFETY: a half of a table is 64 bytes.
+        unsafe { _mm512_loadu_si512(TABLES[byte][half * 64..].as_ptr().cast()) }
+    };
+    let (low, high) = ([table(0, 0), table(0, 1)], [table(1, 0), table(1, 1)]);
+    let sign = _mm512_set1_epi8(-128);
+    // what is unpacked from the lower halves of the 128-bit parts becomes the first line
+    let order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    let pairs = lines.len() / 2;
+    for pair in 0..pairs {
+        // SAFETY: 64 bytes for each two lines, and two aligned lines.
+        unsafe {
+            let numbers = _mm512_loadu_si512(bytes.as_ptr().add(pair * 64).cast());
+            let numbers = _mm512_permutexvar_epi64(order, numbers);
+            let size = _mm512_abs_epi8(numbers);
+            let first = _mm512_permutex2var_epi8(low[0], size, low[1]);
+            let second = _mm512_permutex2var_epi8(high[0], size, high[1]);
+            // the sign's bit of the number, the others of the table
+            let second = _mm512_ternarylogic_epi32::<0xd8>(second, numbers, sign);
+            let lines = lines.as_mut_ptr().add(pair * 2);
+            _mm512_store_si512(lines.cast(), _mm512_unpacklo_epi8(first, second));
+            _mm512_store_si512(lines.add(1).cast(), _mm512_unpackhi_epi8(first, second));
+        }
+    }
+    pairs * 2
 }
 
 #[inline(always)]
@@ -21,13 +85,20 @@ fn widen_body(bytes: &[u8], lines: &mut [Line]) {
     }
 }
 
-/// Turns a run of keys in f32 `[k_dim][16 tokens]` into one tile's values `[16 tokens][16 dimensions]`.
-pub(super) fn turn_floats(keys: &[Line], tile: usize, out: &mut [Line]) {
+for_each_isa! {
+    /// Turns a run of keys in f32 `[k_dim][16 tokens]` into one tile's values `[16 tokens][16 dimensions]`.
+    pub(super) fn turn_floats(keys: &[Line], tile: usize, out: &mut [Line]) => turn_floats_body
+}
+
+#[inline(always)]
+fn turn_floats_body(keys: &[Line], tile: usize, out: &mut [Line]) {
     let keys = &keys[tile * LANES..];
-    let keys = &keys[..keys.len().min(LANES)];
-    for (token, out) in out[..LANES].iter_mut().enumerate() {
-        *out = Line::ZERO;
-        out.0.iter_mut().zip(keys).for_each(|(out, keys)| *out = keys.0[token]);
+    let mut floats = [Line::ZERO; LANES];
+    let count = keys.len().min(LANES);
+    floats[..count].copy_from_slice(&keys[..count]);
+    let out = out.first_chunk_mut::<LANES>().expect("a tile has room for a run");
+    for (token, out) in out.iter_mut().enumerate() {
+        out.0.iter_mut().zip(&floats).for_each(|(out, keys)| *out = keys.0[token]);
     }
 }
 

@@ -133,6 +133,9 @@ impl KvLayer {
         let len = shape.block_len().checked_mul(blocks).filter(|len| *len <= isize::MAX as usize).ok_or_else(memory)?;
         // a mapping starts on a page's bound, and so do its lines on their own
         let bytes = MmapMut::map_anon(len.max(1)).map_err(|_| memory())?;
+        // where the system has small pages only, it is slower, not wrong
+        #[cfg(target_os = "linux")]
+        let _ = bytes.advise(memmap2::Advice::HugePage);
         Ok(Self { shape, blocks, bytes })
     }
 

@@ -134,7 +134,8 @@ fn soften_body(
             for ((sum, power), scale) in sums.iter_mut().zip(&mut powers).zip(&values[run * LANES..][..LANES]) {
                 *sum += *power;
                 // a token that is not seen may have any scale, even NaN
-                *power = if *power == 0.0 { 0.0 } else { *power * scale };
+                let scaled = *power * scale;
+                *power = if *power == 0.0 { 0.0 } else { scaled };
             }
             rounded.iter_mut().zip(powers).for_each(|(rounded, power)| *rounded = round(power));
         } else {

@@ -327,7 +327,7 @@ impl Context<'_> {
                 let out = &mut out[run * width..][..width];
                 match shape.format {
                     KvFormat::F32 => {
-                        turn_floats(&bytemuck::cast_slice(keys)[run * steps..][..steps], tile, out);
+                        turn_floats(self.isa, &bytemuck::cast_slice(keys)[run * steps..][..steps], tile, out);
                     }
                     KvFormat::Bf16 => {
                         turn_pairs(self.isa, &bytemuck::cast_slice(keys)[run * steps..][..steps], tile, out);

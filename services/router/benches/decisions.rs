@@ -3,28 +3,28 @@
 //!     cargo bench -p moesaic-router --bench decisions
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 #![allow(clippy::unwrap_used, reason = "a bench fails there")]
+mod live;
 mod simulation;
 
-use futures::FutureExt;
-use futures::future::BoxFuture;
+use live::{Run, Traffic};
 use moesaic_config::HumanDuration;
+use moesaic_router::Config;
 use moesaic_router::index::{Owner, PrefixIndex};
 use moesaic_router::policy::Policy;
 use moesaic_router::table::{Decision, Table};
-use moesaic_router::{Config, Router};
-use moesaic_transport::MemoryBus;
 use moesaic_transport::kv::Tier;
-use moesaic_transport::subjects::Subject;
-use moesaic_types::boundary::{DeltaStream, EventBus, KvEvent, PlaceRequest, Placer, Replica, ReplicaLoad};
-use moesaic_types::{BLOCK_TOKENS, BlockHash, Error, GenerateRequest, ReplicaId, RequestId, Result};
+use moesaic_types::boundary::{KvEvent, PlaceRequest, ReplicaLoad};
+use moesaic_types::{BLOCK_TOKENS, BlockHash, ReplicaId, RequestId};
 use simulation::{Cluster, Machine, POLICIES, Random, chain, prefix_heavy, summary};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const REPLICAS: usize = 1000;
-/// Of a prompt of 100,000 tokens, rounded down.
-const BLOCKS: usize = 100_000 / BLOCK_TOKENS;
-/// System prompts, each at one replica in ten; of them documents at one or two, and parts of these in kv-stores.
+/// Of a prompt of 100,000 tokens.
+const BLOCKS: usize = 100_000_usize.div_ceil(BLOCK_TOKENS);
+/// Requests in line.
+const LINE: usize = 1024;
+/// System prompts, each at one replica in ten or at all; of them documents at one or two, parts of these in kv-stores.
 const SYSTEM_PROMPTS: u64 = 20;
 const SYSTEM_BLOCKS: usize = 32;
 const DOCUMENTS: u64 = 400;
@@ -40,12 +40,27 @@ fn percentile(sorted: &[Duration], share: f64) -> f64 {
     sorted[((sorted.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e6
 }
 
-fn line(what: &str, mut times: Vec<Duration>) {
-    let total: Duration = times.iter().sum();
+fn line(what: &str, mut times: Vec<Duration>, wall: Duration) {
     times.sort_unstable();
-    let rate = times.len() as f64 / total.as_secs_f64();
+    let rate = times.len() as f64 / wall.as_secs_f64();
     let [p50, p99] = [0.5, 0.99].map(|share| percentile(&times, share));
-    println!("{what:<44} {rate:>10.0} {p50:>9.1} {p99:>9.1}");
+    println!("{what:<58} {rate:>10.0} {p50:>9.1} {p99:>9.1}");
+}
+
+/// The same for calls one after another, without what is between them.
+fn line_of_calls(what: &str, times: Vec<Duration>) {
+    let wall = times.iter().sum();
+    line(what, times, wall);
+}
+
+/// Times calls, each by itself.
+fn timed(samples: usize, mut work: impl FnMut(usize)) -> Vec<Duration> {
+    let call = |sample| {
+        let start = Instant::now();
+        work(sample);
+        start.elapsed()
+    };
+    (0..samples).map(call).collect()
 }
 
 fn id(number: usize) -> ReplicaId {
@@ -77,12 +92,12 @@ fn prompts() -> Vec<Vec<BlockHash>> {
 }
 
 /// Feeds `apply` what replicas and kv-stores have.
-fn known(mut apply: impl FnMut(&Owner, KvEvent)) {
+fn known(is_everywhere: bool, mut apply: impl FnMut(&Owner, KvEvent)) {
     let mut random = Random(5);
     for replica in 0..REPLICAS {
         let owner = Owner::Replica(id(replica));
         for prompt in 0..SYSTEM_PROMPTS {
-            if random.below(10) == 0 {
+            if is_everywhere || random.below(10) == 0 {
                 apply(&owner, KvEvent::Stored { blocks: chain(prompt, SYSTEM_BLOCKS) });
             }
         }
@@ -102,7 +117,7 @@ fn known(mut apply: impl FnMut(&Owner, KvEvent)) {
 
 fn load(random: &mut Random) -> ReplicaLoad {
     ReplicaLoad {
-        running: random.below(60),
+        running: random.below(30),
         waiting: 0,
         kv_blocks_total: 16_384,
         kv_blocks_used: random.below(8000),
@@ -116,55 +131,46 @@ fn request(blocks: &[BlockHash]) -> PlaceRequest {
     PlaceRequest { blocks, ..PlaceRequest::new(RequestId::new("r"), 100_000, 512) }
 }
 
-/// A replica that says its load and nothing else.
-struct Still(ReplicaLoad);
-
-impl Replica for Still {
-    fn generate(&self, _: GenerateRequest) -> BoxFuture<'_, Result<DeltaStream>> {
-        async { Err(Error::internal("it says its load and nothing else")) }.boxed()
-    }
-
-    fn load(&self) -> BoxFuture<'_, Result<ReplicaLoad>> {
-        async { Ok(self.0.clone()) }.boxed()
-    }
-}
-
-fn decisions(samples: usize) {
-    let build = if cfg!(debug_assertions) { "a debug build" } else { "a release build" };
-    println!("Decisions, {REPLICAS} replicas, prompts of 100,000 tokens ({BLOCKS} blocks), {build}, one core\n");
-    println!("{:<44} {:>10} {:>9} {:>9}", "", "per second", "p50 us", "p99 us");
-    let mut index = PrefixIndex::new(2_000_000);
+fn index(is_everywhere: bool) -> PrefixIndex {
+    let mut index = PrefixIndex::new(4_000_000);
     let (life, mut sequences) = (Arc::from("life"), std::collections::HashMap::new());
-    known(|owner, event| {
+    known(is_everywhere, |owner, event| {
         let sequence = sequences.entry(owner.clone()).or_insert(0);
         *sequence += 1;
         index.apply(owner, &life, *sequence, &event);
     });
+    index
+}
+
+/// A table whose replicas have told their loads.
+fn table<R>(policy: Policy, random: &mut Random, start: Instant) -> Table<R> {
+    let config = Config { policy, canary_interval: HumanDuration::default(), ..Config::default() };
+    let mut table = Table::new(config.rules());
+    for number in 0..REPLICAS {
+        table.add(id(number), None);
+        table.heard(&id(number), Ok(load(random)), start, start);
+    }
+    table
+}
+
+fn decisions(samples: usize) {
+    let build = if cfg!(debug_assertions) { "a debug build" } else { "a release build" };
+    println!("Decisions, {REPLICAS} replicas, prompts of 100,000 tokens ({BLOCKS} blocks), {build}\n");
+    println!("{:<58} {:>10} {:>9} {:>9}", "", "per second", "p50 us", "p99 us");
     let requests: Vec<PlaceRequest> = prompts().iter().map(|prompt| request(prompt)).collect();
     let of = |sample: usize| &requests[sample % requests.len()];
-    let timed = |mut work: Box<dyn FnMut(usize) + '_>| -> Vec<Duration> {
-        (0..samples)
-            .map(|sample| {
-                let start = Instant::now();
-                work(sample);
-                start.elapsed()
-            })
-            .collect()
-    };
-    let looked_up = timed(Box::new(|sample| drop(std::hint::black_box(index.prefixes(&of(sample).blocks)))));
-    line("  prefix lookup alone", looked_up);
+    let indexes = [false, true].map(index);
+    for (index, where_at) in indexes.iter().zip(["10%", "all"]) {
+        let what = format!("lookup, system prompts at {where_at} of the replicas");
+        line_of_calls(&what, timed(samples, |sample| drop(std::hint::black_box(index.prefixes(&of(sample).blocks)))));
+    }
     for (name, policy) in POLICIES {
-        let config = Config { policy, canary_interval: HumanDuration::default(), ..Config::default() };
-        let mut table: Table<()> = Table::new(config.rules());
         let (mut random, start) = (Random(9), Instant::now());
-        for number in 0..REPLICAS {
-            table.add(id(number), None);
-            table.heard(&id(number), Ok(load(&mut random)), start, start);
-        }
-        let decided = timed(Box::new(|sample| {
+        let mut table: Table<()> = table(policy, &mut random, start);
+        let decided = timed(samples, |sample| {
             let request = of(sample);
             let prefixes = match policy {
-                Policy::PrefixAware => index.prefixes(&request.blocks),
+                Policy::PrefixAware => indexes[0].prefixes(&request.blocks),
                 Policy::LeastLoaded | Policy::RoundRobin => Default::default(),
             };
             let decision = table.decide(request, &prefixes, start);
@@ -175,63 +181,57 @@ fn decisions(samples: usize) {
                     table.heard(&id(number), Ok(load(&mut random)), later, start);
                 }
             }
-        }));
-        line(&format!("  {name}, lookup and choice"), decided);
+        });
+        line_of_calls(&format!("{name}, lookup and choice"), decided);
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    line(
-        "  prefix-aware, through the router's actors",
-        runtime.block_on(through_actors(&requests, index.len(), samples)),
-    );
+    line_of_calls(&format!("a load gives one of {LINE} in line a place"), from_line(&requests, &indexes[0], samples));
+    drop(indexes);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let quiet = Traffic::default();
+    let rows = [
+        ("router, nothing else", quiet, 1),
+        ("router, system prompts at all replicas", Traffic { is_everywhere: true, ..quiet }, 1),
+        ("router, loads", Traffic { loads: 4000, ..quiet }, 1),
+        ("router, KV events", Traffic { kv: 200, ..quiet }, 1),
+        (
+            "router, 8 clients, loads and KV events, prompts at all",
+            Traffic { loads: 4000, kv: 200, is_everywhere: true },
+            8,
+        ),
+    ];
+    for (what, traffic, clients) in rows {
+        let Run { times, wall, told, refused } = runtime.block_on(live::run(&requests, traffic, clients, samples));
+        line(what, times, wall);
+        if traffic.loads + traffic.kv > 0 {
+            let (loads, kv) = told;
+            println!("    beside {loads:.0} loads and {kv:.0} KV events of 512 blocks a second; {refused} refused");
+        }
+    }
     println!();
 }
 
-async fn through_actors(requests: &[PlaceRequest], entries: usize, samples: usize) -> Vec<Duration> {
-    let config = Config {
-        canary_interval: HumanDuration::default(),
-        poll_interval: HumanDuration::from_secs(1),
-        index_entries: 2_000_000,
-        ..Config::default()
-    };
-    let bus = Arc::new(MemoryBus::new());
-    let router = Router::start(&config, bus.clone()).unwrap();
-    let mut random = Random(9);
+/// All replicas are full and the line too; one says that it has room, one request goes there, another comes.
+fn from_line(requests: &[PlaceRequest], index: &PrefixIndex, samples: usize) -> Vec<Duration> {
+    let (mut random, mut now) = (Random(9), Instant::now());
+    let mut table = table(Policy::PrefixAware, &mut random, now);
+    let full = ReplicaLoad { running: 64, waiting: 2, ..load(&mut random) };
     for number in 0..REPLICAS {
-        router.register(id(number), Arc::new(Still(load(&mut random))));
+        table.heard(&id(number), Ok(full.clone()), now, now);
     }
-    let mut events = Vec::new();
-    known(|owner, event| {
-        let subject = match owner {
-            Owner::Replica(id) => Subject::kv(&id.0),
-            Owner::Store(id, Tier::Ram) => Subject::kv_store(id, "ram"),
-            Owner::Store(id, Tier::Disk) => Subject::kv_store(id, "disk"),
-        };
-        events.push((subject.to_string(), serde_json::to_vec(&event).unwrap()));
-    });
-    for (count, (subject, payload)) in events.into_iter().enumerate() {
-        bus.publish("life", &subject, payload.into()).await.unwrap();
-        if count % 100 == 99 {
-            // no more than the bus holds for a reader
-            while router.indexed().await.is_err() {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        }
-    }
-    let is_settled = async || {
-        let all = router.replicas().await.is_ok_and(|all| all.iter().all(|status| status.load.is_some()));
-        all && router.indexed().await == Ok(entries)
-    };
-    while !is_settled().await {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    let mut times = Vec::with_capacity(samples);
-    for sample in 0..samples {
-        let request = requests[sample % requests.len()].clone();
-        let start = Instant::now();
-        router.place(request).await.unwrap();
-        times.push(start.elapsed());
-    }
-    times
+    let requests: Vec<Arc<PlaceRequest>> = requests.iter().cloned().map(Arc::new).collect();
+    let mut coming = requests.iter().cycle();
+    let mut come = |table: &mut Table<()>, now| table.wait(Arc::clone(coming.next().unwrap()), (), now).unwrap();
+    (0..LINE).for_each(|_| come(&mut table, now));
+    timed(samples.min(1000), |sample| {
+        now += Duration::from_secs(1);
+        let free = id(sample % REPLICAS);
+        table.heard(&free, Ok(ReplicaLoad { waiting: 1, ..full.clone() }), now, now);
+        let waiting = table.next(now).unwrap();
+        let prefixes = index.prefixes(&waiting.request.request.blocks);
+        table.bind(waiting, &prefixes, now, |(), _| true).unwrap();
+        table.heard(&free, Ok(full.clone()), now, now);
+        come(&mut table, now);
+    })
 }
 
 fn policies() {

@@ -50,7 +50,7 @@ impl Router {
             canary_interval: config.canary_interval().map(|interval| canary::own_interval(&name, interval)),
             config: Arc::clone(&config),
             registrations: registrations.clone(),
-            index: index.actor().clone(),
+            index: index.clone(),
             news,
             runtime: runtime::Handle::current(),
         };

@@ -59,7 +59,7 @@ fn heard(own: &str, event: &Event) -> Option<Heard> {
     let subject = Subject::parse(&event.subject)?;
     if subject.service == Service::Scheduler.name() {
         let load: ReplicaLoad = serde_json::from_slice(&event.payload).ok()?;
-        return Some(Heard::Load(ReplicaId::new(subject.instance), load));
+        return Some(Heard::Load(ReplicaId::new(subject.instance), load, std::time::Instant::now()));
     }
     let is_others = subject.service == Service::Router.name() && *event.source != *own;
     is_others.then(|| serde_json::from_slice(&event.payload).ok()).flatten().map(Heard::News)

@@ -14,9 +14,9 @@ use std::path::Path;
 
 /// How much a log-probability may differ in f32 arithmetic; a logit too, times the logits' deviation if that is above 1.
 const LOGPROB_TOLERANCE: f32 = 2e-3;
-/// How far int8 activations may move a distribution: mean KL divergence. Trained models stay below a hundredth of it; the
+/// How far int8 activations may move a distribution: mean KL divergence. Trained models stay below a thousandth of it; the
 /// tiny random ones of the tests send a token to another expert now and then.
-const ACTIVATIONS_KL: f64 = 0.1;
+const ACTIVATIONS_KL: f64 = 0.25;
 
 /// A `golden.json`.
 #[derive(Clone, Debug, Deserialize)]
@@ -208,7 +208,7 @@ pub fn check(runner: &mut dyn Runner, golden: &Golden) -> Result<Report> {
 /// log-probabilities are those of [`Variant::Plain`] within the tolerance of [`check`], and if its mean KL divergence from
 /// the reference is usual for the format (bf16 0.01, q8 0.02, q4 0.35) or else [`Variant::Unrounded`] passes [`check`].
 /// A runner that rounds activations too (int8) is further off: then [`Variant::Exact`], which does not, must be within the
-/// tolerance, and the mean KL divergence between both at most 0.1.
+/// tolerance, and the mean KL divergence between both at most 0.25.
 /// `open` gives fresh runners, one after another.
 ///
 /// # Errors

@@ -286,7 +286,8 @@ fn rounded_weights_stay_close_and_alike_on_both_backends() {
             let error = mean_kl(&exact, &native, vocab);
             assert!(error < limit, "{name} in {format}: mean KL {error}");
             let between = mean_kl(&native, &candle, vocab);
-            assert!(between < 5e-3, "{name} in {format}: mean KL {between} between the backends");
+            // native attention rounds queries and weights to bf16, where the CPU multiplies pairs of those
+            assert!(between < 5e-2, "{name} in {format}: mean KL {between} between the backends");
         }
         let (int8, _) = logits(BackendKind::Native, WeightFormat::F32, KvFormat::Int8);
         let error = mean_kl(&exact, &int8, vocab);

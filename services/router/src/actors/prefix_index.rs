@@ -10,7 +10,7 @@ use super::replica_table::Registrations;
 use crate::index::{Applied, Found, Owner, PrefixIndex};
 use crate::metrics;
 use crate::prefixes::Prefixes;
-use actix::{Actor, Context, Handler, Message, MessageResult};
+use actix::{Actor, Context, Handler, Message};
 use moesaic_actors::{Handle, Supervised};
 use moesaic_transport::kv::Tier;
 use moesaic_transport::subjects::Subject;
@@ -290,22 +290,5 @@ impl Handler<Mark> for IndexActor {
         self.forget();
         let blocks: &[BlockHash] = &request.blocks[..blocks.min(request.blocks.len())];
         self.shared.read(|index| index.mark(blocks));
-    }
-}
-
-/// Who has how much of a request's prompt, for whoever asks in the order of events.
-#[derive(Message)]
-#[rtype(result = "Prefixes")]
-pub struct Overlap(
-    /// The request.
-    pub Arc<PlaceRequest>,
-);
-
-impl Handler<Overlap> for IndexActor {
-    type Result = MessageResult<Overlap>;
-
-    fn handle(&mut self, Overlap(request): Overlap, _: &mut Context<Self>) -> Self::Result {
-        self.forget();
-        MessageResult(self.shared.read(|index| index.prefixes(&request.blocks)).unwrap_or_default())
     }
 }

@@ -11,7 +11,7 @@ pub use asking::Heard;
 pub use line::{Choose, Chosen};
 pub use registrations::{Registered, Registrations};
 
-use crate::actors::prefix_index::IndexActor;
+use crate::actors::prefix_index::Index;
 use crate::config::Config;
 use crate::metrics;
 use crate::news::News;
@@ -42,7 +42,7 @@ pub struct Parts {
     /// The replicas.
     pub registrations: Registrations,
     /// Knows who has which blocks.
-    pub index: Handle<IndexActor>,
+    pub index: Index,
     /// To the other routers.
     pub news: mpsc::Sender<News>,
     /// Where replicas are asked.
@@ -59,8 +59,6 @@ pub struct ReplicaTable {
     reached: HashMap<ReplicaId, Reached>,
     /// The version of the registrations that were read.
     read: u64,
-    /// A request was taken out of the line and is about to be placed.
-    is_binding: bool,
     /// The line is looked at once all is taken in that was told.
     is_advance_due: bool,
     /// From the tasks that ask replicas.
@@ -100,7 +98,6 @@ impl ReplicaTable {
             table,
             reached: HashMap::new(),
             read: 0,
-            is_binding: false,
             is_advance_due: false,
             answers,
             answered: Some(answered),
@@ -159,9 +156,9 @@ pub struct Refresh;
 impl Handler<Refresh> for ReplicaTable {
     type Result = ();
 
-    fn handle(&mut self, _: Refresh, context: &mut Context<Self>) {
+    fn handle(&mut self, _: Refresh, _: &mut Context<Self>) {
         self.ask_new();
-        self.advance(context);
+        self.advance();
     }
 }
 

@@ -46,7 +46,7 @@ impl ReplicaTable {
         }
         self.send_canaries();
         self.dismiss();
-        self.advance(context);
+        self.advance();
         self.count_ready();
     }
 
@@ -219,7 +219,7 @@ fn panicked() -> Error {
 impl StreamHandler<Vec<Answer>> for ReplicaTable {
     fn handle(&mut self, answers: Vec<Answer>, context: &mut Context<Self>) {
         answers.into_iter().for_each(|answer| self.answered(answer, context));
-        self.advance(context);
+        self.advance();
     }
 }
 
@@ -231,9 +231,9 @@ struct Advance;
 impl Handler<Advance> for ReplicaTable {
     type Result = ();
 
-    fn handle(&mut self, _: Advance, context: &mut Context<Self>) {
+    fn handle(&mut self, _: Advance, _: &mut Context<Self>) {
         self.is_advance_due = false;
-        self.advance(context);
+        self.advance();
     }
 }
 
@@ -241,8 +241,8 @@ impl Handler<Advance> for ReplicaTable {
 #[derive(Message)]
 #[rtype(result = "()")]
 pub enum Heard {
-    /// A replica told its load.
-    Load(ReplicaId, ReplicaLoad),
+    /// A replica told its load, at this time.
+    Load(ReplicaId, ReplicaLoad, Instant),
     /// Another router told this.
     News(News),
 }
@@ -253,11 +253,11 @@ impl Handler<Heard> for ReplicaTable {
     fn handle(&mut self, heard: Heard, context: &mut Context<Self>) {
         let now = Instant::now();
         match heard {
-            Heard::Load(id, load) => {
+            Heard::Load(id, load, told) => {
                 // one that fails when it is asked is not believed because it talks
                 let believed = self.table.replicas().get(&id).is_some_and(|entry| entry.is_heard(now));
                 if believed {
-                    self.heard(&id, Ok(load), now, context);
+                    self.heard(&id, Ok(load), told, context);
                     self.advance_soon(context);
                 }
             }

@@ -1,12 +1,11 @@
 //! Choosing a replica for a request, now or when one has room.
 use super::ReplicaTable;
-use crate::actors::prefix_index::Overlap;
 use crate::metrics;
 use crate::news::News;
 use crate::prefixes::Prefixes;
 use crate::queue::Waiting;
 use crate::table::{Decision, Pending};
-use actix::{ActorFutureExt, AsyncContext, Context, Handler, Message};
+use actix::{Context, Handler, Message};
 use moesaic_types::boundary::{PlaceRequest, Placed};
 use moesaic_types::{Error, Result};
 use std::sync::Arc;
@@ -45,9 +44,7 @@ impl Handler<Choose> for ReplicaTable {
         if is_first {
             self.table.count_latest(&request, now);
         }
-        // whoever was taken out of the line comes first
-        let decision = if self.is_binding { Decision::Wait } else { self.table.decide(&request, &prefixes, now) };
-        match decision {
+        match self.table.decide(&request, &prefixes, now) {
             Decision::Placed(placed) => {
                 self.placed(&request, &placed);
                 Ok(Chosen::Now(placed))
@@ -76,37 +73,29 @@ impl ReplicaTable {
         self.tell(News::Placed { replica: placed.replica.clone(), blocks });
     }
 
-    /// Takes the next request out of the line, if a replica has room, and places it by what is known of its prefix now.
-    pub(super) fn advance(&mut self, context: &mut Context<Self>) {
-        if self.is_binding {
-            return;
-        }
-        let Some(waiting) = self.table.next(Instant::now()) else { return };
-        self.is_binding = true;
-        let (index, deadline) = (self.parts.index.clone(), self.parts.config.decision_timeout.get());
-        let asked = async move {
-            let prefixes = index.ask(Overlap(Arc::clone(&waiting.request.request)), deadline).await;
-            let prefixes = prefixes.inspect_err(|error| tracing::debug!(%error, "place without prefixes"));
-            (waiting, prefixes.unwrap_or_default())
-        };
-        let bound = actix::fut::wrap_future::<_, Self>(asked)
-            .map(|(waiting, prefixes), table, context| table.bind(waiting, &prefixes, context));
-        context.spawn(bound);
-    }
-
-    fn bind(&mut self, waiting: Waiting<Pending<Reply>>, prefixes: &Prefixes, context: &mut Context<Self>) {
-        self.is_binding = false;
-        let (now, since) = (Instant::now(), waiting.since);
-        let request = Arc::clone(&waiting.request.request);
-        if !waiting.request.reply.is_closed() {
+    /// Places those in line for whom replicas have room, by what is known of their prefixes now.
+    pub(super) fn advance(&mut self) {
+        let mut is_changed = false;
+        while let Some(waiting) = self.table.next(Instant::now()) {
+            let (now, since) = (Instant::now(), waiting.since);
+            let request = Arc::clone(&waiting.request.request);
+            is_changed = true;
+            if waiting.request.reply.is_closed() {
+                continue;
+            }
+            let (prefixes, in_line) = (self.parts.index.prefixes(&request), self.table.waiting());
             let told = |reply: Reply, placed| reply.send(Ok(placed)).is_ok();
-            if let Some(placed) = self.table.bind(waiting, prefixes, now, told) {
+            if let Some(placed) = self.table.bind(waiting, &prefixes, now, told) {
                 metrics::waited(now.saturating_duration_since(since));
                 self.placed(&request, &placed);
+            } else if self.table.waiting() > in_line {
+                // it was put back: its replica is no longer there
+                break;
             }
         }
-        metrics::line(self.table.waiting());
-        self.advance(context);
+        if is_changed {
+            metrics::line(self.table.waiting());
+        }
     }
 
     /// Answers those whose time in line is over.

@@ -43,8 +43,7 @@ impl Member {
 
     fn run(name: &str, id: &str, arguments: &[OsString], folder: &Path) -> Result<Process> {
         let mut command = Command::new(program(name)?);
-        // traces name the process as well as the service
-        command.args(arguments).env("OTEL_RESOURCE_ATTRIBUTES", format!("service.instance.id={id}"));
+        command.args(arguments);
         Process::spawn(command, folder, &format!("{id}.log")).with_context(|| format!("start {name}"))
     }
 

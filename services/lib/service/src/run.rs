@@ -93,7 +93,9 @@ async fn life<P: Process>(name: &'static str, settings: P::Settings) -> Result<E
     let own_name = settings.telemetry().service_name.clone().filter(|name| !name.is_empty());
     let telemetry =
         TelemetryConfig { service_name: own_name.or_else(|| Some(name.into())), ..settings.telemetry().clone() };
-    let _telemetry = moesaic_telemetry::init(&telemetry).map_err(|error| internal("set up telemetry", &error))?;
+    let instance = settings.cluster().id_of(settings.grpc().1.port());
+    let telemetry = moesaic_telemetry::init_as(&telemetry, Some(&instance));
+    let _telemetry = telemetry.map_err(|error| internal("set up telemetry", &error))?;
     moesaic_telemetry::metrics::install().map_err(|error| internal("set up metrics", &error))?;
     let mut signals = Signals::listen()?;
     let (key, address) = settings.grpc();

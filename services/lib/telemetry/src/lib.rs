@@ -14,4 +14,4 @@ mod setup;
 
 pub use config::{LogFormat, TelemetryConfig};
 pub use error::Error;
-pub use setup::{Guard, init};
+pub use setup::{Guard, init, init_as};

@@ -1,5 +1,6 @@
 //! Installs the process's subscriber.
 use crate::{Error, LogFormat, TelemetryConfig, json};
+use opentelemetry::KeyValue;
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::WithExportConfig;
 use opentelemetry_sdk::Resource;
@@ -39,14 +40,25 @@ impl Drop for Export {
 }
 
 /// Installs the process's subscriber; once only.
+///
+/// # Errors
+/// When a setting is wrong, or a subscriber is there already.
 pub fn init(config: &TelemetryConfig) -> Result<Guard, Error> {
+    init_as(config, None)
+}
+
+/// The same for one of several processes of a service: traces name it as `service.instance.id`.
+///
+/// # Errors
+/// As [`init`].
+pub fn init_as(config: &TelemetryConfig, instance: Option<&str>) -> Result<Guard, Error> {
     let filter =
         EnvFilter::try_new(&config.log).map_err(|source| Error::Filter { filter: config.log.clone(), source })?;
     if !(0.0..=1.0).contains(&config.sample_ratio) {
         return Err(Error::SampleRatio(config.sample_ratio));
     }
     let export = match config.endpoint() {
-        Some(endpoint) => Some(exporter(config, endpoint, config.name().to_owned())?),
+        Some(endpoint) => Some(exporter(config, endpoint, instance)?),
         None => None,
     };
     let logs: Box<dyn Layer<Registry> + Send + Sync> = match config.log_format {
@@ -76,7 +88,7 @@ fn is_ours(metadata: &Metadata<'_>) -> bool {
     !foreign.contains(&root)
 }
 
-fn exporter(config: &TelemetryConfig, endpoint: &str, name: String) -> Result<Export, Error> {
+fn exporter(config: &TelemetryConfig, endpoint: &str, instance: Option<&str>) -> Result<Export, Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .thread_name("otlp")
@@ -91,7 +103,12 @@ fn exporter(config: &TelemetryConfig, endpoint: &str, name: String) -> Result<Ex
         exporter.map_err(|error| Error::Endpoint { endpoint: endpoint.to_owned(), reason: error.to_string() })?;
     let provider = SdkTracerProvider::builder()
         .with_batch_exporter(exporter)
-        .with_resource(Resource::builder().with_service_name(name).build())
+        .with_resource(
+            Resource::builder()
+                .with_service_name(config.name().to_owned())
+                .with_attributes(instance.map(|id| KeyValue::new("service.instance.id", id.to_owned())))
+                .build(),
+        )
         .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.sample_ratio))))
         .build();
     Ok(Export { provider, runtime: Some(runtime) })

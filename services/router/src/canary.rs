@@ -102,14 +102,14 @@ fn request(timeout: Duration) -> GenerateRequest {
 /// Enters what came of one.
 pub fn returned(entry: &mut Entry, outcome: &Outcome, now: Instant) {
     entry.check.is_running = false;
+    let is_outdated = std::mem::take(&mut entry.check.is_outdated);
     match outcome {
-        Outcome::Works(token) => {
-            entry.check.token = Some(*token);
-            entry.check.is_required = false;
-            entry.check.works(now);
-        }
+        Outcome::Works(_) | Outcome::Unclear(_) if is_outdated => {}
         // its refusal is an answer too
-        Outcome::Unclear(_) => {
+        Outcome::Works(_) | Outcome::Unclear(_) => {
+            if let Outcome::Works(token) = outcome {
+                entry.check.token = Some(*token);
+            }
             entry.check.is_required = false;
             entry.check.works(now);
         }
@@ -191,6 +191,20 @@ mod tests {
         assert!(!idle.may_be_asked(after + Duration::from_secs(1)), "the pause doubled");
         returned(&mut idle, &Outcome::Unclear(Error::internal("x")), after + Duration::from_secs(2));
         assert!(idle.is_ready(after + Duration::from_secs(2)));
+    }
+
+    #[test]
+    fn one_that_was_sent_before_a_failure_excuses_nothing() {
+        let now = Instant::now();
+        let mut entry = entry(0, 0, now);
+        entry.check.is_running = true;
+        entry.trip(now);
+        returned(&mut entry, &Outcome::Works(7), now);
+        let later = now + Duration::from_secs(10);
+        assert!(!entry.is_ready(later) && is_due(&entry, INTERVAL, later), "another is wanted");
+        entry.check.is_running = true;
+        returned(&mut entry, &Outcome::Works(7), later);
+        assert!(entry.is_ready(later));
     }
 
     #[test]

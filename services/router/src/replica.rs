@@ -91,6 +91,8 @@ pub struct Check {
     pub is_required: bool,
     /// One is on its way.
     pub is_running: bool,
+    /// That one was sent before it was known that one must come through.
+    pub is_outdated: bool,
     /// When it was last known to work.
     pub last: Option<Instant>,
     /// What the last one answered.
@@ -98,6 +100,13 @@ pub struct Check {
 }
 
 impl Check {
+    /// Another canary has to come through before requests go there, where canaries are sent; one that is under way was
+    /// sent before this was known, and shows nothing.
+    fn require(&mut self, has_canaries: bool) {
+        self.is_required = has_canaries;
+        self.is_outdated = self.is_running;
+    }
+
     /// The replica works.
     pub fn works(&mut self, now: Instant) {
         self.is_proven = true;
@@ -197,14 +206,14 @@ impl Entry {
     pub fn failed(&mut self, now: Instant) {
         self.breaker.failed(now);
         if !self.breaker.allows(now) {
-            self.check.is_required = self.has_canaries;
+            self.check.require(self.has_canaries);
         }
     }
 
     /// It is left alone from now on.
     pub fn trip(&mut self, now: Instant) {
         self.breaker.trip(now);
-        self.check.is_required = self.has_canaries;
+        self.check.require(self.has_canaries);
     }
 }
 

@@ -6,17 +6,18 @@ use crate::isa::{Isa, for_each_isa};
 /// Lines of keys that hold a tile's dimensions as pairs.
 const PAIRS: usize = LANES / 2;
 
-/// int8 numbers to bf16, 32 for each line.
-pub(super) fn widen(isa: Isa, bytes: &[u8], lines: &mut [Line]) {
+/// int8 numbers to bf16, 32 for each line. `ahead` is what is read next: as much of it is fetched meanwhile.
+pub(super) fn widen(isa: Isa, bytes: &[u8], ahead: &[u8], lines: &mut [Line]) {
     assert!(bytes.len() >= lines.len() * 2 * LANES);
     let done = 0;
     #[cfg(target_arch = "x86_64")]
     let done = if isa.kind() >= crate::isa::Kind::Avx512 && std::is_x86_feature_detected!("avx512vbmi") {
         // SAFETY: tokens from this kind on are made only where the CPU has AVX-512 F and BW; VBMI is looked up.
-        unsafe { widen_vectors(bytes, lines) }
+        unsafe { widen_vectors(bytes, ahead, lines) }
     } else {
         done
     };
+    let _ = ahead;
     widen_portable(isa, &bytes[done * 2 * LANES..], &mut lines[done..]);
 }
 
@@ -32,10 +33,11 @@ for_each_isa! {
 /// The CPU must have AVX-512 F, BW and VBMI; there are 32 bytes for each line.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-unsafe fn widen_vectors(bytes: &[u8], lines: &mut [Line]) -> usize {
+unsafe fn widen_vectors(bytes: &[u8], ahead: &[u8], lines: &mut [Line]) -> usize {
     use std::arch::x86_64::{
-        _mm512_abs_epi8, _mm512_loadu_si512, _mm512_permutex2var_epi8, _mm512_permutexvar_epi64, _mm512_set_epi64,
-        _mm512_set1_epi8, _mm512_store_si512, _mm512_ternarylogic_epi32, _mm512_unpackhi_epi8, _mm512_unpacklo_epi8,
+        _MM_HINT_T1, _mm_prefetch, _mm512_abs_epi8, _mm512_loadu_si512, _mm512_permutex2var_epi8,
+        _mm512_permutexvar_epi64, _mm512_set_epi64, _mm512_set1_epi8, _mm512_store_si512, _mm512_ternarylogic_epi32,
+        _mm512_unpackhi_epi8, _mm512_unpacklo_epi8,
     };
     static TABLES: [[u8; 128]; 2] = {
         let mut tables = [[0; 128]; 2];
@@ -58,6 +60,7 @@ unsafe fn widen_vectors(bytes: &[u8], lines: &mut [Line]) -> usize {
     let order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
     let pairs = lines.len() / 2;
     for pair in 0..pairs {
+        _mm_prefetch::<_MM_HINT_T1>(ahead.as_ptr().wrapping_add(pair * 64).cast());
         // SAFETY: 64 bytes for each two lines, and two aligned lines.
         unsafe {
             let numbers = _mm512_loadu_si512(bytes.as_ptr().add(pair * 64).cast());
@@ -115,7 +118,9 @@ pub(super) fn turn_pairs(isa: Isa, keys: &[Line], tile: usize, out: &mut [Line])
 /// As [`turn_pairs`] with keys in int8.
 pub(super) fn turn_bytes(isa: Isa, keys: &[u8], tile: usize, out: &mut [Line]) {
     let mut pairs = [Line::ZERO; PAIRS];
-    widen(isa, &keys[tile * PAIRS * 2 * LANES..], &mut pairs);
+    let keys = &keys[tile * PAIRS * 2 * LANES..];
+    let count = (keys.len() / (2 * LANES)).min(PAIRS);
+    widen(isa, keys, keys, &mut pairs[..count]);
     turn(isa, &pairs, out);
 }
 

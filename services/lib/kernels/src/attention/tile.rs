@@ -202,17 +202,18 @@ impl Context<'_> {
         let all_runs = seen.start / LANES..seen.end.div_ceil(LANES);
         for (block, runs) in pieces(&all_runs, BLOCK / LANES) {
             let bytes = self.kv.keys(blocks[block], tile.kv_head);
+            let more = (block + 1) * BLOCK < seen.end;
+            let ahead = more.then(|| self.kv.keys(blocks[block + 1], tile.kv_head));
             let (keys, ahead): (&[Line], &[Line]) = if shape.format == KvFormat::Int8 {
                 let (scales, bytes) = bytes.split_at(BLOCK * 4);
                 space.scales[0].floats(CHUNK)[block * BLOCK..][..BLOCK].copy_from_slice(bytemuck::cast_slice(scales));
                 let keys = space.keys.lines(BLOCK / LANES * steps);
                 let lines = runs.start * steps..runs.end * steps;
-                widen(self.isa, &bytes[lines.start * 2 * LANES..], &mut keys[lines]);
+                let ahead = ahead.map_or(bytes, |ahead| &ahead[BLOCK * 4..]);
+                widen(self.isa, &bytes[lines.start * 2 * LANES..], ahead, &mut keys[lines]);
                 (keys, &[])
             } else {
-                let more = (block + 1) * BLOCK < seen.end;
-                let ahead = more.then(|| bytemuck::cast_slice(self.kv.keys(blocks[block + 1], tile.kv_head)));
-                (bytemuck::cast_slice(bytes), ahead.unwrap_or_default())
+                (bytemuck::cast_slice(bytes), ahead.map(bytemuck::cast_slice).unwrap_or_default())
             };
             for group in self.groups(tile) {
                 // the first group fetches ahead for all
@@ -318,8 +319,11 @@ impl Context<'_> {
             let out = &mut out[block * shape.tile_lines()..][..shape.tile_lines()];
             if !shape.v_in_k {
                 let bytes = &self.kv.values(blocks[block], kv_head)[BLOCK * 4..];
-                let lines = tile * shape.tile_lines() + runs.start * width;
-                widen(self.isa, &bytes[lines * 2 * LANES..], &mut out[runs.start * width..runs.end * width]);
+                let first = (tile * shape.tile_lines() + runs.start * width) * 2 * LANES;
+                let more = (block + 1) * BLOCK < seen.end;
+                let next = if more { &self.kv.values(blocks[block + 1], kv_head)[BLOCK * 4..] } else { bytes };
+                let out = &mut out[runs.start * width..runs.end * width];
+                widen(self.isa, &bytes[first..], &next[first..], out);
                 continue;
             }
             let keys = self.kv.keys(blocks[block], kv_head);

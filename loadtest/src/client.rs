@@ -1,24 +1,27 @@
 //! A client of the HTTP door that says when each piece of an answer came.
-use anyhow::{Context, Result, bail};
+use crate::events::{Events, Usage};
+use crate::origin::Origin;
+use anyhow::{Result, bail, ensure};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper::{Method, Request, header};
+use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
-use serde_json::{Value, json};
-use std::net::SocketAddr;
+use serde_json::json;
 use std::time::{Duration, Instant};
-use tokio::net::TcpStream;
 
 /// An answer of which nothing comes for so long is given up: only a broken server takes that long.
 const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Bytes of a refusal's text that are kept.
+const LONGEST_REASON: usize = 400;
 
 /// What is asked.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Prompt {
     /// Tokens: their number is known.
     Tokens(Vec<u32>),
-    /// Text, which the gateway makes into tokens.
+    /// Text, which the server makes into tokens.
     Text(String),
 }
 
@@ -59,8 +62,10 @@ pub struct Answer {
     pub prompt_tokens: usize,
     /// Those that came from a prefix cache.
     pub cached_tokens: usize,
-    /// Tokens of the answer.
+    /// Tokens of the answer: as the server counts them, or else the number of events.
     pub completion_tokens: usize,
+    /// Whether the server told the numbers of tokens.
+    pub told_usage: bool,
 }
 
 impl Answer {
@@ -87,10 +92,53 @@ impl Answer {
     }
 }
 
+/// Why a request has no answer, or not all of one.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Failure {
+    /// Nobody took the connection, or it broke before the request was heard.
+    #[error("no connection: {0}")]
+    Connect(String),
+    /// Nothing came for too long.
+    #[error("nothing came for {:.1} s", .0.as_secs_f64())]
+    Timeout(Duration),
+    /// A status that is no success.
+    #[error("{status}: {text}")]
+    Refused {
+        /// HTTP's.
+        status: u16,
+        /// The answer's body.
+        text: String,
+    },
+    /// The answer ended with an error, in the stream or by its end.
+    #[error("after {events} events: {reason}")]
+    Broken {
+        /// Events with text until then.
+        events: usize,
+        /// What was said.
+        reason: String,
+    },
+    /// A success without a token.
+    #[error("the answer has no text")]
+    Empty,
+}
+
+impl Failure {
+    /// A short name, to count by.
+    pub fn kind(&self) -> String {
+        match self {
+            Self::Connect(_) => "no connection".into(),
+            Self::Timeout(_) => "timeout".into(),
+            Self::Refused { status, .. } => format!("http {status}"),
+            Self::Broken { .. } => "broken stream".into(),
+            Self::Empty => "empty answer".into(),
+        }
+    }
+}
+
 /// A connection, over which one request goes after another.
 #[derive(Debug)]
 pub struct Connection {
-    address: SocketAddr,
+    origin: Origin,
     sender: SendRequest<Full<Bytes>>,
 }
 
@@ -99,13 +147,17 @@ impl Connection {
     ///
     /// # Errors
     /// When nobody listens there.
-    pub async fn open(address: SocketAddr) -> Result<Self> {
-        let stream = TcpStream::connect(address).await.with_context(|| format!("connect to {address}"))?;
-        stream.set_nodelay(true)?;
-        let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+    pub async fn open(origin: impl Into<Origin>) -> Result<Self> {
+        let origin = origin.into();
+        let sender = Self::dial(&origin).await?;
+        Ok(Self { origin, sender })
+    }
+
+    async fn dial(origin: &Origin) -> Result<SendRequest<Full<Bytes>>> {
+        let (sender, connection) = handshake(TokioIo::new(origin.connect().await?)).await?;
         // ends with the sender; what goes wrong is seen by who waits for an answer
         tokio::spawn(connection);
-        Ok(Self { address, sender })
+        Ok(sender)
     }
 
     async fn send(
@@ -114,17 +166,20 @@ impl Connection {
         path: &str,
         body: Bytes,
     ) -> Result<hyper::Response<hyper::body::Incoming>> {
-        if self.sender.is_closed() {
-            *self = Self::open(self.address).await?;
+        // servers end connections that were idle, or had many requests
+        if self.sender.is_closed() || self.sender.ready().await.is_err() {
+            self.sender = Self::dial(&self.origin).await?;
+            self.sender.ready().await?;
         }
-        self.sender.ready().await?;
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
-            .header(header::HOST, self.address.to_string())
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::new(body))?;
-        Ok(self.sender.send_request(request).await?)
+            .header(header::HOST, self.origin.authority())
+            .header(header::CONTENT_TYPE, "application/json");
+        if let Some(key) = self.origin.authorization() {
+            request = request.header(header::AUTHORIZATION, key);
+        }
+        Ok(self.sender.send_request(request.body(Full::new(body))?).await?)
     }
 
     /// The text of a GET.
@@ -154,119 +209,101 @@ impl Connection {
     /// # Errors
     /// As [`Self::complete`].
     pub async fn complete_body(&mut self, body: Bytes, max_tokens: usize) -> Result<Answer> {
+        let path = self.origin.path("completions");
+        let answer = self.ask(&path, body, PATIENCE).await?;
+        ensure!(answer.told_usage, "the answer ended without its usage");
+        let tokens = answer.completion_tokens;
+        ensure!(tokens == max_tokens, "the answer has {tokens} tokens; {max_tokens} were asked for");
+        Ok(answer)
+    }
+
+    /// The stream that comes after a POST of `body`. When nothing comes for as long as `patience` it is given up; the
+    /// connection can be used again after any failure.
+    ///
+    /// # Errors
+    /// Says why there is no answer, or not all of one.
+    pub async fn ask(&mut self, path: &str, body: Bytes, patience: Duration) -> Result<Answer, Failure> {
         let sent = Instant::now();
-        let response = tokio::time::timeout(PATIENCE, self.send(Method::POST, "/v1/completions", body)).await??;
-        let status = response.status();
-        let mut body = response.into_body();
-        if !status.is_success() {
-            let text = body.collect().await?.to_bytes();
-            bail!("{status}: {}", String::from_utf8_lossy(&text));
+        let asked = tokio::time::timeout(patience, self.send(Method::POST, path, body)).await;
+        let response =
+            asked.map_err(|_| Failure::Timeout(patience))?.map_err(|error| Failure::Connect(format!("{error:#}")))?;
+        let (status, mut body) = (response.status(), response.into_body());
+        if status != StatusCode::OK {
+            let text = tokio::time::timeout(patience, body.collect()).await;
+            let bytes = text.ok().and_then(Result::ok).map(|body| body.to_bytes()).unwrap_or_default();
+            let text = String::from_utf8_lossy(&bytes[..bytes.len().min(LONGEST_REASON)]).trim().to_owned();
+            return Err(Failure::Refused { status: status.as_u16(), text });
         }
-        let (mut events, mut reader) = (Vec::with_capacity(max_tokens), Events::default());
-        let mut usage = Value::Null;
-        while let Some(frame) = tokio::time::timeout(PATIENCE, body.frame()).await? {
-            let Ok(data) = frame?.into_data() else { continue };
+        let (mut events, mut reader, mut usage, mut done) = (Vec::new(), Events::default(), None::<Usage>, false);
+        while let Some(frame) =
+            tokio::time::timeout(patience, body.frame()).await.map_err(|_| Failure::Timeout(patience))?
+        {
+            let broken = |reason: String| Failure::Broken { events: events.len(), reason };
+            let Ok(data) = frame.map_err(|error| broken(error.to_string()))?.into_data() else { continue };
             let now = Instant::now();
             for event in reader.read(&data) {
-                match event {
-                    Event::Text => events.push(now),
-                    Event::Usage(value) => usage = value,
-                    Event::Error(error) => bail!("after {} events: {error}", events.len()),
-                    Event::Other => {}
+                if let Some(reason) = event.error {
+                    return Err(Failure::Broken { events: events.len(), reason });
                 }
+                if event.text {
+                    events.push(now);
+                }
+                usage = event.usage.or(usage);
+                done |= event.done;
             }
         }
-        let count = |value: &Value| value.as_u64().map(|count| count as usize);
-        let completion_tokens = count(&usage["completion_tokens"]).context("the answer ended without its usage")?;
-        if completion_tokens != max_tokens {
-            bail!("the answer has {completion_tokens} tokens; {max_tokens} were asked for");
+        let told = usage.unwrap_or(Usage { completion: events.len(), ..Usage::default() });
+        if !done && usage.is_none() {
+            return Err(Failure::Broken { events: events.len(), reason: "the stream ended without its end".into() });
+        }
+        if told.completion == 0 {
+            return Err(Failure::Empty);
         }
         Ok(Answer {
             sent,
             events,
             ended: Instant::now(),
-            prompt_tokens: count(&usage["prompt_tokens"]).unwrap_or(0),
-            cached_tokens: count(&usage["prompt_tokens_details"]["cached_tokens"]).unwrap_or(0),
-            completion_tokens,
+            prompt_tokens: told.prompt,
+            cached_tokens: told.cached,
+            completion_tokens: told.completion,
+            told_usage: usage.is_some(),
         })
     }
-}
-
-/// What an event of a stream says.
-#[derive(Clone, Debug, PartialEq)]
-enum Event {
-    Text,
-    Usage(Value),
-    Error(Value),
-    Other,
-}
-
-/// Puts events together from pieces that end anywhere.
-#[derive(Debug, Default)]
-struct Events {
-    unfinished: Vec<u8>,
-}
-
-impl Events {
-    fn read(&mut self, piece: &[u8]) -> Vec<Event> {
-        self.unfinished.extend_from_slice(piece);
-        let Some(end) = self.unfinished.iter().rposition(|byte| *byte == b'\n') else { return Vec::new() };
-        let rest = self.unfinished.split_off(end + 1);
-        let whole = std::mem::replace(&mut self.unfinished, rest);
-        whole.split(|byte| *byte == b'\n').filter_map(|line| line.strip_prefix(b"data: ")).map(event).collect()
-    }
-}
-
-/// Reads as JSON only what can be more than text, so that the client does not become what is measured.
-fn event(data: &[u8]) -> Event {
-    let has = |part: &[u8]| data.windows(part.len()).any(|window| window == part);
-    if has(b"\"usage\":{") || has(b"\"error\":{") {
-        return match serde_json::from_slice::<Value>(data) {
-            Ok(mut value) if value["usage"].is_object() => Event::Usage(value["usage"].take()),
-            Ok(mut value) if value["error"].is_object() => Event::Error(value["error"].take()),
-            _ => Event::Text,
-        };
-    }
-    if has(b"\"text\":\"") && !has(b"\"text\":\"\"") { Event::Text } else { Event::Other }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const STREAM: &str = concat!(
-        "data: {\"choices\":[{\"index\":0,\"text\":\" \\\"usage\\\":{ x\"}],\"usage\":null}\n\n",
-        ": waiting\n\n",
-        "data: {\"choices\":[{\"index\":0,\"text\":\"b\"}],\"usage\":null}\n\n",
-        "data: {\"choices\":[{\"index\":0,\"text\":\"\",\"finish_reason\":\"length\"}],\"usage\":null}\n\n",
-        "data: {\"choices\":[],\"usage\":{\"completion_tokens\":2}}\n\n",
-        "data: [DONE]\n\n",
-    );
-
-    #[test]
-    fn events_are_the_same_wherever_the_stream_is_cut() {
-        let expected =
-            [Event::Text, Event::Text, Event::Other, Event::Usage(json!({"completion_tokens": 2})), Event::Other];
-        for size in 1..STREAM.len() {
-            let mut reader = Events::default();
-            let events: Vec<_> = STREAM.as_bytes().chunks(size).flat_map(|piece| reader.read(piece)).collect();
-            assert_eq!(events, expected, "pieces of {size}");
-        }
-    }
-
-    #[test]
-    fn an_error_in_a_stream_is_seen() {
-        assert_eq!(event(br#"{"error":{"message":"m"}}"#), Event::Error(json!({"message": "m"})));
-    }
-
     #[test]
     fn times_are_counted_from_the_request() {
         let sent = Instant::now();
         let at = |ms: u64| sent + Duration::from_millis(ms);
         let events = vec![at(200), at(300), at(400)];
-        let answer = Answer { sent, events, ended: at(450), prompt_tokens: 1, cached_tokens: 0, completion_tokens: 5 };
+        let answer = Answer {
+            sent,
+            events,
+            ended: at(450),
+            prompt_tokens: 1,
+            cached_tokens: 0,
+            completion_tokens: 5,
+            told_usage: true,
+        };
         assert!((answer.ttft() - 0.2).abs() < 1e-9 && (answer.total() - 0.45).abs() < 1e-9);
         assert!((answer.time_per_token().unwrap_or(0.0) - 0.05).abs() < 1e-9, "two events had several tokens");
         assert_eq!(Answer { completion_tokens: 1, ..answer }.time_per_token(), None);
+    }
+
+    #[test]
+    fn failures_are_counted_by_what_they_are() {
+        let kinds = [
+            Failure::Connect("x".into()),
+            Failure::Timeout(PATIENCE),
+            Failure::Refused { status: 429, text: "slow down".into() },
+            Failure::Broken { events: 2, reason: "y".into() },
+            Failure::Empty,
+        ]
+        .map(|failure| failure.kind());
+        assert_eq!(kinds, ["no connection", "timeout", "http 429", "broken stream", "empty answer"]);
     }
 }

@@ -6,10 +6,14 @@
 pub mod breakdown;
 pub mod client;
 pub mod cluster;
+pub mod events;
+pub mod generator;
 pub mod load;
 pub mod machine;
 pub mod mock;
 pub mod model;
+pub mod origin;
+pub mod peers;
 pub mod random;
 pub mod report;
 pub mod scenarios;

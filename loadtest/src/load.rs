@@ -130,6 +130,7 @@ mod tests {
             prompt_tokens: prompt,
             cached_tokens: 0,
             completion_tokens: events.len(),
+            told_usage: true,
         }
     }
 

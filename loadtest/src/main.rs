@@ -5,9 +5,11 @@
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
+use moesaic_loadtest::generator::{self, Load};
 use moesaic_loadtest::machine::{self, Machine};
 use moesaic_loadtest::mock::{self, MockReplica};
 use moesaic_loadtest::model::{self, Preset, SEED, Shape};
+use moesaic_loadtest::peers::{self, Peers};
 use moesaic_loadtest::report::{Record, Section};
 use moesaic_loadtest::scenarios::distribution::{self, Distribution};
 use moesaic_loadtest::scenarios::gateway::{self, GatewayCost};
@@ -33,6 +35,10 @@ struct Arguments {
 enum Command {
     /// Write a model with random weights as a GGUF file.
     MakeModel(MakeModel),
+    /// Load a server of the OpenAI API, and measure its answers.
+    Load(Box<Load>),
+    /// Moesaic against llama.cpp and ik_llama.cpp on this machine; `loadtest/peers` builds them and runs it.
+    Peers(Box<Peers>),
     /// What it costs that experts are in other processes.
     Distribution(Distribution),
     /// Prefixes shared by replicas: fetched against computed, and the router's policies.
@@ -167,6 +173,8 @@ async fn measure(arguments: &Arguments) -> Result<()> {
     let sections: Vec<Section> = match &arguments.command {
         Command::MakeModel(make) => return make.run(),
         Command::MockReplica(mock) => return mock::run(mock).await,
+        Command::Load(args) => vec![generator::run(args).await?],
+        Command::Peers(args) => peers::run(args).await?,
         Command::Distribution(args) => vec![distribution::run(args).await?],
         Command::Prefix(args) => vec![prefix::run(args).await?],
         Command::Gateway(args) => vec![gateway::run(args).await?],
@@ -179,7 +187,11 @@ async fn measure(arguments: &Arguments) -> Result<()> {
     machine.load_after = machine::load();
     let record = Record { date: machine::today(), command: command(), machine, sections };
     print!("{}", record.text());
-    for file in &arguments.record {
+    let files = match &arguments.command {
+        Command::Peers(args) if arguments.record.is_empty() => args.records(),
+        _ => arguments.record.clone(),
+    };
+    for file in &files {
         record.write(&arguments.title, file)?;
     }
     Ok(())

@@ -66,6 +66,27 @@ impl Random {
         -(1.0 - self.unit()).ln()
     }
 
+    /// Gamma distributed, of mean 1 and variance `1 / shape`; `shape` is above 0. At 1 it is the exponential
+    /// distribution.
+    ///
+    /// Source: Marsaglia and Tsang, "A Simple Method for Generating Gamma Variables", 2000.
+    pub fn gamma(&mut self, shape: f64) -> f64 {
+        // below 1 the method does not hold: one of a shape that is larger by 1, made smaller
+        let (at_least_one, factor) = match shape {
+            small if small < 1.0 => (small + 1.0, (1.0 - self.unit()).powf(1.0 / small)),
+            shape => (shape, 1.0),
+        };
+        let d = at_least_one - 1.0 / 3.0;
+        let c = 1.0 / (9.0 * d).sqrt();
+        loop {
+            let x = self.normal();
+            let v = (1.0 + c * x).powi(3);
+            if v > 0.0 && (1.0 - self.unit()).ln() < 0.5 * x * x + d - d * v + d * v.ln() {
+                return d * v * factor / shape;
+            }
+        }
+    }
+
     /// So many tokens below `vocab`.
     pub fn tokens(&mut self, count: usize, vocab: usize) -> Vec<u32> {
         (0..count).map(|_| self.below(vocab) as u32).collect()
@@ -122,6 +143,22 @@ mod tests {
         let gaps: Vec<f64> = (0..count).map(|_| random.exponential()).collect();
         assert!((mean(&gaps) - 1.0).abs() < 0.02 && gaps.iter().all(|gap| *gap >= 0.0));
         assert!((0..count).all(|_| random.below(7) < 7));
+    }
+
+    #[test]
+    fn gamma_has_the_mean_and_variance_of_its_shape() {
+        let count = 200_000;
+        for shape in [0.25, 0.5, 1.0, 4.0] {
+            let mut random = Random::new(9);
+            let values: Vec<f64> = (0..count).map(|_| random.gamma(shape)).collect();
+            let mean = values.iter().sum::<f64>() / count as f64;
+            let variance = values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / count as f64;
+            assert!((mean - 1.0).abs() < 0.02, "shape {shape}: mean {mean}");
+            assert!((variance * shape - 1.0).abs() < 0.05, "shape {shape}: variance {variance}");
+            // the third moment tells it from other distributions of these two: skewness 2 / sqrt(shape)
+            let third = values.iter().map(|x| (x - mean).powi(3)).sum::<f64>() / count as f64 / variance.powf(1.5);
+            assert!((third / (2.0 / shape.sqrt()) - 1.0).abs() < 0.1, "shape {shape}: skewness {third}");
+        }
     }
 
     #[test]

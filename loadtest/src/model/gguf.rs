@@ -9,6 +9,8 @@ use std::io::{self, Write};
 pub const BLOCK: usize = 32;
 /// Bytes of a Q4_0 block: an f16 scale, then 16 bytes of two codes each.
 const BLOCK_BYTES: usize = 18;
+/// Bytes of a Q8_0 block of as many values: an f16 scale, then a signed byte for each.
+const BYTE_BLOCK_BYTES: usize = 34;
 /// What every tensor's bytes begin at a multiple of.
 const ALIGNMENT: u64 = 32;
 /// Bytes that are made before they are written.
@@ -34,6 +36,8 @@ pub enum Fill {
     Normal { deviation: f32 },
     /// Q4_0, evenly distributed around 0, with scales that differ.
     Blocks { deviation: f32 },
+    /// Q8_0, in the same way.
+    ByteBlocks { deviation: f32 },
 }
 
 /// A tensor in the making.
@@ -132,6 +136,7 @@ impl Fill {
         match self {
             Self::Ones | Self::Normal { .. } => 0,
             Self::Blocks { .. } => 2,
+            Self::ByteBlocks { .. } => 8,
         }
     }
 }
@@ -145,10 +150,12 @@ impl Tensor {
         self.shape.iter().product()
     }
 
-    fn bytes(&self) -> u64 {
+    /// Its size in a file.
+    pub fn bytes(&self) -> u64 {
         match self.fill {
             Fill::Ones | Fill::Normal { .. } => self.values() as u64 * 4,
             Fill::Blocks { .. } => (self.values() / BLOCK * BLOCK_BYTES) as u64,
+            Fill::ByteBlocks { .. } => (self.values() / BLOCK * BYTE_BLOCK_BYTES) as u64,
         }
     }
 
@@ -159,7 +166,7 @@ impl Tensor {
     /// Makes and writes its bytes; `written` is told of every piece.
     pub fn write(&self, random: &mut Random, out: &mut impl Write, written: &mut dyn FnMut(u64)) -> io::Result<()> {
         let mut left = self.values();
-        let mut piece = Vec::with_capacity(CHUNK + BLOCK_BYTES);
+        let mut piece = Vec::with_capacity(CHUNK + BYTE_BLOCK_BYTES);
         while left > 0 {
             piece.clear();
             while left > 0 && piece.len() < CHUNK {
@@ -167,6 +174,7 @@ impl Tensor {
                     Fill::Ones => put_f32(&mut piece, 1.0),
                     Fill::Normal { deviation } => put_f32(&mut piece, random.normal() as f32 * deviation),
                     Fill::Blocks { deviation } => put_block(&mut piece, random, deviation),
+                    Fill::ByteBlocks { deviation } => put_byte_block(&mut piece, random, deviation),
                 };
             }
             if left == 0 {
@@ -193,10 +201,22 @@ fn two_codes(bits: u16) -> u8 {
 /// Standard deviation of -7 to 7, all as likely: the root of (15 * 15 - 1) / 12.
 const CODE_DEVIATION: f32 = 4.3205;
 
+/// Standard deviation of -127 to 127, all as likely: the root of (255 * 255 - 1) / 12.
+const BYTE_DEVIATION: f32 = 73.6116;
+
+/// A block's scale: from 3/4 to 5/4 of what gives the deviation.
+fn put_scale(out: &mut Vec<u8>, random: &mut Random, scale: f32) {
+    out.extend(f16::from_f32(scale * (0.75 + 0.5 * random.unit() as f32)).to_le_bytes());
+}
+
+fn put_byte_block(out: &mut Vec<u8>, random: &mut Random, deviation: f32) -> usize {
+    put_scale(out, random, deviation / BYTE_DEVIATION);
+    out.extend((0..BLOCK).map(|_| (random.below(255) as i32 - 127) as i8 as u8));
+    BLOCK
+}
+
 fn put_block(out: &mut Vec<u8>, random: &mut Random, deviation: f32) -> usize {
-    // scales from 3/4 to 5/4 of what is asked for
-    let scale = deviation / CODE_DEVIATION * (0.75 + 0.5 * random.unit() as f32);
-    out.extend(f16::from_f32(scale).to_le_bytes());
+    put_scale(out, random, deviation / CODE_DEVIATION);
     for _ in 0..4 {
         let bits = random.bits();
         out.extend([0, 16, 32, 48].map(|shift| two_codes((bits >> shift) as u16)));
@@ -226,6 +246,22 @@ mod tests {
         let mean = values.iter().sum::<f64>() / values.len() as f64;
         let deviation = (values.iter().map(|x| x * x).sum::<f64>() / values.len() as f64).sqrt();
         assert!(mean.abs() < 0.005 && (deviation - 0.25).abs() < 0.01, "{mean} {deviation}");
+    }
+
+    #[test]
+    fn blocks_of_bytes_have_it_too() {
+        let tensor = Tensor::new("t", &[64, 512], Fill::ByteBlocks { deviation: 0.5 });
+        let mut bytes = Vec::new();
+        tensor.write(&mut Random::new(3), &mut bytes, &mut |_| ()).unwrap();
+        assert_eq!((bytes.len(), tensor.fill.kind()), (64 * 512 / 32 * 34, 8));
+        let mut values = Vec::new();
+        for block in bytes.chunks_exact(BYTE_BLOCK_BYTES) {
+            let scale = f16::from_le_bytes([block[0], block[1]]).to_f64();
+            values.extend(block[2..].iter().map(|byte| f64::from(*byte as i8) * scale));
+        }
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        let deviation = (values.iter().map(|x| x * x).sum::<f64>() / values.len() as f64).sqrt();
+        assert!(mean.abs() < 0.01 && (deviation - 0.5).abs() < 0.02, "{mean} {deviation}");
     }
 
     #[test]

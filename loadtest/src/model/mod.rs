@@ -1,7 +1,8 @@
 //! Benchmark models: random weights in the shapes of real ones, as GGUF files.
 //!
-//! The architecture is Qwen3-MoE; matrices are Q4_0, norms and gates f32. What the weights say is noise, but what runs
-//! is what a trained model of the shape would run, with experts chosen about evenly.
+//! The architecture is Qwen3-MoE; matrices are Q4_0, the embedding and the output Q8_0, norms and gates f32: types that
+//! every engine reads as they are. What the weights say is noise, but what runs is what a trained model of the shape
+//! would run, with experts chosen about evenly.
 mod gguf;
 mod vocabulary;
 
@@ -23,6 +24,9 @@ pub enum Preset {
     /// 2.5 billion parameters, 0.25 billion active: 16 layers, 128 experts, 8 chosen.
     #[value(name = "moe-2b")]
     Moe2b,
+    /// 30.5 billion parameters, 3.3 billion active, the shape of Qwen3-30B-A3B: 48 layers, 128 experts, 8 chosen.
+    #[value(name = "moe-30b")]
+    Moe30b,
     /// 0.1 billion parameters: 8 layers, 32 experts, 4 chosen.
     MoeSmall,
     /// For tests: 2 layers, 8 experts, 2 chosen.
@@ -71,8 +75,21 @@ impl Preset {
                 heads: 16,
                 kv_heads: 4,
                 head_dim: 64,
-                vocab: 32_000,
+                vocab: 32_768,
                 context: 8192,
+            },
+            Self::Moe30b => Shape {
+                name,
+                hidden: 2048,
+                layers: 48,
+                experts: 128,
+                top_k: 8,
+                expert_inner: 768,
+                heads: 32,
+                kv_heads: 4,
+                head_dim: 128,
+                vocab: 151_936,
+                context: 40_960,
             },
             Self::MoeSmall => Shape {
                 name,
@@ -141,6 +158,23 @@ impl Shape {
         (with(self.experts), with(self.top_k))
     }
 
+    /// Bytes of the matrices that one token's pass reads: the chosen experts', and all others but the embedding, of which
+    /// it is one row.
+    pub fn bytes_a_token(&self) -> u64 {
+        let read = |tensor: &Tensor| match &tensor.name {
+            name if name.starts_with("token_embd") || tensor.shape.len() == 1 => 0,
+            name if name.contains("_exps.") => tensor.bytes() / self.experts as u64 * self.top_k as u64,
+            _ => tensor.bytes(),
+        };
+        self.tensors().iter().map(read).sum()
+    }
+
+    /// Operations of the matrices for a prompt's token, 2 for each parameter that it meets; the output is computed once
+    /// for a prompt and counts in none.
+    pub fn operations_a_token(&self) -> u64 {
+        2 * (self.parameters().1 - (2 * self.vocab * self.hidden) as u64)
+    }
+
     fn header(&self) -> Header {
         let architecture = "qwen3moe";
         let number = |value: usize| Value::U32(value as u32);
@@ -181,9 +215,13 @@ impl Shape {
         let added = (2.0 * self.layers as f32).sqrt();
         let add = |cols: usize| Fill::Blocks { deviation: 1.0 / (cols as f32).sqrt() / added };
         let mut tensors = vec![
-            Tensor::new("token_embd.weight", &[vocab, hidden], Fill::Blocks { deviation: 1.0 }),
+            Tensor::new("token_embd.weight", &[vocab, hidden], Fill::ByteBlocks { deviation: 1.0 }),
             Tensor::new("output_norm.weight", &[hidden], Fill::Ones),
-            Tensor::new("output.weight", &[vocab, hidden], keep(hidden)),
+            Tensor::new(
+                "output.weight",
+                &[vocab, hidden],
+                Fill::ByteBlocks { deviation: 1.0 / (hidden as f32).sqrt() },
+            ),
         ];
         for layer in 0..self.layers {
             let mut tensor = |name: &str, shape: &[usize], fill: Fill| {
@@ -247,8 +285,17 @@ pub const SEED: u64 = 1;
 /// # Errors
 /// When it cannot be written.
 pub fn stored(preset: Preset) -> Result<PathBuf> {
+    stored_in(preset, &std::env::temp_dir().join("moesaic-loadtest"))
+}
+
+/// The same in another folder.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn stored_in(preset: Preset, folder: &Path) -> Result<PathBuf> {
     let shape = preset.shape();
-    let folder = std::env::temp_dir().join("moesaic-loadtest");
+    // a file of another version of the shape has another size
+    let folder = folder.join(format!("{:x}", shape.header().data_bytes()));
     let path = folder.join(format!("{}.gguf", shape.name));
     if !path.is_file() {
         crate::tell(&format!("make {}", path.display()));
@@ -278,6 +325,19 @@ mod tests {
     fn moe_2b_has_the_size_of_its_name() {
         let (all, active) = Preset::Moe2b.shape().parameters();
         assert_eq!((all / 100_000_000, active / 10_000_000), (25, 26), "{all} {active}");
+        let shape = Preset::Moe2b.shape();
+        // attention and 8 experts at 4.5 bits, gates at 32, the output at 8.5
+        assert_eq!(shape.bytes_a_token() / 100_000, 1525, "{}", shape.bytes_a_token());
+        assert_eq!(shape.operations_a_token() / 1_000_000, 390, "{}", shape.operations_a_token());
+    }
+
+    #[test]
+    fn moe_30b_has_the_size_of_qwen3_30b_a3b() {
+        let (all, active) = Preset::Moe30b.shape().parameters();
+        assert_eq!((all / 100_000_000, active / 100_000_000), (305, 33), "{all} {active}");
+        Preset::Moe30b.shape().validate().unwrap();
+        let gib = Preset::Moe30b.shape().header().data_bytes() as f64 / f64::from(1 << 30);
+        assert!((16.0..16.5).contains(&gib), "{gib}");
     }
 
     #[test]

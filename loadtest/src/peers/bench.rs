@@ -1,0 +1,210 @@
+//! The engines' own benchmark programs: what they are told, and what they say.
+use super::engine::{Engine, Kind, Kv};
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::process::Stdio;
+use tokio::process::Command;
+
+/// One measurement of one engine alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum Test {
+    /// Prompt processing.
+    Prompt {
+        /// Tokens of the prompt.
+        tokens: usize,
+    },
+    /// Generation of one token after another.
+    Generation {
+        /// How many.
+        tokens: usize,
+        /// Tokens in the context before.
+        depth: usize,
+    },
+}
+
+impl Test {
+    /// As llama-bench names it: `pp512`, `tg128`, `tg128@d4096`.
+    pub fn name(self) -> String {
+        match self {
+            Self::Prompt { tokens } => format!("pp{tokens}"),
+            Self::Generation { tokens, depth: 0 } => format!("tg{tokens}"),
+            Self::Generation { tokens, depth } => format!("tg{tokens}@d{depth}"),
+        }
+    }
+}
+
+/// What a benchmark program measured.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Measured {
+    /// Tokens a second of each repetition.
+    pub rates: Vec<f64>,
+    /// The process's largest resident set, where it tells it.
+    pub peak_rss_bytes: Option<u64>,
+    /// Time to load the model, where it tells it.
+    pub load_s: Option<f64>,
+}
+
+/// A result of llama-bench; both forks print these among others.
+#[derive(Deserialize)]
+struct LlamaRow {
+    n_prompt: usize,
+    n_gen: usize,
+    /// llama.cpp's; ik_llama.cpp has the depth as the prompt of a test `tg128@pp4096`.
+    #[serde(default)]
+    n_depth: usize,
+    #[serde(default)]
+    test: String,
+    samples_ts: Vec<f64>,
+}
+
+impl LlamaRow {
+    fn test(&self) -> Test {
+        let (tokens, depth) = (self.n_gen, self.n_depth);
+        match (self.n_prompt, self.n_gen) {
+            (tokens, 0) => Test::Prompt { tokens },
+            (depth, tokens) if depth > 0 && self.test.contains('@') => Test::Generation { tokens, depth },
+            _ => Test::Generation { tokens, depth },
+        }
+    }
+}
+
+/// A result of `moesaic bench --json`.
+#[derive(Deserialize)]
+struct MoesaicRow {
+    test: String,
+    depth: usize,
+    tok_s_median: f64,
+    peak_rss_bytes: u64,
+    load_s: f64,
+}
+
+impl MoesaicRow {
+    fn test(&self) -> Option<Test> {
+        let tokens = self.test.get(2..)?.parse().ok()?;
+        match self.test.get(..2)? {
+            "pp" if self.depth == 0 => Some(Test::Prompt { tokens }),
+            "tg" => Some(Test::Generation { tokens, depth: self.depth }),
+            _ => None,
+        }
+    }
+}
+
+/// Reads what llama-bench prints with `-o json`: a list that other lines may surround.
+fn read_llama(output: &str) -> Result<Vec<(Test, Measured)>> {
+    let list = output.find('[').zip(output.rfind(']')).map(|(from, to)| &output[from..=to]);
+    let rows: Vec<LlamaRow> = serde_json::from_str(list.context("there is no list in what it printed")?)?;
+    let of = |row: LlamaRow| (row.test(), Measured { rates: row.samples_ts, ..Measured::default() });
+    Ok(rows.into_iter().map(of).collect())
+}
+
+fn read_moesaic(output: &str) -> Result<Vec<(Test, Measured)>> {
+    let rows: Vec<MoesaicRow> = serde_json::from_str(output.trim())?;
+    let of = |row: MoesaicRow| {
+        let (peak_rss_bytes, load_s) = (Some(row.peak_rss_bytes), Some(row.load_s));
+        Some((row.test()?, Measured { rates: vec![row.tok_s_median], peak_rss_bytes, load_s }))
+    };
+    Ok(rows.into_iter().filter_map(of).collect())
+}
+
+/// Arguments of an engine's benchmark program for one test.
+pub fn arguments(engine: &Engine, model: &Path, test: Test, threads: usize, kv: Kv) -> Vec<String> {
+    let (model, threads) = (model.display().to_string(), threads.to_string());
+    let mut all: Vec<String> = match engine.kind {
+        Kind::Moesaic => {
+            // a run of its own after one to warm up; 0 leaves a kind of test out
+            let (pp, tg, depth) = match test {
+                Test::Prompt { tokens } => (tokens, 0, 0),
+                Test::Generation { tokens, depth } => (0, tokens, depth),
+            };
+            let flags = [("--pp", pp), ("--tg", tg), ("--depth", depth), ("--runs", 1)];
+            let flags = flags.map(|(flag, value)| [flag.to_owned(), value.to_string()]).concat();
+            let fixed = ["bench", "--json", "--model", &model, "--threads", &threads].map(str::to_owned);
+            fixed.into_iter().chain(flags).collect()
+        }
+        Kind::LlamaCpp | Kind::Ik => {
+            let lengths = match (test, engine.kind) {
+                (Test::Prompt { tokens }, _) => vec!["-p".into(), tokens.to_string(), "-n".into(), "0".into()],
+                (Test::Generation { tokens, depth }, Kind::Ik) if depth > 0 => {
+                    let none = ["-p", "0", "-n", "0", "-gp"].map(str::to_owned);
+                    none.into_iter().chain([format!("{depth},{tokens}")]).collect()
+                }
+                (Test::Generation { tokens, depth }, Kind::Ik) => {
+                    debug_assert_eq!(depth, 0, "depths have the arm above");
+                    vec!["-p".into(), "0".into(), "-n".into(), tokens.to_string()]
+                }
+                (Test::Generation { tokens, depth }, _) => {
+                    let counts = [("-p", 0), ("-n", tokens), ("-d", depth)];
+                    counts.map(|(flag, value)| [flag.to_owned(), value.to_string()]).concat()
+                }
+            };
+            let fixed = ["-m", &model, "-t", &threads, "-r", "1", "-o", "json"].map(str::to_owned);
+            fixed.into_iter().chain(lengths).collect()
+        }
+    };
+    all.extend(engine.flags(kv));
+    all
+}
+
+/// Runs an engine's benchmark program for one test.
+///
+/// # Errors
+/// With the end of what it says, when it fails or measured something else.
+pub async fn run(engine: &Engine, model: &Path, test: Test, threads: usize, kv: Kv) -> Result<Measured> {
+    let program = engine.bench_program();
+    let mut command = Command::new(&program);
+    command.args(arguments(engine, model, test, threads, kv)).stdin(Stdio::null()).kill_on_drop(true);
+    let output = command.output().await.with_context(|| format!("start {}", program.display()))?;
+    let (printed, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let failed = || {
+        let mut last: Vec<&str> = said.lines().rev().take(8).collect();
+        last.reverse();
+        format!("{} {}: {}\n{}", engine.name, test.name(), output.status, last.join("\n"))
+    };
+    ensure!(output.status.success(), "{}", failed());
+    let read = if engine.kind == Kind::Moesaic { read_moesaic(&printed) } else { read_llama(&printed) };
+    for (measured_test, measured) in read.with_context(failed)? {
+        if measured_test == test && measured.rates.iter().all(|rate| rate.is_finite() && *rate > 0.0) {
+            return Ok(measured);
+        }
+    }
+    bail!("{}\nit did not measure {}", failed(), test.name())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use super::*;
+    use std::path::PathBuf;
+
+    #[test]
+    fn moesaic_s_output_is_read() {
+        let output = r#"[{"test":"pp512","depth":0,"threads":2,"tok_s_median":301.5,"tok_s_min":300.0,"tok_s_max":302.0,
+            "peak_rss_bytes":123,"load_s":1.5},{"test":"tg128","depth":4096,"threads":2,"tok_s_median":7.5,"tok_s_min":7.0,
+            "tok_s_max":8.0,"peak_rss_bytes":124,"load_s":1.5}]"#;
+        let read = read_moesaic(output).unwrap();
+        assert_eq!(read[0].0, Test::Prompt { tokens: 512 });
+        assert_eq!(read[1].0, Test::Generation { tokens: 128, depth: 4096 });
+        assert_eq!((read[1].1.rates[0], read[1].1.peak_rss_bytes, read[1].1.load_s), (7.5, Some(124), Some(1.5)));
+        assert!(read_moesaic("error: no such file").is_err());
+    }
+
+    #[test]
+    fn each_program_is_told_the_same_test_in_its_words() {
+        let model = PathBuf::from("m.gguf");
+        let words = |kind, test, kv| {
+            let engine = Engine::new(kind, PathBuf::from("bin"), "1".into());
+            arguments(&engine, &model, test, 2, kv).join(" ")
+        };
+        let deep = Test::Generation { tokens: 128, depth: 4096 };
+        let moesaic = words(Kind::Moesaic, deep, Kv::Int8);
+        assert_eq!(moesaic, "bench --json --model m.gguf --threads 2 --pp 0 --tg 128 --depth 4096 --runs 1 --kv int8");
+        let llama = words(Kind::LlamaCpp, deep, Kv::Int8);
+        assert!(llama.contains("-p 0 -n 128 -d 4096") && llama.contains("-ctk q8_0 -ctv q8_0"), "{llama}");
+        let ik = words(Kind::Ik, deep, Kv::Bf16);
+        assert!(ik.contains("-p 0 -n 0 -gp 4096,128") && ik.contains("-rtr 1") && !ik.contains("-ctk q8"), "{ik}");
+        assert!(words(Kind::Ik, Test::Prompt { tokens: 512 }, Kv::Bf16).contains("-p 512 -n 0"));
+        assert!(words(Kind::Ik, Test::Generation { tokens: 9, depth: 0 }, Kv::Bf16).contains("-p 0 -n 9"));
+        assert_eq!(deep.name(), "tg128@d4096");
+    }
+}

@@ -90,10 +90,13 @@ impl MoesaicRow {
     }
 }
 
-/// Reads what llama-bench prints with `-o json`: a list that other lines may surround.
+/// Reads what llama-bench prints with `-o json`: a list, before and after which there may be other lines.
 fn read_llama(output: &str) -> Result<Vec<(Test, Measured)>> {
-    let list = output.find('[').zip(output.rfind(']')).map(|(from, to)| &output[from..=to]);
-    let rows: Vec<LlamaRow> = serde_json::from_str(list.context("there is no list in what it printed")?)?;
+    let list = |(at, _): (usize, &str)| {
+        let read = serde_json::Deserializer::from_str(&output[at..]).into_iter::<Vec<LlamaRow>>().next();
+        read.and_then(Result::ok).filter(|rows| !rows.is_empty())
+    };
+    let rows = output.match_indices('[').find_map(list).context("there are no results in what it printed")?;
     let of = |row: LlamaRow| (row.test(), Measured { rates: row.samples_ts, ..Measured::default() });
     Ok(rows.into_iter().map(of).collect())
 }
@@ -187,6 +190,62 @@ mod tests {
         assert_eq!(read[1].0, Test::Generation { tokens: 128, depth: 4096 });
         assert_eq!((read[1].1.rates[0], read[1].1.peak_rss_bytes, read[1].1.load_s), (7.5, Some(124), Some(1.5)));
         assert!(read_moesaic("error: no such file").is_err());
+    }
+
+    #[test]
+    fn llama_bench_s_output_is_read_in_the_forms_of_both_forks() {
+        // as llama.cpp's `json_printer` writes it; the fields that nobody reads are shortened
+        let llama = r#"[
+  {
+    "build_commit": "unknown",
+    "model_type": "qwen3moe ?B Q4_0",
+    "n_threads": 2,
+    "flash_attn": "on",
+    "n_prompt": 512,
+    "n_gen": 0,
+    "n_depth": 0,
+    "avg_ts": 325.100000,
+    "samples_ns": [ 1574900000, 1575000000 ],
+    "samples_ts": [ 325.2, 325.0 ]
+  },
+  {
+    "n_prompt": 0,
+    "n_gen": 128,
+    "n_depth": 4096,
+    "samples_ns": [ 2370000000 ],
+    "samples_ts": [ 54.1 ]
+  }
+]
+"#;
+        let read = read_llama(llama).unwrap();
+        assert_eq!((read[0].0, &read[0].1.rates), (Test::Prompt { tokens: 512 }, &vec![325.2, 325.0]));
+        assert_eq!((read[1].0, &read[1].1.rates), (Test::Generation { tokens: 128, depth: 4096 }, &vec![54.1]));
+        // ik_llama.cpp tells of other things before, and has the depth in the prompt and the test's name
+        let ik = r#"[info] repacked 97 tensors
+[
+  { "n_prompt": 0, "n_gen": 128, "test": "tg128", "samples_ns": [ 1 ], "samples_ts": [ 180.5 ] },
+  { "n_prompt": 4096, "n_gen": 128, "test": "tg128@pp4096", "samples_ns": [ 1 ], "samples_ts": [ 77.25 ] },
+  { "n_prompt": 2048, "n_gen": 0, "test": "pp2048", "samples_ns": [ 1 ], "samples_ts": [ 638.0 ] }
+]
+"#;
+        let tests: Vec<Test> = read_llama(ik).unwrap().iter().map(|(test, _)| *test).collect();
+        let generation = |depth| Test::Generation { tokens: 128, depth };
+        assert_eq!(tests, [generation(0), generation(4096), Test::Prompt { tokens: 2048 }]);
+        for wrong in ["", "error: failed to load model", "[ {\"n_prompt\": 1} ]", "[]]"] {
+            assert!(read_llama(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_program_that_measures_is_run_and_one_that_fails_says_why() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs");
+        let engine = Engine::new(Kind::LlamaCpp, folder, "1".into());
+        let test = Test::Generation { tokens: 16, depth: 0 };
+        let measure = |model: &'static str| run(&engine, Path::new(model), test, 2, Kv::Bf16);
+        assert_eq!(measure("good.gguf").await.unwrap().rates, [12.5]);
+        assert!(measure("other.gguf").await.unwrap_err().to_string().contains("did not measure tg16"));
+        let error = measure("bad.gguf").await.unwrap_err().to_string();
+        assert!(error.contains("no such model") && error.contains("llama.cpp tg16"), "{error}");
     }
 
     #[test]

@@ -43,12 +43,8 @@ impl Kind {
     }
 }
 
-/// Runs `work` with every instruction set and holds the results to the first's, which is the portable code's.
-fn agree(what: &dyn Fn() -> String, work: &dyn Fn(&Kernels) -> Vec<f32>) {
-    agree_with(ActivationFormat::default(), true, what, work);
-}
-
-/// The same with a format of activations, and with results that need not be finite.
+/// Runs `work` with every instruction set and holds the results to the first's, which is the portable code's; results
+/// need not be finite.
 fn agree_with(
     activations: ActivationFormat,
     finite: bool,

@@ -93,8 +93,10 @@ async fn life<P: Process>(name: &'static str, settings: P::Settings) -> Result<E
     let own_name = settings.telemetry().service_name.clone().filter(|name| !name.is_empty());
     let telemetry =
         TelemetryConfig { service_name: own_name.or_else(|| Some(name.into())), ..settings.telemetry().clone() };
-    let instance = settings.cluster().id_of(settings.grpc().1.port());
-    let telemetry = moesaic_telemetry::init_as(&telemetry, Some(&instance));
+    // a wrong address is an error a little later
+    let port = settings.grpc().1.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+    let instance = port.map(|port| settings.cluster().id_of(port));
+    let telemetry = moesaic_telemetry::init_as(&telemetry, instance.as_deref());
     let _telemetry = telemetry.map_err(|error| internal("set up telemetry", &error))?;
     moesaic_telemetry::metrics::install().map_err(|error| internal("set up metrics", &error))?;
     let mut signals = Signals::listen()?;

@@ -22,7 +22,6 @@ use actix::{Actor, AsyncContext, Context, Handler, Message, MessageResult};
 use asking::Answer;
 use futures::stream;
 use line::Reply;
-use moesaic_actors::Handle;
 use moesaic_types::boundary::{Replica, ReplicaLoad};
 use moesaic_types::{ReplicaId, Result};
 use std::collections::HashMap;

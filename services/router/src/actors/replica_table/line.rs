@@ -4,7 +4,7 @@ use crate::metrics;
 use crate::news::News;
 use crate::prefixes::Prefixes;
 use crate::queue::Waiting;
-use crate::table::{Decision, Pending};
+use crate::table::Decision;
 use actix::{Context, Handler, Message};
 use moesaic_types::boundary::{PlaceRequest, Placed};
 use moesaic_types::{Error, Result};

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 const SIZE: (u32, u32) = (1200, 800);
 const MARGIN: u32 = 12;
-const TITLE_HEIGHT: u32 = 40;
+/// Characters of a line of the title, and its height.
+const LINE: (usize, u32) = (150, 18);
 /// Points of a curve of percentiles.
 const CURVE_POINTS: usize = 200;
 /// Steps of what comes over time.
@@ -141,6 +142,27 @@ fn in_flight(run: &Run, answers: &[(&Sample, &Answer)]) -> Vec<(f64, f64)> {
     points
 }
 
+/// A number at an axis.
+fn label(value: f64) -> String {
+    if value.fract() == 0.0 { format!("{value:.0}") } else { crate::report::number(value) }
+}
+
+/// A text in lines that are not longer than `most` characters, where its words allow.
+fn lines(text: &str, most: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.is_empty() => line.push_str(word),
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= most => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
 fn draw(panel: &Panel<'_>, curve: &Curve) -> Result<()> {
     let largest = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, f64::max);
     let right = largest(&mut curve.points.iter().map(|point| point.0)).max(1e-3);
@@ -163,8 +185,8 @@ fn draw(panel: &Panel<'_>, curve: &Curve) -> Result<()> {
         .axis_desc_style(("sans-serif", 13).into_font().color(&GREY))
         .light_line_style(TRANSPARENT)
         .bold_line_style(GREY.mix(0.18))
-        .x_label_formatter(&|value| crate::report::number(*value).trim_end_matches(".000").to_owned())
-        .y_label_formatter(&|value| crate::report::number(*value).trim_end_matches(".000").to_owned())
+        .x_label_formatter(&|value| label(*value))
+        .y_label_formatter(&|value| label(*value))
         .draw()
         .map_err(|error| failed(&error))?;
     let points = curve.points.iter().copied();
@@ -190,9 +212,13 @@ pub fn svg(run: &Run, slo: &Slo, title: &str) -> Result<String> {
         let failed = |error: &dyn std::fmt::Display| anyhow!("draw the plot: {error}");
         let root = SVGBackend::with_string(&mut text, SIZE).into_drawing_area();
         root.fill(&WHITE).map_err(|error| failed(&error))?;
-        let style = ("sans-serif", 20).into_font().color(&BLACK);
-        root.draw_text(title, &style, (MARGIN as i32, MARGIN as i32)).map_err(|error| failed(&error))?;
-        let (_, below) = root.split_vertically(TITLE_HEIGHT);
+        let style = ("sans-serif", 14).into_font().color(&BLACK);
+        let lines = lines(title, LINE.0);
+        for (at, line) in (0..).zip(&lines) {
+            let place = (MARGIN as i32, (MARGIN + at * LINE.1) as i32);
+            root.draw_text(line, &style, place).map_err(|error| failed(&error))?;
+        }
+        let (_, below) = root.split_vertically(MARGIN + lines.len() as u32 * LINE.1);
         for (panel, curve) in below.split_evenly((2, 3)).iter().zip(curves(run, slo)) {
             draw(panel, &curve)?;
         }
@@ -264,6 +290,13 @@ mod tests {
         assert!(close(tokens, 30.0), "the area under the rate is all tokens: {tokens}");
         let most = curves[5].points.iter().map(|point| point.1).fold(0.0, f64::max);
         assert!(close(most, 1.0) && close(curves[5].points.last().unwrap().1, 0.0));
+    }
+
+    #[test]
+    fn a_long_title_has_several_lines() {
+        assert_eq!(lines("aa bb cc dddddddd e", 5), ["aa bb", "cc", "dddddddd", "e"]);
+        assert_eq!(lines("", 5), [""]);
+        assert_eq!((label(10.0), label(2.5), label(1200.0)), ("10".into(), "2.50".into(), "1200".into()));
     }
 
     #[test]

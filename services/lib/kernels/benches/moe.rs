@@ -6,7 +6,9 @@
 mod ceilings;
 
 use half::f16;
-use moesaic_kernels::{Activation, ActivationFormat, ExpertWeights, Format, Isa, Kernels, PackedMatrix};
+use moesaic_kernels::{
+    Activation, ActivationFormat, AlignedBytes, ExpertWeights, Format, Isa, Kernels, PackedMatrix, Storage,
+};
 use std::convert::Infallible;
 use std::hint::black_box;
 use std::sync::Arc;
@@ -91,6 +93,14 @@ impl Random {
     }
 }
 
+/// The same matrix in memory of its own.
+fn copy(matrix: &PackedMatrix) -> PackedMatrix {
+    let mut bytes = AlignedBytes::from_zeroed(matrix.storage().bytes().len());
+    bytes.as_mut_slice().copy_from_slice(matrix.storage().bytes());
+    let storage = Storage::Owned(Arc::new(bytes));
+    PackedMatrix::from_storage(matrix.format(), matrix.rows(), matrix.cols(), storage).expect("as long as before")
+}
+
 /// Seconds that a call takes.
 struct Times {
     /// The shortest by the clock.
@@ -131,7 +141,8 @@ fn products(ceilings: &Ceilings) {
     let kernels = Kernels::new(ceilings.threads);
     let mut random = Random(7);
     for (name, format) in FORMATS {
-        let matrices: Vec<_> = (0..64).map(|_| random.matrix(format, rows, cols)).collect();
+        let matrix = random.matrix(format, rows, cols);
+        let matrices: Vec<_> = (0..64).map(|_| copy(&matrix)).collect();
         let bytes = PackedMatrix::packed_len(format, rows, cols) as f64;
         for (from, count) in [("cache", 1), ("memory", matrices.len())] {
             for m in ROWS {
@@ -159,10 +170,10 @@ fn layers(ceilings: &Ceilings, hidden: usize, inter: usize, name: &str, format: 
         head[0], head[1], head[2], head[3], head[4], head[5], head[6]
     );
     let mut random = Random(11);
+    let (up, down) = (random.matrix(format, inter, hidden), random.matrix(format, hidden, inter));
     let experts: Vec<_> = (0..EXPERTS)
         .map(|_| {
-            let (gate, up) = (random.matrix(format, inter, hidden), random.matrix(format, inter, hidden));
-            let down = random.matrix(format, hidden, inter);
+            let (gate, up, down) = (copy(&up), copy(&up), copy(&down));
             Some(Arc::new(ExpertWeights { gate, up, down, gate_bias: None, up_bias: None, down_bias: None }))
         })
         .collect();

@@ -267,11 +267,13 @@ fn put_group(format: Format, bytes: &mut [u8], lane: usize, scale: f16, codes: &
         }
         return;
     }
-    for (line, quad) in lines.chunks_exact_mut(LINE).zip(codes.as_chunks::<4>().0) {
-        for (byte, code) in line[lane % 16 * 4..][..4].iter_mut().zip(quad) {
-            assert!((-8..8).contains(code), "the q4 code {code} does not fit 4 bits");
-            *byte = with_nibble(*byte, lane, (code + 8) as u8);
-        }
+    let shift = if lane < 16 { 0 } else { 4 };
+    for (line, quad) in lines.as_chunks_mut::<LINE>().0.iter_mut().zip(codes.as_chunks::<4>().0) {
+        let nibbles = quad.map(|code| code.wrapping_add(8) as u8);
+        assert!(nibbles.iter().all(|nibble| *nibble < 16), "a q4 code of {quad:?} does not fit 4 bits");
+        let word = &mut line.as_chunks_mut::<4>().0[lane % 16];
+        let others = u32::from_le_bytes(*word) & !(0x0f0f_0f0f << shift);
+        *word = (others | u32::from_le_bytes(nibbles) << shift).to_le_bytes();
     }
 }
 

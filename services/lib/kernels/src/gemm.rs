@@ -18,8 +18,6 @@ use std::sync::Arc;
 
 /// Rows of x in one tile at most.
 pub(crate) const TILE: usize = 8;
-/// Bytes that one pass over a panel asks for ahead of its reading.
-const AHEAD: usize = 4096;
 /// Bytes of rows of x that a task takes at a time: they and some panels fit the second cache.
 const BLOCK: usize = 384 << 10;
 /// Values that a thread quantizes in the time in which a second one would wake up.
@@ -244,25 +242,19 @@ impl<'a> Panel<'a> {
         }
     }
 
-    /// What pass `pass` of `passes` over this panel asks for: where it is the only one, the panel's own bytes a little
-    /// ahead and at last the next panel's, so that they are still in the first cache when they are read; else its part
-    /// of the next panel.
-    fn ahead(&self, format: Format, bytes: &[u8], pass: usize, passes: usize) -> Ahead {
-        if passes > 1 {
-            let first = self.next[1].wrapping_add(bytes.len() / passes * pass);
-            return Ahead { first, groups: usize::MAX, then: first, step: packed::LINE / passes.min(packed::LINE) };
-        }
-        let group_bytes = format.group_bytes();
-        let distance = (AHEAD / group_bytes * group_bytes).clamp(0, bytes.len());
-        let first = bytes.as_ptr().wrapping_add(distance);
-        Ahead { first, groups: (bytes.len() - distance) / group_bytes, then: self.next[0], step: packed::LINE }
+    /// What pass `pass` of `passes` over this panel asks for: its part of the next panel. Where there is one pass only,
+    /// just what it reads: asking ahead fills the first cache's miss buffers, and the processor's own prefetcher into
+    /// the second one is faster (one thread, one token: 21 in place of 14 GB/s).
+    fn ahead(&self, bytes: &[u8], pass: usize, passes: usize) -> Ahead {
+        let first = if passes > 1 { self.next[1].wrapping_add(bytes.len() / passes * pass) } else { bytes.as_ptr() };
+        Ahead { first, groups: usize::MAX, then: first, step: packed::LINE / passes.min(packed::LINE) }
     }
 
     /// Multiplies one tile's rows.
     pub(crate) fn multiply(&self, rows: &[&[u8]], pass: usize, passes: usize, out: &mut Tile) {
         match self.source {
             Source::Int8(format, bytes) => {
-                int8::multiply(self.isa, format, bytes, rows, self.k, self.ahead(format, bytes, pass, passes), out);
+                int8::multiply(self.isa, format, bytes, rows, self.k, self.ahead(bytes, pass, passes), out);
             }
             #[cfg(target_arch = "x86_64")]
             // SAFETY: such a source is made only for tokens of kinds with these parts of AVX-512.

@@ -10,7 +10,7 @@ use moesaic_scheduler::{Config, Scheduler};
 use moesaic_telemetry::metrics::{PROMPT_TOKENS_TOTAL, REQUEST_SUCCESS_TOTAL, install, render};
 use moesaic_transport::MemoryBus;
 use moesaic_transport::subjects::{Plane, Subject};
-use moesaic_types::boundary::{EventBus, KvEvent, Replica, ReplicaLoad};
+use moesaic_types::boundary::{EventBus, KvEvent, ReplicaLoad};
 use moesaic_types::cluster::Service;
 use moesaic_types::{BlockHash, TenantSalt};
 use std::collections::BTreeSet;

@@ -3,7 +3,6 @@ use super::ReplicaTable;
 use crate::metrics;
 use crate::news::News;
 use crate::prefixes::Prefixes;
-use crate::queue::Waiting;
 use crate::table::Decision;
 use actix::{Context, Handler, Message};
 use moesaic_types::boundary::{PlaceRequest, Placed};

@@ -221,7 +221,9 @@ fn from_line(requests: &[PlaceRequest], index: &PrefixIndex, samples: usize) -> 
     let requests: Vec<Arc<PlaceRequest>> = requests.iter().cloned().map(Arc::new).collect();
     let mut coming = requests.iter().cycle();
     let mut come = |table: &mut Table<()>, now| table.wait(Arc::clone(coming.next().unwrap()), (), now).unwrap();
-    (0..LINE).for_each(|_| come(&mut table, now));
+    (0..LINE).for_each(|_| {
+        come(&mut table, now);
+    });
     timed(samples.min(1000), |sample| {
         now += Duration::from_secs(1);
         let free = id(sample % REPLICAS);

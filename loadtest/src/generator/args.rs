@@ -80,7 +80,8 @@ pub struct Load {
     #[arg(long, value_name = "TIME", value_parser = positive, default_value = "180s")]
     pub patience: Duration,
 
-    /// Tokens of prompts: N, uniform:FROM..TO, lognormal:MEDIAN:SIGMA[:MOST] or trace:FILE, whose lengths are drawn.
+    /// Tokens of prompts: N, uniform:FROM..TO, lognormal:MEDIAN:SIGMA or lognormal:MEDIAN:SIGMA:MOST, or trace:FILE, whose
+    /// lengths are drawn.
     #[arg(long, value_name = "LENGTHS", default_value = "128")]
     pub prompt_lengths: PromptLengths,
     /// Tokens of answers, in the same forms.

@@ -131,7 +131,7 @@ impl Kernels {
                         let rows = block.min(m - first_row);
                         for index in panels.clone() {
                             let next = (index + 1 < panels.end).then(|| w.panel(index + 1));
-                            let panel = Panel::new(self, w, index, rows, [next; 2], lines);
+                            let panel = Panel::new(self, w, index, rows, next, lines);
                             let (first, width) = (index * PANEL, PANEL.min(n - index * PANEL));
                             let bias = bias.map(|bias| &bias[first..first + width]);
                             panel.for_each_tile(
@@ -178,19 +178,14 @@ impl Kernels {
     }
 }
 
-/// Parts of `rows` rows, none larger than `most`, as even as can be: how many.
-pub(crate) fn tiles(rows: usize, most: usize) -> usize {
-    rows.div_ceil(most)
-}
-
 /// One panel, ready to be multiplied with rows.
 pub(crate) struct Panel<'a> {
     isa: Isa,
     k: usize,
     rows: usize,
     source: Source<'a>,
-    /// What will be read after it, and after all passes over it.
-    next: [*const u8; 2],
+    /// What will be read after all passes over it.
+    next: *const u8,
 }
 
 /// Where a panel's weights come from.
@@ -205,14 +200,14 @@ enum Source<'a> {
 }
 
 impl<'a> Panel<'a> {
-    /// Panel `index` of w for `rows` rows; `next` is what will be read after it, should one pass do, else after all
-    /// passes. Weights that must be expanded are written to the buffer.
+    /// Panel `index` of w for `rows` rows; `next` is what will be read after all passes over it. Weights that must be
+    /// expanded are written to the buffer.
     pub(crate) fn new(
         kernels: &Kernels,
         w: &'a PackedMatrix,
         index: usize,
         rows: usize,
-        next: [Option<&'a [u8]>; 2],
+        next: Option<&'a [u8]>,
         buffer: &'a mut Buffer,
     ) -> Self {
         let (isa, k, bytes) = (kernels.isa, w.cols(), w.panel(index));
@@ -231,7 +226,7 @@ impl<'a> Panel<'a> {
                 }
             },
         };
-        Self { isa, k, rows, source, next: next.map(|next| next.unwrap_or(bytes).as_ptr()) }
+        Self { isa, k, rows, source, next: next.unwrap_or(bytes).as_ptr() }
     }
 
     /// The most rows that one tile takes.
@@ -246,8 +241,8 @@ impl<'a> Panel<'a> {
     /// just what it reads: asking ahead fills the first cache's miss buffers, and the processor's own prefetcher into
     /// the second one is faster (one thread, one token: 21 in place of 14 GB/s).
     fn ahead(&self, bytes: &[u8], pass: usize, passes: usize) -> Ahead {
-        let first = if passes > 1 { self.next[1].wrapping_add(bytes.len() / passes * pass) } else { bytes.as_ptr() };
-        Ahead { first, groups: usize::MAX, then: first, step: packed::LINE / passes.min(packed::LINE) }
+        let from = if passes > 1 { self.next.wrapping_add(bytes.len() / passes * pass) } else { bytes.as_ptr() };
+        Ahead { from, step: packed::LINE / passes.min(packed::LINE) }
     }
 
     /// Multiplies one tile's rows.
@@ -272,7 +267,7 @@ impl<'a> Panel<'a> {
         index: impl Fn(usize) -> usize,
         mut put: impl FnMut(usize, &[f32; PANEL]),
     ) {
-        let passes = tiles(self.rows, self.most());
+        let passes = self.rows.div_ceil(self.most());
         let mut tile = Tile::new();
         for pass in 0..passes {
             let (start, end) = (self.rows * pass / passes, self.rows * (pass + 1) / passes);

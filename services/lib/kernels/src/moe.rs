@@ -9,7 +9,7 @@
 use crate::Error;
 use crate::activation::{Activation, gate_all};
 use crate::activations::{Buffer, Form, Rows, with};
-use crate::gemm::{Kernels, Panel, Shared, TILE, Tile, tiles};
+use crate::gemm::{Kernels, Panel, Shared, TILE, Tile};
 use crate::packed::{PANEL, PackedMatrix};
 use std::cell::Cell;
 use std::ops::Range;
@@ -300,11 +300,10 @@ impl Kernels {
             for index in panels {
                 let (w_next, next) = if index + 1 < last { (w, index + 1) } else { following };
                 let (gate_next, up_next) = (Some(w_next.gate.panel(next)), Some(w_next.up.panel(next)));
-                let up_now = Some(w.up.panel(index));
-                let gate = Panel::new(self, &w.gate, index, group.rows, [up_now, gate_next], &mut scratch.gate);
-                let up = Panel::new(self, &w.up, index, group.rows, [gate_next, up_next], &mut scratch.up);
+                let gate = Panel::new(self, &w.gate, index, group.rows, gate_next, &mut scratch.gate);
+                let up = Panel::new(self, &w.up, index, group.rows, up_next, &mut scratch.up);
                 let columns_here = index * PANEL..((index + 1) * PANEL).min(inter);
-                let passes = tiles(group.rows, gate.most().min(up.most()));
+                let passes = group.rows.div_ceil(gate.most().min(up.most()));
                 let (mut gates, mut ups) = (Tile::new(), Tile::new());
                 for pass in 0..passes {
                     let rows = group.rows * pass / passes..group.rows * (pass + 1) / passes;
@@ -371,7 +370,7 @@ impl Kernels {
                         } else {
                             groups.get(i + 1).map(|group| weights_of(group.expert).down.panel(range.start))
                         };
-                        let panel = Panel::new(self, &w.down, index, group.rows, [next; 2], &mut scratch.gate);
+                        let panel = Panel::new(self, &w.down, index, group.rows, next, &mut scratch.gate);
                         let first = index * PANEL;
                         let here = PANEL.min(width - first);
                         let bias = w.down_bias.as_ref().map(|bias| &bias[first..first + here]);

@@ -62,11 +62,8 @@ fn q4<const M: usize>(call: Call<'_>, ahead: Ahead, out: &mut Tile) {
     let rows: [*const u8; M] = std::array::from_fn(|m| call.rows[m].as_ptr());
     let (mask, ones, sixteenth) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1), _mm256_set1_ps(0.0625));
     let group_bytes = PANEL * 2 + call.group / 4 * LINE;
-    let mut next = ahead.first;
+    let mut next = ahead.from;
     for g in 0..call.groups {
-        if g == ahead.groups {
-            next = ahead.then;
-        }
         let offset = g * (HEAD + call.group);
         for half in [0, 1] {
             // SAFETY: the caller checked that the panel and each row have this group; a panel and its groups start on
@@ -119,11 +116,8 @@ fn q8<const M: usize>(call: Call<'_>, ahead: Ahead, out: &mut Tile) {
     let rows: [*const u8; M] = std::array::from_fn(|m| call.rows[m].as_ptr());
     let (sign, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
     let group_bytes = Format::Q8.group_bytes();
-    let mut next = ahead.first;
+    let mut next = ahead.from;
     for g in 0..call.groups {
-        if g == ahead.groups {
-            next = ahead.then;
-        }
         let offset = g * (HEAD + 32);
         // rows 0..16, then 16..32: two vectors each
         for half in [0, 1] {

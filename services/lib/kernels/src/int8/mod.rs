@@ -25,12 +25,8 @@ use half::f16;
 #[derive(Clone, Copy)]
 #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "portable code leaves it to the processor"))]
 pub(crate) struct Ahead {
-    /// What the first groups ask for.
-    pub(crate) first: *const u8,
-    /// How many groups that are.
-    pub(crate) groups: usize,
-    /// What the others ask for.
-    pub(crate) then: *const u8,
+    /// Where it begins.
+    pub(crate) from: *const u8,
     /// Bytes for each line.
     pub(crate) step: usize,
 }

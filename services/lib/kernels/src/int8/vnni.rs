@@ -40,13 +40,10 @@ fn tile<const M: usize, const PARTS: usize, const Q8: bool>(call: Call<'_>, ahea
     let mask = _mm512_set1_epi8(0x0f);
     let high_factor = _mm512_set1_ps(if Q8 { 1.0 } else { 0.0625 });
     let mut weights = call.panel.as_ptr();
-    let mut next = ahead.first;
+    let mut next = ahead.from;
     let mut offset = 0;
     let mut accumulators = [[_mm512_setzero_ps(); 2]; M];
-    for g in 0..call.groups {
-        if g == ahead.groups {
-            next = ahead.then;
-        }
+    for _ in 0..call.groups {
         // SAFETY: the caller checked that the panel and each row have this group; a panel and its groups start on
         // 64-byte bounds; a group of weights has 64 bytes of scales, then its lines; a group of a row has 16 bytes, then
         // 4 for each quad.

@@ -3,6 +3,7 @@
 //! Over whole tiles the sigmoid is made of one polynomial exponential in f32, the same lanes and operations on every
 //! instruction set. Largest relative error of the exponential against f64: 1.2e-7 for -87 <= x <= 88; beyond, the bound's
 //! value is taken. Source: Cephes' expf (S. L. Moshier).
+use crate::activations::ROUND;
 use crate::isa::for_each_isa;
 
 /// What stands between the two products of a feed-forward network.
@@ -76,8 +77,6 @@ fn erf(x: f32) -> f32 {
 /// `exp(x)` for -87.3 <= x <= 88.3, else that of the bound; NaN for NaN.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
-    /// Adding this rounds to an integer, which then stands in the low bits.
-    const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.3, 88.3);
     let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let power = shifted.to_bits().wrapping_sub(ROUND.to_bits());

@@ -97,7 +97,7 @@ fn quantize_body(group: usize, values: &[f32], out: &mut [u8]) {
 }
 
 /// Adding this to a value of less than 2²² rounds it to an integer, ties to even, which then stands in the low bits.
-const ROUND: f32 = 12_582_912.0;
+pub(crate) const ROUND: f32 = 12_582_912.0;
 
 #[inline(always)]
 fn quantize_group<const N: usize>(parts: &[[f32; N]], out: &mut [u8]) {

@@ -36,14 +36,21 @@ unsafe impl Sync for AlignedBytes {}
 /// The mapping that parts are being cut from, and where its rest starts.
 static OPEN: Mutex<Option<(Arc<memmap2::MmapMut>, usize)>> = Mutex::new(None);
 
-/// A new mapping with room for `len` bytes behind its first large page's bound, and that bound.
-fn map_chunk(len: usize) -> io::Result<(Arc<memmap2::MmapMut>, usize)> {
-    let map = memmap2::MmapMut::map_anon(len.next_multiple_of(HUGE_PAGE) + HUGE_PAGE)?;
+/// `len` zero bytes from a page's bound on, in large pages where the system has them; a page is taken when it is first
+/// written.
+pub(crate) fn map_zeroed(len: usize) -> io::Result<memmap2::MmapMut> {
+    let map = memmap2::MmapMut::map_anon(len)?;
     #[cfg(target_os = "linux")]
     if let Err(error) = map.advise(memmap2::Advice::HugePage) {
         // a system without large pages does without
         drop(error);
     }
+    Ok(map)
+}
+
+/// A new mapping with room for `len` bytes behind its first large page's bound, and that bound.
+fn map_chunk(len: usize) -> io::Result<(Arc<memmap2::MmapMut>, usize)> {
+    let map = map_zeroed(len.next_multiple_of(HUGE_PAGE) + HUGE_PAGE)?;
     let start = map.as_ptr().align_offset(HUGE_PAGE);
     Ok((Arc::new(map), start))
 }

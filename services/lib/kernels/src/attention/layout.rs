@@ -15,6 +15,7 @@
 //! dimensions that fill up the last tile of values are never read into a result. Slots that are not written may hold
 //! anything: attention does not let them into a result either.
 use crate::Error;
+use crate::storage::map_zeroed;
 use half::bf16;
 use memmap2::MmapMut;
 
@@ -132,10 +133,7 @@ impl KvLayer {
         let memory = || Error::Memory { blocks, block_len: shape.block_len() };
         let len = shape.block_len().checked_mul(blocks).filter(|len| *len <= isize::MAX as usize).ok_or_else(memory)?;
         // a mapping starts on a page's bound, and so do its lines on their own
-        let bytes = MmapMut::map_anon(len.max(1)).map_err(|_| memory())?;
-        // where the system has small pages only, it is slower, not wrong
-        #[cfg(target_os = "linux")]
-        let _ = bytes.advise(memmap2::Advice::HugePage);
+        let bytes = map_zeroed(len.max(1)).map_err(|_| memory())?;
         Ok(Self { shape, blocks, bytes })
     }
 

@@ -10,6 +10,11 @@
 //! too. One thread (`--threads 1`) is measured by its own time, so that what others take of it does not count.
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 #![allow(clippy::unwrap_used, reason = "a bench fails there")]
+#[allow(dead_code, reason = "the tests use all of it")]
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use common::noise;
 use moesaic_kernels::{AttentionCall, AttentionSequence, Isa, Kernels, KvFormat, KvLayer, KvShape, Pool};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,29 +40,15 @@ const CASES: [Case; 3] = [
 const FORMATS: [KvFormat; 3] = [KvFormat::F32, KvFormat::Bf16, KvFormat::Int8];
 
 /// Time that this thread has had its core.
-#[cfg(target_os = "linux")]
 fn thread_time() -> Duration {
-    #[repr(C)]
-    struct Timespec {
-        seconds: std::ffi::c_long,
-        nanoseconds: std::ffi::c_long,
-    }
-    // SAFETY: the C library's function of this name, as POSIX declares it.
-    unsafe extern "C" {
-        fn clock_gettime(clock: std::ffi::c_int, time: *mut Timespec) -> std::ffi::c_int;
-    }
-    const THREAD_CPUTIME: std::ffi::c_int = 3;
-    let mut time = Timespec { seconds: 0, nanoseconds: 0 };
-    // SAFETY: `time` is one such structure.
-    assert_eq!(unsafe { clock_gettime(THREAD_CPUTIME, &mut time) }, 0);
-    Duration::new(time.seconds as u64, time.nanoseconds as u32)
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// The best of many runs.
 fn best(threads: usize, seconds: f64, mut run: impl FnMut()) -> f64 {
     let begin = Instant::now();
     let now = || {
-        #[cfg(target_os = "linux")]
         if threads == 1 {
             return thread_time();
         }
@@ -74,17 +65,6 @@ fn best(threads: usize, seconds: f64, mut run: impl FnMut()) -> f64 {
             return least;
         }
     }
-}
-
-fn noise(seed: u64, len: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
 }
 
 /// GB/s of all threads reading.

@@ -43,19 +43,29 @@ impl Kind {
     }
 }
 
-/// Runs `work` with every instruction set and holds the results to the first's, which is the portable code's; results
-/// need not be finite.
+/// Runs `work` with every instruction set: the portable code's results, and those of the others.
+fn on_all(
+    activations: ActivationFormat,
+    finite: bool,
+    what: &dyn Fn() -> String,
+    work: &dyn Fn(&Kernels) -> Vec<f32>,
+) -> (Vec<f32>, Vec<(Isa, Vec<f32>)>) {
+    let kernels = |isa| Kernels::with_isa(2, isa).with_activations(activations);
+    let mut all = Isa::available().into_iter().map(|isa| (isa, work(&kernels(isa))));
+    let (first, reference) = all.next().expect("there is portable code");
+    assert_eq!(first.to_string(), "scalar");
+    assert!(!finite || reference.iter().all(|v| v.is_finite()), "{}: the inputs overflow", what());
+    (reference, all.collect())
+}
+
+/// Holds the results of `work` to the portable code's with every instruction set; they need not be finite.
 fn agree_with(
     activations: ActivationFormat,
     finite: bool,
     what: &dyn Fn() -> String,
     work: &dyn Fn(&Kernels) -> Vec<f32>,
 ) {
-    let kernels = |isa| Kernels::with_isa(2, isa).with_activations(activations);
-    let mut all = Isa::available().into_iter().map(|isa| (isa, work(&kernels(isa))));
-    let (first, reference) = all.next().expect("there is portable code");
-    assert_eq!(first.to_string(), "scalar");
-    assert!(!finite || reference.iter().all(|v| v.is_finite()), "{}: the inputs overflow", what());
+    let (reference, all) = on_all(activations, finite, what, work);
     for (isa, results) in all {
         for (i, (got, want)) in results.iter().zip(&reference).enumerate() {
             let same = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
@@ -66,10 +76,7 @@ fn agree_with(
 
 /// The same where the results of some instruction sets are only near: by 1e-5 of the largest number, and 1e-35.
 fn agree_but_for(near: &dyn Fn(Isa) -> bool, what: &dyn Fn() -> String, work: &dyn Fn(&Kernels) -> Vec<f32>) {
-    let mut all = Isa::available().into_iter().map(|isa| (isa, work(&Kernels::with_isa(2, isa))));
-    let (first, reference) = all.next().expect("there is portable code");
-    assert_eq!(first.to_string(), "scalar");
-    assert!(reference.iter().all(|v| v.is_finite()), "{}: the inputs overflow", what());
+    let (reference, all) = on_all(ActivationFormat::default(), true, what, work);
     let largest = reference.iter().fold(0f32, |largest, v| largest.max(v.abs()));
     for (isa, results) in all {
         for (i, (got, want)) in results.iter().zip(&reference).enumerate() {

@@ -83,20 +83,15 @@ impl GatePolicy {
         match *self {
             // the divisor of a softmax over all would cancel
             Self::SoftmaxTopK { top_k, normalize: true, groups: None, scale } => {
-                let chosen = best(logits, None, top_k);
-                let kept: Vec<f32> = chosen.iter().map(|&expert| logits[expert as usize]).collect();
-                chosen.into_iter().zip(softmax(&kept).into_iter().map(|weight| weight * scale)).collect()
+                let chosen = softmax_of_best(logits, top_k).into_iter();
+                chosen.map(|(expert, weight)| (expert, weight * scale)).collect()
             }
             Self::SoftmaxTopK { top_k, normalize, groups, scale } => {
                 let scores = softmax(logits);
                 let eligible = groups.map(|groups| best_groups(&scores, groups, 1));
                 weigh(&best(&scores, eligible.as_deref(), top_k), &scores, normalize, scale)
             }
-            Self::TopKSoftmax { top_k } => {
-                let chosen = best(logits, None, top_k);
-                let kept: Vec<f32> = chosen.iter().map(|&expert| logits[expert as usize]).collect();
-                chosen.into_iter().zip(softmax(&kept)).collect()
-            }
+            Self::TopKSoftmax { top_k } => softmax_of_best(logits, top_k),
             Self::Sigmoid { top_k, normalize, groups, scale } => {
                 let scores: Vec<f32> = logits.iter().map(|&logit| sigmoid(logit)).collect();
                 let ranked: Vec<f32> = match bias {
@@ -131,6 +126,13 @@ fn softmax(logits: &[f32]) -> Vec<f32> {
     let sum: f32 = scores.iter().sum();
     scores.iter_mut().for_each(|score| *score /= sum);
     scores
+}
+
+/// The ids of the `count` best logits with the softmax over those alone, best first.
+fn softmax_of_best(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
+    let chosen = best(logits, None, count);
+    let kept: Vec<f32> = chosen.iter().map(|&expert| logits[expert as usize]).collect();
+    chosen.into_iter().zip(softmax(&kept)).collect()
 }
 
 /// Larger first, lower index first among equals, NaN last.

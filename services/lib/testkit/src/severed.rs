@@ -1,6 +1,6 @@
 //! Metadata that one process alone does not reach.
 use bytes::Bytes;
-use futures::future::{BoxFuture, FutureExt, ready};
+use futures::future::{BoxFuture, FutureExt, pending, ready};
 use moesaic_types::boundary::{Metadata, Versioned};
 use moesaic_types::{Error, Result};
 use std::sync::Arc;
@@ -11,18 +11,24 @@ use std::time::Duration;
 pub struct Severed {
     metadata: Arc<dyn Metadata>,
     is_cut: AtomicBool,
+    hangs: AtomicBool,
     refused: AtomicUsize,
 }
 
 impl Severed {
     /// In reach, until they are cut off.
     pub fn over(metadata: Arc<dyn Metadata>) -> Arc<Self> {
-        Arc::new(Self { metadata, is_cut: false.into(), refused: 0.into() })
+        Arc::new(Self { metadata, is_cut: false.into(), hangs: false.into(), refused: 0.into() })
     }
 
     /// From now on every call is `Unavailable`, or none.
     pub fn cut(&self, is_cut: bool) {
         self.is_cut.store(is_cut, Ordering::SeqCst);
+    }
+
+    /// From now on no call is answered.
+    pub fn hang(&self) {
+        self.hangs.store(true, Ordering::SeqCst);
     }
 
     /// Calls that were refused so far.
@@ -34,6 +40,9 @@ impl Severed {
         &'a self,
         call: impl FnOnce(&'a dyn Metadata) -> BoxFuture<'a, Result<T>>,
     ) -> BoxFuture<'a, Result<T>> {
+        if self.hangs.load(Ordering::SeqCst) {
+            return pending().boxed();
+        }
         if self.is_cut.load(Ordering::SeqCst) {
             self.refused.fetch_add(1, Ordering::SeqCst);
             return ready(Err(Error::unavailable("the metadata are cut off"))).boxed();

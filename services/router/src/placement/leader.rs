@@ -104,63 +104,11 @@ impl PlacementLeader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bytes::Bytes;
-    use futures::future::{BoxFuture, FutureExt, pending};
-    use moesaic_testkit::until;
+    use moesaic_testkit::{Severed, until};
     use moesaic_transport::{MemoryBus, MemoryMetadata};
-    use moesaic_types::boundary::Versioned;
     use moesaic_types::cluster::Service;
-    use std::sync::atomic::AtomicBool;
 
-    /// Metadata that hang from some time on.
-    #[derive(Default)]
-    struct Hanging {
-        metadata: MemoryMetadata,
-        hangs: AtomicBool,
-    }
-
-    impl Hanging {
-        fn call<'a, T: Send + 'a>(
-            &'a self,
-            call: impl FnOnce(&'a MemoryMetadata) -> BoxFuture<'a, Result<T>>,
-        ) -> BoxFuture<'a, Result<T>> {
-            if self.hangs.load(Ordering::SeqCst) { pending().boxed() } else { call(&self.metadata) }
-        }
-    }
-
-    impl Metadata for Hanging {
-        fn get(&self, key: &str) -> BoxFuture<'_, Result<Option<Versioned>>> {
-            self.call(|metadata| metadata.get(key))
-        }
-
-        fn get_many(&self, keys: &[String]) -> BoxFuture<'_, Result<Vec<Option<Versioned>>>> {
-            self.call(|metadata| metadata.get_many(keys))
-        }
-
-        fn compare_and_set(
-            &self,
-            key: &str,
-            expected: Option<u64>,
-            value: Bytes,
-            expires_after: Option<Duration>,
-        ) -> BoxFuture<'_, Result<Option<u64>>> {
-            self.call(|metadata| metadata.compare_and_set(key, expected, value, expires_after))
-        }
-
-        fn remove(&self, key: &str, expected: u64) -> BoxFuture<'_, Result<bool>> {
-            self.call(|metadata| metadata.remove(key, expected))
-        }
-
-        fn add(&self, key: &str, amount: i64, expires_after: Option<Duration>) -> BoxFuture<'_, Result<i64>> {
-            self.call(|metadata| metadata.add(key, amount, expires_after))
-        }
-
-        fn keys(&self, prefix: &str) -> BoxFuture<'_, Result<Vec<String>>> {
-            self.call(|metadata| metadata.keys(prefix))
-        }
-    }
-
-    fn lead(metadata: &Arc<Hanging>) -> PlacementLeader {
+    fn lead(metadata: &Arc<Severed>) -> PlacementLeader {
         let (events, lease) = (Arc::new(MemoryBus::new()), Duration::from_secs(60));
         let shards = Directory::start(metadata.clone(), events.clone(), Service::ExpertShard, lease);
         PlacementLeader::start(&Config::default(), metadata.clone(), events, shards).unwrap()
@@ -168,16 +116,17 @@ mod tests {
 
     #[tokio::test]
     async fn one_that_stops_gives_the_lease_back_and_one_that_cannot_ends_all_the_same() {
-        let metadata = Arc::new(Hanging::default());
+        let all = Arc::new(MemoryMetadata::default());
+        let metadata = Severed::over(all.clone());
         let one = lead(&metadata);
         until("it leads", || async { one.leads() }).await;
         one.stop().await;
-        assert!(!one.leads() && metadata.metadata.get(LEASE).await.unwrap().is_none(), "at once, not by its time");
+        assert!(!one.leads() && all.get(LEASE).await.unwrap().is_none(), "at once, not by its time");
         one.stop().await;
         let two = lead(&metadata);
         until("another leads", || async { two.leads() }).await;
-        metadata.hangs.store(true, Ordering::SeqCst);
+        metadata.hang();
         two.stop().await;
-        assert!(metadata.metadata.get(LEASE).await.unwrap().is_some());
+        assert!(all.get(LEASE).await.unwrap().is_some());
     }
 }

@@ -42,6 +42,9 @@ const BULK_STREAM_WINDOW: u32 = 4 << 20;
 /// take the others with it.
 const CONNECTION_WINDOW: u32 = i32::MAX as u32;
 
+/// The largest HTTP/2 frame that is taken: tensors come in few frames, and on a slow link a ping still passes between two.
+const FRAME: u32 = 64 << 10;
+
 /// A channel to a member; by its Unix socket where it is on this host. It connects when it is first used, and again
 /// when the connection broke: a call meanwhile fails with `Unavailable` in the time that connecting may take.
 ///
@@ -87,7 +90,8 @@ fn open(address: &str, stream_window: u32) -> Result<Channel> {
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
         .keep_alive_while_idle(true)
         .initial_stream_window_size(stream_window)
-        .initial_connection_window_size(CONNECTION_WINDOW);
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME);
     Ok(endpoint.connect_lazy())
 }
 
@@ -99,6 +103,7 @@ pub fn server() -> Server {
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
         .initial_stream_window_size(BULK_STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
 }
 
 /// Where to reach a member. Its socket may be on this host and still out of reach, in another container.

@@ -28,7 +28,8 @@ impl Cluster {
         let id: Arc<str> = config.id_of(listening.port()).into();
         let address = config.address_of(listening).into();
         let metadata = Arc::new(RedisMetadata::connect(config.redis(), &config.key_prefix)?);
-        let nats = Nats::connect(config.nats(), &format!("moesaic-{service} {id}")).await?;
+        let nats =
+            Nats::connect(config.nats(), &format!("moesaic-{service} {id}")).await?.of_cluster(&config.key_prefix);
         let events = Arc::new(NatsBus::new(nats.clone()));
         Ok(Self { metadata, events, id, address, lease: config.lease.get(), nats })
     }

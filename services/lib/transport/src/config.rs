@@ -19,7 +19,8 @@ pub struct ClusterConfig {
     /// NATS: `nats://[user:password@]host[:port]`, several separated by commas; empty: `nats://127.0.0.1:4222`. Also
     /// set by `NATS_URL`.
     pub nats_url: Secret,
-    /// What all keys in Redis start with, so that clusters can share one; 1 to 64 letters, digits, `-`, `_` and `.`.
+    /// What all keys in Redis and all subjects in NATS start with, so that clusters can share them; 1 to 64 letters, digits,
+    /// `-`, `_` and `.`.
     pub key_prefix: String,
     /// A member that was not heard of for so long is gone; 1s..=1m.
     pub lease: HumanDuration,

@@ -1,5 +1,6 @@
 //! The names of events, `moesaic.v1.<plane>.<service>.<instance>.<event>`, and of jobs,
-//! `moesaic.v1.jobs.<queue>.<id>`: built here and nowhere else.
+//! `moesaic.v1.jobs.<queue>.<id>`: built here and nowhere else. On the wire, another first part may stand for the
+//! cluster's name: `nats` puts it there.
 use moesaic_types::cluster::Service;
 use std::fmt::Write;
 
@@ -118,13 +119,13 @@ pub fn job_id(subject: &str) -> Option<String> {
     parts.next().is_none().then_some(id)
 }
 
-/// The name of the stream that holds a queue's jobs.
-pub fn job_stream(queue: &str) -> String {
-    format!("moesaic_jobs_{}", escape(queue))
+/// The end of the name of the stream that holds a queue's jobs; the cluster's name stands before it.
+pub(crate) fn job_stream(queue: &str) -> String {
+    format!("jobs_{}", escape(queue))
 }
 
 /// Ids may hold dots and wildcards, subjects' parts may not: such bytes become `=` and two hex digits.
-fn escape(part: &str) -> String {
+pub(crate) fn escape(part: &str) -> String {
     let mut escaped = String::with_capacity(part.len());
     for byte in part.bytes() {
         if byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_' {
@@ -171,7 +172,7 @@ mod tests {
     fn jobs_are_read_back_whatever_the_id() {
         assert_eq!(job("batch", "b1-0"), "moesaic.v1.jobs.batch.b1-0");
         assert!(job("batch.dead", "1").starts_with(jobs("batch.dead").trim_end_matches('>')));
-        assert_eq!(job_stream("batch.dead"), "moesaic_jobs_batch=2edead");
+        assert_eq!(job_stream("batch.dead"), "jobs_batch=2edead");
         for id in ["1", "a.b", "a*b>c d", "\u{e9}"] {
             assert_eq!(job_id(&job("q.x", id)).as_deref(), Some(id));
         }

@@ -265,3 +265,53 @@ async fn a_job_that_is_pulled_too_often_goes_to_the_dead_letters() {
     }
     assert!(queue.push("q", "poison", Bytes::new()).await.unwrap(), "its place in the queue is free");
 }
+
+#[tokio::test]
+async fn clusters_of_other_names_on_one_nats_do_not_hear_each_other() {
+    let server = servers::nats();
+    let mut buses = Vec::new();
+    for name in ["moesaic", "moesaic.eu-1", "a"] {
+        buses.push((name, NatsBus::new(connect(&server).await.of_cluster(name))));
+    }
+    let mut readers = Vec::new();
+    for (name, bus) in &buses {
+        for prefix in ["", "moesaic.v1.kv.", SUBJECT] {
+            readers.push((name, prefix, bus.subscribe(prefix).await.unwrap()));
+        }
+    }
+    for round in 1..=3 {
+        for (name, bus) in &buses {
+            bus.publish("life", SUBJECT, Bytes::copy_from_slice(name.as_bytes())).await.unwrap();
+        }
+        // with another's event between, the next one would not be its own
+        for (name, prefix, events) in &mut readers {
+            let event = next(events).await;
+            assert_eq!((&*event.subject, event.sequence), (SUBJECT, round), "{name} {prefix:?}");
+            assert_eq!(event.payload, name.as_bytes(), "{prefix:?}");
+        }
+    }
+    let named = Arc::new(buses.swap_remove(1).1);
+    conformance::event_bus(named).await;
+}
+
+#[tokio::test]
+async fn clusters_of_other_names_on_one_nats_have_queues_of_their_own() {
+    let server = servers::nats();
+    let mut queues = Vec::new();
+    for name in ["moesaic", "moesaic.eu-1", "a"] {
+        let nats = connect(&server).await.of_cluster(name);
+        queues.push((name, JetStreamQueue::new(nats, JobLimits::default())));
+    }
+    for (name, queue) in &queues {
+        assert_eq!(queue.push("q", "id", Bytes::copy_from_slice(name.as_bytes())).await, Ok(true), "{name}");
+    }
+    for (name, queue) in &queues {
+        let job = pull(queue, "q").await.unwrap();
+        assert_eq!((&*job.id, &*job.payload), ("id", name.as_bytes()));
+        assert_eq!(pull(queue, "q").await, None, "{name}");
+        assert_eq!(queue.ack(&job).await, Ok(true));
+        assert_eq!(queue.pending("q").await, Ok(0));
+    }
+    let named = Arc::new(queues.swap_remove(1).1);
+    conformance::job_queue(named).await;
+}

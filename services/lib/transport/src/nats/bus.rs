@@ -2,6 +2,7 @@
 //!
 //! The payload travels as it is; who sent it and its number stand in headers. NATS keeps the order of what one
 //! connection publishes, so the numbers are given where the events are handed to it.
+use super::namespace::Namespace;
 use super::{DEADLINE, Nats, check_payload};
 use async_nats::{HeaderMap, Message};
 use bytes::Bytes;
@@ -52,9 +53,10 @@ impl NatsBus {
 
     async fn send(&self, source: Arc<str>, subject: Arc<str>, payload: Bytes) -> Result<()> {
         check_payload("an event", payload.len())?;
-        if !is_subject(&subject) || source.is_empty() || source.contains(['\r', '\n']) {
-            return Err(Error::invalid("subject", format!("{subject:?} from {source:?} cannot be published")));
-        }
+        let is_source = !source.is_empty() && !source.contains(['\r', '\n']);
+        let outer = self.nats.namespace.outer(&subject).filter(|outer| is_source && is_subject(outer));
+        let outer = outer
+            .ok_or_else(|| Error::invalid("subject", format!("{subject:?} from {source:?} cannot be published")))?;
         // Held while the event is handed over, so that the numbers' order is the order of delivery.
         let mut outbox = self.outbox.lock().await;
         let sequence = outbox.sequences.entry((Arc::clone(&source), Arc::clone(&subject))).or_insert(0);
@@ -65,7 +67,7 @@ impl NatsBus {
         if !self.nats.is_connected() {
             return Err(self.nats.unavailable(format!("not connected; an event of {subject} is lost")));
         }
-        let handed_over = self.nats.client.publish_with_headers(subject.to_string(), headers, payload);
+        let handed_over = self.nats.client.publish_with_headers(outer, headers, payload);
         let patience = if outbox.is_stalled { Duration::ZERO } else { PATIENCE };
         let handed_over = timeout(patience, handed_over).await;
         outbox.is_stalled = handed_over.is_err();
@@ -77,7 +79,7 @@ impl NatsBus {
     }
 
     async fn read(&self, prefix: String) -> Result<BoxStream<'static, Event>> {
-        let pattern = pattern(&prefix).ok_or_else(|| {
+        let pattern = pattern(&prefix, &self.nats.namespace).ok_or_else(|| {
             Error::invalid(
                 "prefix",
                 format!("{prefix:?} is no start of a subject: it has an empty part, a space or a *"),
@@ -88,7 +90,7 @@ impl NatsBus {
         let messages = messages.map_err(|error| self.nats.unavailable(error))?;
         self.settle().await;
         let (events, reader) = mpsc::channel(READER_EVENTS);
-        tokio::spawn(forward(messages, prefix, events));
+        tokio::spawn(forward(messages, prefix, self.nats.namespace.clone(), events));
         Ok(ReceiverStream::new(reader).boxed())
     }
 
@@ -140,7 +142,12 @@ impl Seen {
 
 /// Hands events on until the reader is gone; a full queue loses them, and the reader sees the gap. NATS's own queue
 /// stays empty, so that it does not take us for a slow consumer.
-async fn forward(mut messages: async_nats::Subscriber, prefix: String, events: mpsc::Sender<Event>) {
+async fn forward(
+    mut messages: async_nats::Subscriber,
+    prefix: String,
+    namespace: Namespace,
+    events: mpsc::Sender<Event>,
+) {
     let mut seen = Seen::default();
     loop {
         let message = tokio::select! {
@@ -148,7 +155,7 @@ async fn forward(mut messages: async_nats::Subscriber, prefix: String, events: m
             message = messages.next() => message,
         };
         let Some(message) = message else { return };
-        if let Some(event) = read_event(message).filter(|event| event.subject.starts_with(&prefix))
+        if let Some(event) = read_event(message, &namespace).filter(|event| event.subject.starts_with(&prefix))
             && seen.is_later(&event)
         {
             // full: lost; closed: the next round ends
@@ -158,11 +165,12 @@ async fn forward(mut messages: async_nats::Subscriber, prefix: String, events: m
 }
 
 /// An event; `None` where the message is none of ours.
-fn read_event(message: Message) -> Option<Event> {
+fn read_event(message: Message, namespace: &Namespace) -> Option<Event> {
+    let subject = namespace.inner(&message.subject)?.into();
     let headers = message.headers?;
     let sequence = headers.get(SEQUENCE)?.as_str().parse().ok()?;
     let source = headers.get(SOURCE)?.as_str().into();
-    Some(Event { subject: message.subject.as_str().into(), source, sequence, payload: message.payload })
+    Some(Event { subject, source, sequence, payload: message.payload })
 }
 
 fn is_subject(text: &str) -> bool {
@@ -172,10 +180,19 @@ fn is_subject(text: &str) -> bool {
 
 /// What to subscribe to for all subjects that start with `prefix`: NATS matches whole parts, so the last one, which may
 /// go on, is left open.
-fn pattern(prefix: &str) -> Option<String> {
+fn pattern(prefix: &str, namespace: &Namespace) -> Option<String> {
     let (whole, last) = prefix.rsplit_once('.').map_or((None, prefix), |(whole, last)| (Some(whole), last));
     let fits = whole.is_none_or(is_subject) && (last.is_empty() || is_subject(last));
-    fits.then(|| whole.map_or_else(|| ">".to_owned(), |whole| format!("{whole}.>")))
+    if !fits {
+        return None;
+    }
+    Some(whole.and_then(|_| namespace.outer(prefix)).map_or_else(
+        || namespace.all(),
+        |outer| {
+            let whole = outer.rsplit_once('.').map_or("", |(whole, _)| whole);
+            format!("{whole}.>")
+        },
+    ))
 }
 
 #[cfg(test)]
@@ -206,11 +223,12 @@ mod tests {
 
     #[test]
     fn a_prefix_becomes_a_pattern_of_whole_parts() {
-        let pattern = |prefix| pattern(prefix);
+        let pattern = |prefix| pattern(prefix, &Namespace::default());
         assert_eq!(pattern("moesaic.v1.kv.").as_deref(), Some("moesaic.v1.kv.>"));
         assert_eq!(pattern("moesaic.v1.kv").as_deref(), Some("moesaic.v1.>"));
-        assert_eq!(pattern("moesaic").as_deref(), Some(">"));
-        assert_eq!(pattern("").as_deref(), Some(">"));
+        for all in ["moesaic", "moes", "", "other.v1.x"] {
+            assert_eq!(pattern(all).as_deref(), Some("moesaic.>"), "{all}");
+        }
         for wrong in ["a..b", ".", "a b.", "a.*", ">.x", "*"] {
             assert_eq!(pattern(wrong), None, "{wrong}");
         }

@@ -116,8 +116,8 @@ impl Inner {
             return Ok(consumer.clone());
         }
         let config = StreamConfig {
-            name: subjects::job_stream(queue),
-            subjects: vec![subjects::jobs(queue)],
+            name: self.nats.namespace.job_stream(queue),
+            subjects: vec![self.outer(&subjects::jobs(queue))?],
             retention: RetentionPolicy::WorkQueue,
             storage: StorageType::File,
             max_messages_per_subject: 1,
@@ -137,6 +137,11 @@ impl Inner {
         Ok(consumer)
     }
 
+    fn outer(&self, subject: &str) -> Result<String> {
+        let outer = self.nats.namespace.outer(subject);
+        outer.ok_or_else(|| Error::internal(format!("nats: {subject} is no job of ours")))
+    }
+
     /// Looks for the queue anew at the next call: NATS may have come back without it.
     fn forget(&self, queue: &str) {
         self.consumers().remove(queue);
@@ -148,7 +153,7 @@ impl Inner {
             return Err(Error::invalid("id", "a queue and a job must have a name"));
         }
         self.consumer(queue).await?;
-        let subject = subjects::job(queue, id);
+        let subject = self.outer(&subjects::job(queue, id))?;
         let published = async { self.context.publish(subject, payload).await?.await };
         match published.await {
             Ok(_) => Ok(true),
@@ -176,7 +181,8 @@ impl Inner {
             let message = message.map_err(|error| failed(&error))?;
             let deliveries = message.info().map_or(1, |info| u32::try_from(info.delivered).unwrap_or(u32::MAX));
             let (message, acker) = message.split();
-            let Some(id) = subjects::job_id(&message.subject) else {
+            let id = self.nats.namespace.inner(&message.subject).and_then(|subject| subjects::job_id(&subject));
+            let Some(id) = id else {
                 return Err(Error::internal(format!("nats: {} is in a queue and is no job", message.subject)));
             };
             if deliveries > self.limits.max_deliveries && !queue.ends_with(DEAD) {
@@ -241,7 +247,7 @@ impl Inner {
     }
 
     async fn pending(&self, queue: &str) -> Result<usize> {
-        match self.context.get_stream(subjects::job_stream(queue)).await {
+        match self.context.get_stream(self.nats.namespace.job_stream(queue)).await {
             Ok(stream) => Ok(usize::try_from(stream.cached_info().state.messages).unwrap_or(usize::MAX)),
             Err(error) => match error.kind() {
                 GetStreamErrorKind::JetStream(reason) if reason.error_code() == ServerCode::STREAM_NOT_FOUND => Ok(0),

@@ -6,6 +6,7 @@
 mod bus;
 mod jobs;
 mod lease;
+mod namespace;
 
 pub use bus::NatsBus;
 pub use jobs::{JetStreamQueue, JobLimits, dead_letters};
@@ -13,6 +14,7 @@ pub use jobs::{JetStreamQueue, JobLimits, dead_letters};
 use async_nats::connection::State;
 use async_nats::{Client, ConnectOptions, Event, ServerAddr};
 use moesaic_types::{Error, ErrorCode, Result};
+use namespace::Namespace;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,6 +44,7 @@ pub struct Nats {
     client: Client,
     /// Without user and password.
     address: Arc<str>,
+    namespace: Namespace,
 }
 
 impl Nats {
@@ -69,7 +72,14 @@ impl Nats {
         };
         let refused = |error: async_nats::ConnectError| invalid(&error.kind().to_string());
         let client = options.connect(servers).await.map_err(refused)?;
-        Ok(Self { client, address: hosts.join(",").into() })
+        Ok(Self { client, address: hosts.join(",").into(), namespace: Namespace::default() })
+    }
+
+    /// The same connection for the cluster of this name, `cluster.key_prefix`: what clusters of other names publish and
+    /// push is not seen here, and the other way round.
+    #[must_use]
+    pub fn of_cluster(self, name: &str) -> Self {
+        Self { namespace: Namespace::new(name), ..self }
     }
 
     /// Whether the connection stands, as far as is known.

@@ -183,16 +183,10 @@ fn is_subject(text: &str) -> bool {
 fn pattern(prefix: &str, namespace: &Namespace) -> Option<String> {
     let (whole, last) = prefix.rsplit_once('.').map_or((None, prefix), |(whole, last)| (Some(whole), last));
     let fits = whole.is_none_or(is_subject) && (last.is_empty() || is_subject(last));
-    if !fits {
-        return None;
-    }
-    Some(whole.and_then(|_| namespace.outer(prefix)).map_or_else(
-        || namespace.all(),
-        |outer| {
-            let whole = outer.rsplit_once('.').map_or("", |(whole, _)| whole);
-            format!("{whole}.>")
-        },
-    ))
+    fits.then(|| match namespace.outer(prefix) {
+        Some(outer) => format!("{}>", outer.strip_suffix(last).unwrap_or(&outer)),
+        None => namespace.all(),
+    })
 }
 
 #[cfg(test)]

@@ -229,6 +229,10 @@ pub enum ServiceName {
 /// `moesaic keep`.
 #[derive(Debug, ClapArgs)]
 pub struct Keep {
+    /// The process that keeps it: becomes the program, which the kernel kills when that process is gone.
+    #[cfg(target_os = "linux")]
+    #[arg(long, hide = true, value_name = "PID")]
+    pub kept_by: Option<i32>,
     /// The program and its arguments.
     #[arg(required = true, last = true)]
     pub program: Vec<std::ffi::OsString>,

@@ -41,7 +41,8 @@ pub struct Config {
     /// Tenants share prefix blocks; without it each API key has blocks of its own.
     pub share_prefixes: bool,
     /// Keeps tenants' salts from being guessed. Where it is empty a random one is made: the gateways of a cluster keep one
-    /// in Redis, and `moesaic up` makes another at each start, after which blocks are not found again.
+    /// in Redis, `moesaic up --cluster` beside the blocks in `kv_store.disk_folder`, and `moesaic up` makes another at each
+    /// start, after which blocks are not found again.
     pub salt_secret: Secret,
 }
 

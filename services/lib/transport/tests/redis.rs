@@ -50,6 +50,15 @@ async fn values_are_bytes_counters_saturate_and_prefixes_are_apart() {
     assert_eq!(store.keys("k\u{e9}").await.unwrap(), ["k\u{e9}*"]);
     assert_eq!(other.keys("").await.unwrap(), [""; 0]);
     assert_eq!(other.get("k\u{e9}*").await.unwrap(), None);
+    let version = set(&other, "stays", None, "x").await.unwrap();
+    let nested = RedisMetadata::connect(&redis.url(), "a*[x]?b").unwrap();
+    set(&nested, "stays", None, "x").await.unwrap();
+    assert_eq!(store.add("n", 1, None).await, Ok(1));
+    store.clear().await.unwrap();
+    assert_eq!((store.get("k\u{e9}*").await, store.keys("").await), (Ok(None), Ok(Vec::new())));
+    assert_eq!(store.add("n", 1, None).await, Ok(1), "counters went as well");
+    assert_eq!(other.get("stays").await, Ok(Some(("x".into(), version))), "what others have stays");
+    assert_eq!(nested.keys("").await.unwrap(), ["stays"]);
     for (key, limit) in [("up", i64::MAX), ("down", i64::MIN)] {
         assert_eq!(store.add(key, limit, None).await, Ok(limit), "to the last digit");
         assert_eq!(store.add(key, limit.signum(), None).await, Ok(limit));

@@ -30,7 +30,7 @@ impl Folder {
         Self::make_in(&std::env::temp_dir(), logs)
     }
 
-    fn make_in(parent: &Path, logs: Option<&Path>) -> Result<Self> {
+    pub(super) fn make_in(parent: &Path, logs: Option<&Path>) -> Result<Self> {
         sweep(parent);
         // short: the paths of Unix sockets are
         let name = uuid::Uuid::new_v4().simple().to_string();
@@ -47,6 +47,12 @@ impl Folder {
         let made = std::fs::create_dir_all(&folder.logs);
         made.with_context(|| format!("make the folder for logs {}", folder.logs.display()))?;
         Ok(folder)
+    }
+
+    /// What tells this run from others.
+    pub fn run(&self) -> String {
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        name.trim_start_matches(PREFIX).to_owned()
     }
 
     /// Where it is.

@@ -6,9 +6,11 @@ mod crew;
 mod folder;
 mod keeper;
 mod memory;
+mod namespace;
 mod plan;
 mod ports;
 mod probe;
+mod salt;
 mod servers;
 
 use crate::args::Counts;
@@ -22,6 +24,7 @@ use moesaic_model::memory::Memory;
 use moesaic_telemetry::TelemetryConfig;
 use moesaic_transport::{Nats, RedisMetadata};
 use moesaic_types::boundary::Metadata;
+use namespace::Guest;
 use ports::Ports;
 use servers::{Kind, Server};
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
@@ -71,6 +74,8 @@ async fn life(mut config: Config, counts: Counts) -> Result<ExitCode> {
     let (http, grpc) = doors(&config, &ports)?;
     config.gateway.http = http.to_string();
     let folder = Folder::make(counts.logs.as_deref())?;
+    let guest = Guest::set_apart(&mut config.cluster, &folder)?;
+    salt::keep(&mut config, counts.kv_stores)?;
     let mut crew = Crew::new(ports);
     let started = async {
         let environment = servers(&mut crew, &mut config, &folder).await?;
@@ -79,7 +84,7 @@ async fn life(mut config: Config, counts: Counts) -> Result<ExitCode> {
     };
     let served = tokio::select! {
         started = started => started,
-        () = signals.received() => return end(crew, folder, signals, Ok(())).await,
+        () = signals.received() => return end(crew, folder, guest, signals, Ok(())).await,
     };
     let served = match served {
         Err(error) => Err(error),
@@ -92,11 +97,17 @@ async fn life(mut config: Config, counts: Counts) -> Result<ExitCode> {
             }
         }
     };
-    end(crew, folder, signals, served).await
+    end(crew, folder, guest, signals, served).await
 }
 
 /// Ends all processes, and leaves nothing but the logs of what failed.
-async fn end(mut crew: Crew, folder: Folder, mut signals: Signals, served: Result<()>) -> Result<ExitCode> {
+async fn end(
+    mut crew: Crew,
+    folder: Folder,
+    guest: Option<Guest>,
+    mut signals: Signals,
+    served: Result<()>,
+) -> Result<ExitCode> {
     if served.is_ok() {
         tracing::info!("ending: answers that are being given may finish; a second signal ends all now");
     }
@@ -107,6 +118,9 @@ async fn end(mut crew: Crew, folder: Folder, mut signals: Signals, served: Resul
     if is_cut {
         tracing::warn!("a second signal: running work is cut off");
         crew.kill().await;
+    }
+    if let Some(guest) = guest {
+        guest.leave().await;
     }
     if let Err(error) = served {
         folder.keep_logs();

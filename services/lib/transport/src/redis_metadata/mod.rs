@@ -59,6 +59,33 @@ impl RedisMetadata {
         format!("{}:values", self.prefix)
     }
 
+    /// Removes all that stands under the prefix: values, counters and the counter of versions. Nobody may use them any
+    /// longer.
+    ///
+    /// # Errors
+    /// `Unavailable` when Redis does not answer; then some of it may be left.
+    pub async fn clear(&self) -> Result<()> {
+        let special = |c: char| "*?[]\\^-".contains(c);
+        let escaped: String =
+            self.prefix.chars().flat_map(|c| special(c).then_some('\\').into_iter().chain([c])).collect();
+        let mut cursor = 0_u64;
+        loop {
+            let mut scan = cmd("SCAN");
+            scan.arg(cursor).arg("MATCH").arg(format!("{escaped}:*")).arg("COUNT").arg(PAGE);
+            let (next, keys): (u64, Vec<String>) =
+                self.connection.call(async |mut connection| scan.query_async(&mut connection).await).await?;
+            if !keys.is_empty() {
+                let unlink = cmd("UNLINK").arg(keys).to_owned();
+                let _: u64 =
+                    self.connection.call(async |mut connection| unlink.query_async(&mut connection).await).await?;
+            }
+            if next == 0 {
+                return Ok(());
+            }
+            cursor = next;
+        }
+    }
+
     async fn list(&self, prefix: &str) -> Result<Vec<String>> {
         if self.takes_no_writes.load(Ordering::Acquire) {
             let message = format!("redis at {} takes no writes; what it lists is not all", self.connection.address());

@@ -1,175 +1,21 @@
 //! `moesaic up --cluster`: the services as processes of one host, with Redis and NATS of their own; what is killed comes
 //! back, and whatever ends the cluster, nothing of it is left.
 #![allow(clippy::unwrap_used, reason = "a test fails there")]
-use moesaic_testkit::servers::process::Watchdog;
-use moesaic_testkit::servers::{self, ports};
-use moesaic_tests::process::{Server, binary};
-use moesaic_tests::{http, root, until};
-use serde_json::{Value, json};
-use std::collections::BTreeMap;
-use std::ffi::OsString;
-use std::fs::File;
-use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use tempfile::TempDir;
+mod shared;
+mod up;
 
-const ANY_DOORS: [&str; 4] = ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
+use moesaic_testkit::servers::ports;
+use moesaic_tests::process::{Server, binary};
+use moesaic_tests::{root, until};
+use serde_json::Value;
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use up::{ANY_DOORS, Up, ask, descendants, question, runs, stream};
 
 /// A program with arguments and variables, and what it says of them.
 type Case<'a> = (&'a Path, &'a [&'a str], &'a [(&'a str, &'a str)], &'a [&'a str]);
-
-/// A process by its number and the time it was started: numbers are given again.
-type Life = (u32, u64);
-
-/// What of `/proc/N/stat` stands after the program's name: state, parent, and so on.
-fn stat(pid: u32) -> Option<Vec<String>> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    Some(text.rsplit_once(") ")?.1.split(' ').map(str::to_owned).collect())
-}
-
-/// Whether it runs; one that ended and that nobody waited for does not.
-fn runs(&(pid, start): &Life) -> bool {
-    stat(pid).is_some_and(|stat| stat[0] != "Z" && stat[19] == start.to_string())
-}
-
-/// All that a process started, and what those did.
-fn descendants(pid: u32) -> Vec<Life> {
-    let mut children: BTreeMap<u32, Vec<Life>> = BTreeMap::new();
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Some(child) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        let Some(stat) = stat(child) else { continue };
-        children.entry(stat[1].parse().unwrap()).or_default().push((child, stat[19].parse().unwrap()));
-    }
-    let (mut found, mut at) = (children.remove(&pid).unwrap_or_default(), 0);
-    while let Some(&(pid, _)) = found.get(at) {
-        found.extend(children.remove(&pid).unwrap_or_default());
-        at += 1;
-    }
-    found
-}
-
-/// A cluster under way, killed where it is dropped.
-struct Up {
-    child: Child,
-    /// Ends it where this process is killed; `None` once it is waited for.
-    watchdog: Option<Watchdog>,
-    log: PathBuf,
-    /// Where it may make temporary files; empty when it leaves nothing behind.
-    temporary: TempDir,
-    _folder: TempDir,
-}
-
-impl Up {
-    fn launch(program: &Path, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
-        let (folder, temporary) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let log = folder.path().join("log");
-        let file = File::create(&log).unwrap();
-        let mut command = Command::new(program);
-        for given in ["REDIS_URL", "NATS_URL", "OTEL_EXPORTER_OTLP_ENDPOINT"] {
-            command.env_remove(given);
-        }
-        let child = command
-            .args(["up", "--cluster"])
-            .args(arguments)
-            .env("TMPDIR", temporary.path())
-            .env("MOESAIC__MODEL__PATH", root().join("deploy/models/demo-moe"))
-            .envs(variables.iter().copied())
-            .current_dir(folder.path())
-            .stdin(Stdio::null())
-            .stdout(file.try_clone().unwrap())
-            .stderr(file)
-            .spawn()
-            .unwrap();
-        Self::of(child, log, temporary, folder)
-    }
-
-    fn of(child: Child, log: PathBuf, temporary: TempDir, folder: TempDir) -> Self {
-        let watchdog = Some(Watchdog::over(&child).unwrap());
-        Self { child, watchdog, log, temporary, _folder: folder }
-    }
-
-    fn start(arguments: &[&str], variables: &[(&str, &str)]) -> (Self, SocketAddr) {
-        let mut up = Self::launch(&binary().unwrap(), &[&ANY_DOORS[..], arguments].concat(), variables);
-        let mut door = None;
-        until("the cluster is ready", || {
-            assert!(up.child.try_wait()?.is_none(), "{}", up.log());
-            let log = up.log();
-            door = log.split_once("ready: http://").and_then(|(_, rest)| rest.split('/').next()?.parse().ok());
-            Ok(door.is_some())
-        })
-        .unwrap_or_else(|error| panic!("{error}\n{}", up.log()));
-        (up, door.unwrap())
-    }
-
-    fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap()
-    }
-
-    /// How often a process's line of the log says this.
-    fn told(&self, process: &str, what: &str) -> usize {
-        let named = format!("process=\"{process}\"");
-        self.log().lines().filter(|line| line.contains(&named) && line.contains(what)).count()
-    }
-
-    /// The process id of the last life of a process.
-    fn pid(&self, process: &str) -> u32 {
-        let started = format!("started process=\"{process}\" pid=");
-        let log = self.log();
-        log.rsplit_once(&started).unwrap().1.split(' ').next().unwrap().parse().unwrap()
-    }
-
-    fn signal(&self, signal: &str, pid: u32) {
-        assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
-    }
-
-    fn ended(&mut self) -> ExitStatus {
-        let mut status = None;
-        let ended = until("the end", || {
-            status = self.child.try_wait()?;
-            Ok(status.is_some())
-        });
-        self.watchdog = None;
-        ended.unwrap_or_else(|error| panic!("{error}\n{}", self.log()));
-        status.unwrap()
-    }
-
-    fn leaves_nothing(&self) {
-        let left: Vec<_> =
-            std::fs::read_dir(self.temporary.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
-        assert!(left.is_empty(), "{left:?}\n{}", self.log());
-    }
-}
-
-impl Drop for Up {
-    fn drop(&mut self) {
-        self.watchdog = None;
-        // it may have ended already
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn ask(address: SocketAddr, body: Value) -> Value {
-    let (status, answer) = http::post(address, "/v1/chat/completions", &body).unwrap();
-    assert_eq!(status, 200, "{answer}");
-    answer["choices"][0]["message"]["content"].clone()
-}
-
-fn question() -> Value {
-    let message = json!({"role": "user", "content": "What is the currency of Japan?"});
-    json!({"model": "demo-moe", "temperature": 0, "max_tokens": 64, "messages": [message]})
-}
-
-/// A long answer, of which the head and the first token came.
-fn stream(address: SocketAddr, tokens: usize) -> http::Response {
-    let body = json!({"prompt": "Once upon a time", "max_tokens": tokens, "temperature": 0, "ignore_eos": true,
-        "stream": true, "stream_options": {"include_usage": true}});
-    let mut answer = http::send(address, "POST", "/v1/completions", Some(body.to_string().as_bytes())).unwrap();
-    assert_eq!(answer.status, 200);
-    answer.event().unwrap().unwrap();
-    answer
-}
 
 #[test]
 fn it_answers_as_one_process_does_and_what_is_killed_comes_back() {
@@ -222,6 +68,22 @@ fn no_process_outlives_one_that_is_killed() {
 }
 
 #[test]
+fn servers_do_not_outlive_their_keepers() {
+    let (mut up, _) = Up::start(&["--replicas", "1", "--expert-groups", "0", "--kv-stores", "0"], &[]);
+    let all = descendants(up.child.id());
+    assert_eq!(all.len(), 3 + 2 * 2, "{}", up.log());
+    let killed = [up.child.id(), up.pid("redis"), up.pid("nats")];
+    // as `pkill -9 moesaic` does: nobody lives to see another's end
+    for signal in ["-STOP", "-KILL"] {
+        for pid in killed {
+            up.signal(signal, pid);
+        }
+    }
+    up.ended();
+    until("all are gone", || Ok(!all.iter().any(runs))).unwrap();
+}
+
+#[test]
 fn a_second_signal_does_not_wait_for_answers() {
     let few = ["--replicas", "1", "--expert-groups", "0", "--kv-stores", "0", "--set", "gateway.drain_timeout=1h"];
     let logs = tempfile::tempdir().unwrap();
@@ -243,35 +105,6 @@ fn a_second_signal_does_not_wait_for_answers() {
         assert!(!log.is_empty(), "{name}");
     }
     drop(answer);
-}
-
-#[test]
-fn servers_that_are_named_are_used_and_stay() {
-    let (redis, nats) = (servers::redis(), servers::nats());
-    let (redis_url, nats_url) = (redis.url(), nats.url());
-    let variables = [("REDIS_URL", &*redis_url), ("NATS_URL", &*nats_url), ("MOESAIC__TELEMETRY__LOG_FORMAT", "json")];
-    let counts = ["--replicas", "1", "--stages", "2", "--expert-groups", "0", "--kv-stores", "1"];
-    let logs = tempfile::tempdir().unwrap();
-    let arguments = [&counts[..], &["--logs", logs.path().to_str().unwrap()]].concat();
-    let (mut up, door) = Up::start(&arguments, &variables);
-    let mut body = question();
-    body["messages"][0]["content"] = json!("What is the capital of France?");
-    let want = ask(Server::start(&["--threads", "1"]).unwrap().http, body.clone());
-    assert_eq!(ask(door, body), want);
-    // gateway, router, the replica's two stages, the store
-    assert_eq!(descendants(up.child.id()).len(), 5, "{}", up.log());
-    up.signal("-HUP", up.child.id());
-    assert_eq!(up.ended().code(), Some(0), "{}", up.log());
-    up.leaves_nothing();
-    assert!(std::net::TcpStream::connect(("127.0.0.1", redis.port())).is_ok(), "it is not ours to end");
-    assert!(std::net::TcpStream::connect(("127.0.0.1", nats.port())).is_ok(), "it is not ours to end");
-    let mut names: Vec<_> = std::fs::read_dir(logs.path()).unwrap().map(|log| log.unwrap().file_name()).collect();
-    names.sort();
-    let services = ["gateway", "kv-store-0", "router-0", "scheduler-0-stage-1", "scheduler-0"];
-    assert_eq!(names, services.map(|name| OsString::from(format!("{name}.log"))));
-    let log = std::fs::read_to_string(logs.path().join("gateway.log")).unwrap();
-    let line: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
-    assert!(line["level"].is_string(), "logs are as the settings have them: {line}");
 }
 
 #[test]

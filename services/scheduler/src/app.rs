@@ -217,18 +217,17 @@ impl Scheduler {
         self.control.restarts()
     }
 
-    /// The request's span, a child of the trace that the request belongs to.
+    /// The request's span, a child of the trace that the request belongs to. Which operation it is, the gateway's root says:
+    /// here tokens come and go.
     fn span(&self, request: &GenerateRequest) -> Span {
         let span = tracing::info_span!(
             "generate",
-            gen_ai.operation.name = "text_completion",
             gen_ai.provider.name = "moesaic",
             gen_ai.request.model = self.parts.config.model_name,
             gen_ai.response.model = self.parts.config.model_name,
             gen_ai.request.max_tokens = request.stop.max_tokens,
             gen_ai.request.temperature = request.sampling.temperature as f64,
             gen_ai.request.top_p = request.sampling.top_p as f64,
-            gen_ai.response.finish_reasons = tracing::field::Empty,
             gen_ai.usage.input_tokens = tracing::field::Empty,
             gen_ai.usage.output_tokens = tracing::field::Empty,
             "error.type" = tracing::field::Empty,

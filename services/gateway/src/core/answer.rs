@@ -227,6 +227,12 @@ impl Core {
         for index in 0..job.n {
             choices.push(Choice::start(backend.clone(), job.clone(), index, permit.clone()).await?.into_stream());
         }
-        Ok(stream::select_all(choices).boxed())
+        let told = job.told.clone();
+        let pieces = stream::select_all(choices).inspect(move |piece| {
+            if let Ok(Piece { finish: Some((reason, usage)), .. }) = piece {
+                told.ended(*reason, usage);
+            }
+        });
+        Ok(pieces.boxed())
     }
 }

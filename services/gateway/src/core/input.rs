@@ -2,6 +2,7 @@
 use super::check::{Open, at_most, fits, number, token, tokens, whole};
 use super::job::{Job, Limits, Tenant};
 use super::names::Names;
+use super::told::Told;
 use super::tools::Tools;
 use crate::served::ServedModel;
 use moesaic_types::{Error, Grammar, Priority, RequestId, Result, SamplingParams, StopConditions, TokenId};
@@ -103,7 +104,7 @@ impl SamplingInput {
         let wait = Some(deadline_ms).filter(|ms| *ms > 0).map(Duration::from_millis).or(limits.default_deadline);
         Ok(Job {
             id,
-            span: tracing::Span::current(),
+            told: Arc::new(Told::of_current_span()),
             sampling: self.sampling(&model)?,
             stop: self.stop_conditions(&model, prompt.len())?,
             stop_texts: self.stop_texts(limits)?,

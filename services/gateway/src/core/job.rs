@@ -1,5 +1,6 @@
 //! A request that is known to be good.
 use super::names::Names;
+use super::told::Told;
 use crate::served::ServedModel;
 use moesaic_types::{
     BlockHash, Grammar, Priority, RequestId, SamplingParams, StopConditions, TenantId, TenantSalt, TokenId,
@@ -33,8 +34,8 @@ pub struct Job {
     pub id: RequestId,
     /// The model.
     pub model: Arc<ServedModel>,
-    /// The request's span: every attempt at it is a child.
-    pub span: tracing::Span,
+    /// The request's span, which all jobs of the request share.
+    pub(crate) told: Arc<Told>,
     /// The prompt.
     pub prompt: Arc<[TokenId]>,
     /// Names of the prompt's full blocks, for the router.

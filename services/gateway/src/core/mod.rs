@@ -14,6 +14,7 @@ mod prompt;
 mod slow;
 mod stop;
 mod text;
+mod told;
 pub mod tools;
 mod workers;
 
@@ -28,3 +29,4 @@ pub(crate) use prompt::{Refusal, encode, listed};
 pub use slow::cut_off;
 pub use stop::StopMatcher;
 pub use text::TokenPiece;
+pub(crate) use told::Operation;

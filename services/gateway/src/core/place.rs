@@ -51,7 +51,7 @@ pub(super) async fn seek(
     loop {
         attempts += 1;
         let attempt = tracing::info_span!(
-            parent: &job.span,
+            parent: job.told.span(),
             "attempt",
             moesaic.attempt = attempts,
             moesaic.choice = index,

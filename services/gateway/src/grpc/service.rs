@@ -1,7 +1,9 @@
 //! `moesaic.inference.v1.InferenceService`.
 use super::{call, convert, status};
 use crate::core::tools::Style;
-use crate::core::{Core, Job, Names, Piece, PieceStream, SamplingInput, conversation, cut_off, encode, listed, tokens};
+use crate::core::{
+    Core, Job, Names, Operation, Piece, PieceStream, SamplingInput, conversation, cut_off, encode, listed, tokens,
+};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use moesaic_proto::inference::v1 as wire;
@@ -92,6 +94,7 @@ impl InferenceService for Inference {
             let input = SamplingInput { names, ..call::within(input, timeout) };
             let mut job =
                 input.into_job(id("gen"), model, prompt, &core.limits(), tenant).map_err(convert::in_sampling)?;
+            job.told.asked(Operation::TextCompletion, &job.model.id, job.prompt.len());
             job.continues = true;
             job.skip_special = skip_special;
             Ok((job, convert::piece))
@@ -126,6 +129,7 @@ impl InferenceService for Inference {
             let style = Style::new(&model, tools);
             let mut job =
                 input.into_job(id("chat"), model, prompt, &core.limits(), tenant).map_err(convert::in_sampling)?;
+            job.told.asked(Operation::Chat, &job.model.id, job.prompt.len());
             job.continues = request.continue_final_message;
             job.skip_special = skip_special && !style.has_marks();
             let convert = convert::chat(&style, job.n);

@@ -131,7 +131,7 @@ impl Chunks for Stream {
         }
         if let Some((reason, usage)) = finish {
             let reason = self.head.style.tools.reason(reason, self.called[index] > 0);
-            chunks.push(self.chunk(index, json!({}), Value::Null, Some(reason_name(reason))));
+            chunks.push(self.chunk(index, json!({}), Value::Null, Some(reason.name())));
             self.usage.add(usage);
             self.left -= 1;
             if self.left == 0 && self.include_usage {
@@ -198,7 +198,7 @@ fn whole_choice(head: &Head, index: usize, choice: &Collected) -> Value {
             message["content"] = Value::Null;
         }
     }
-    let (logprobs, reason) = (head.logprobs(&choice.tokens), reason_name(choice.reason));
+    let (logprobs, reason) = (head.logprobs(&choice.tokens), choice.reason.name());
     json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
 }
 
@@ -208,13 +208,4 @@ fn call_object(call: &Call) -> Value {
         "type": "function",
         "function": {"name": call.name, "arguments": call.arguments},
     })
-}
-
-/// The name of a reason.
-pub(super) fn reason_name(reason: FinishReason) -> &'static str {
-    match reason {
-        FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
-        FinishReason::ToolCalls => "tool_calls",
-    }
 }

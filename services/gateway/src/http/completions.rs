@@ -5,7 +5,7 @@ use super::error::HttpError;
 use super::fields::{self, Fields};
 use super::params::{self, Streaming};
 use super::{known, now, read, user_key};
-use crate::core::{Core, Job, Names, Refusal, encode, listed};
+use crate::core::{Core, Job, Names, Operation, Refusal, encode, listed};
 use crate::served::ServedModel;
 use axum::extract::State;
 use axum::http::HeaderMap;
@@ -91,9 +91,11 @@ fn request(core: &Core, fields: Fields<'_>, key: Option<&str>) -> Result<Request
         shown.push(Shown::new(&job, echo, only_prompt));
         jobs.push(job);
     }
-    let span = tracing::Span::current();
     let prompt_tokens: usize = jobs.iter().map(|job| job.prompt.len()).sum();
-    span.record("gen_ai.request.model", model.id.as_str()).record("gen_ai.usage.input_tokens", prompt_tokens);
+    if let Some(told) = jobs.first().map(|job| job.told.clone()) {
+        told.asked(Operation::TextCompletion, &model.id, prompt_tokens);
+        jobs.iter_mut().for_each(|job| job.told = told.clone());
+    }
     let ids_as_tokens = fields.flag("return_tokens_as_token_ids")?;
     let answer = Answer { id, model, created: now(), shown, n: n as usize, ids_as_tokens };
     Ok(Request { jobs, answer, streaming })

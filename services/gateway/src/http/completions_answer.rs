@@ -1,5 +1,4 @@
 //! `/v1/completions`: from pieces to an answer, whole or as a stream of chunks.
-use super::chat_answer::reason_name;
 use super::error::HttpError;
 use super::logprobs::Logprobs;
 use super::params::Streaming;
@@ -112,7 +111,7 @@ impl Answer {
 }
 
 fn choice(index: usize, text: &str, logprobs: Value, reason: Option<FinishReason>) -> Value {
-    json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason.map(reason_name)})
+    json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason.map(FinishReason::name)})
 }
 
 /// One choice under way.

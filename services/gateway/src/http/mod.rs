@@ -80,8 +80,11 @@ async fn around(request: Request, next: Next) -> Response {
         http.route = route,
         http.request.method = %request.method(),
         request_id = id,
+        gen_ai.operation.name = tracing::field::Empty,
+        gen_ai.provider.name = tracing::field::Empty,
         gen_ai.request.model = tracing::field::Empty,
         gen_ai.usage.input_tokens = tracing::field::Empty,
+        gen_ai.usage.output_tokens = tracing::field::Empty,
     );
     propagation::set_parent(&span, propagation::extract_headers(request.headers()));
     let answer = AssertUnwindSafe(next.run(request).instrument(span)).catch_unwind().await;

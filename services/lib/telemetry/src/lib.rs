@@ -3,10 +3,12 @@
 //! - [`init`] installs the subscriber: human or JSON logs, and OTLP traces where an endpoint is set.
 //! - [`metrics`] has every metric's name, and renders them for Prometheus.
 //! - [`propagation`] carries the trace through HTTP headers and gRPC metadata.
+//! - [`genai`] has what the conventions for GenAI want and a span's fields cannot say.
 #![forbid(unsafe_code)]
 
 mod config;
 mod error;
+pub mod genai;
 mod json;
 pub mod metrics;
 pub mod propagation;

@@ -156,6 +156,17 @@ pub enum FinishReason {
     ToolCalls,
 }
 
+impl FinishReason {
+    /// Its name in the APIs and in traces.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::ToolCalls => "tool_calls",
+        }
+    }
+}
+
 /// What a request used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {

@@ -4,6 +4,7 @@ use crate::outcome::Outcome;
 use crate::pool::BlockIndex;
 use crate::sampler::Seen;
 use bytes::Bytes;
+use moesaic_telemetry::genai;
 use moesaic_types::{
     BLOCK_TOKENS, BlockHash, Delta, Error, FinishReason, GenerateRequest, Result, SampledToken, SamplingParams,
     TokenId, Usage,
@@ -270,12 +271,7 @@ impl Sequence {
             cached_tokens: self.cached(),
             completion_tokens: self.request.resumed_tokens + self.generated(),
         };
-        let reason_name = match reason {
-            FinishReason::Stop => "stop",
-            FinishReason::Length => "length",
-            FinishReason::ToolCalls => "tool_calls",
-        };
-        self.span.record("gen_ai.response.finish_reasons", reason_name);
+        genai::finish_reasons(&self.span, &[reason.name()]);
         self.span.record("gen_ai.usage.input_tokens", usage.prompt_tokens);
         self.span.record("gen_ai.usage.output_tokens", usage.completion_tokens);
         self.span.record("moesaic.cached_tokens", usage.cached_tokens);

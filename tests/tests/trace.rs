@@ -195,7 +195,8 @@ fn a_migration_is_a_link_to_the_attempt_that_failed() {
     let spans = received(&receiver);
     let place = format!("s{busy}");
     let attempts: Vec<&Made> = spans.iter().filter(|made| made.label() == "gateway: attempt").collect();
-    let (first, later): (Vec<_>, Vec<_>) = attempts.iter().partition(|made| made.number("moesaic.attempt") == Some(1));
+    let (first, later): (Vec<&Made>, Vec<&Made>) =
+        attempts.iter().copied().partition(|made| made.number("moesaic.attempt") == Some(1));
     assert_eq!(first.len(), 1, "{attempts:?}");
     let first = first[0];
     assert_eq!((first.text("moesaic.replica"), first.span.links.len()), (Some(&*place), 0));

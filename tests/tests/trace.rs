@@ -38,6 +38,9 @@ fn received(receiver: &Receiver) -> Vec<Made> {
     receiver.received().into_iter().flat_map(made).collect()
 }
 
+/// Operation, model, input and output tokens, and why the answers ended.
+type Asked<'a> = (Option<&'a str>, Option<&'a str>, Option<i64>, Option<i64>, Vec<&'a str>);
+
 impl Made {
     fn label(&self) -> String {
         format!("{}: {}", self.service.trim_start_matches("moesaic-"), self.span.name)
@@ -64,8 +67,8 @@ impl Made {
         }
     }
 
-    /// What a root tells of a request: operation, model, input and output tokens, and why its answers ended.
-    fn asked(&self) -> (Option<&str>, Option<&str>, Option<i64>, Option<i64>, Vec<&str>) {
+    /// What a root tells of a request.
+    fn asked(&self) -> Asked<'_> {
         let reasons = match self.attribute("gen_ai.response.finish_reasons") {
             Some(Value::ArrayValue(array)) => array.values.iter().map(|value| match value.value.as_ref() {
                 Some(Value::StringValue(text)) => text.as_str(),

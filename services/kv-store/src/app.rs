@@ -159,7 +159,8 @@ impl Reader {
         Ok(block)
     }
 
-    /// Reads a block from disk and brings it back to RAM; one that is gone or broken is forgotten.
+    /// Reads a block from disk and brings it back to RAM; one that is gone or broken is forgotten, one
+    /// that no file was left to read with is not.
     async fn read(&self, link: Link) -> Option<Bytes> {
         let files = Arc::clone(self.files.as_ref()?);
         let read = timeout(self.timeout, spawn_blocking(move || files.read(&link.hash))).await;
@@ -181,6 +182,10 @@ impl Reader {
                 Lost { hash: link.hash, is_corrupt: true }
             }
             Ok(Err(error)) if error.kind() == ErrorKind::NotFound => Lost { hash: link.hash, is_corrupt: false },
+            Ok(Err(error)) if disk::is_out_of_files(&error) => {
+                tracing::warn!(%error, block = ?link.hash, "read a block from disk");
+                return None;
+            }
             Ok(Err(error)) => {
                 tracing::warn!(%error, block = ?link.hash, "read a block from disk; it is dropped");
                 Lost { hash: link.hash, is_corrupt: true }

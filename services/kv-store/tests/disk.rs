@@ -12,7 +12,7 @@ use moesaic_types::{BlockHash, Link};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -383,4 +383,52 @@ async fn a_disk_that_does_not_answer_is_left_alone_until_it_does() {
     hanging.hang(false);
     until("what is on disk is back", || async { store.longest(&chain, 4).await == Ok(8) }).await;
     assert_eq!(fetched(&*store, &chain, 4).await, Ok(expected(4..12)));
+}
+
+/// A disk that can be read only as long as there are files to open.
+struct OutOfFiles {
+    folder: Folder,
+    is_out: AtomicBool,
+    removed: AtomicUsize,
+}
+
+impl Files for OutOfFiles {
+    fn write(&self, link: &Link, block: &[u8]) -> io::Result<()> {
+        self.folder.write(link, block)
+    }
+
+    fn read(&self, hash: &BlockHash) -> io::Result<Option<Vec<u8>>> {
+        const EMFILE: i32 = 24;
+        if self.is_out.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(EMFILE));
+        }
+        self.folder.read(hash)
+    }
+
+    fn remove(&self, hash: &BlockHash) -> io::Result<()> {
+        self.removed.fetch_add(1, Ordering::SeqCst);
+        self.folder.remove(hash)
+    }
+
+    fn scan(&self, found: &mut dyn FnMut(Found)) -> io::Result<()> {
+        self.folder.scan(found)
+    }
+}
+
+#[tokio::test]
+async fn a_process_that_has_no_more_files_to_open_loses_no_block() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = Folder::open(place.path()).unwrap();
+    let disk = Arc::new(OutOfFiles { folder, is_out: false.into(), removed: 0.into() });
+    let store = KvStore::start_on(&config(1), Some(disk.clone())).unwrap();
+    let chain = chain(0..3);
+    offer(&store, &chain, 0..3).await;
+    until("its end is written", || async { files(place.path()).len() == 2 }).await;
+    disk.is_out.store(true, Ordering::SeqCst);
+    assert_eq!(fetched(&*store, &chain, 1).await, Ok(vec![]));
+    // what the pool was told before this, it did
+    assert_eq!(store.longest(&chain, 0).await, Ok(3), "nothing is forgotten");
+    disk.is_out.store(false, Ordering::SeqCst);
+    assert_eq!(fetched(&*store, &chain, 1).await, Ok(expected(1..3)));
+    assert_eq!(disk.removed.load(Ordering::SeqCst), 0);
 }

@@ -111,7 +111,7 @@ fn found(path: &Path, hash: BlockHash) -> io::Result<Found> {
 }
 
 /// Whether the process or the system has no more files to open: that says nothing of the file.
-fn is_out_of_files(error: &io::Error) -> bool {
+pub(crate) fn is_out_of_files(error: &io::Error) -> bool {
     const ENFILE: i32 = 23;
     const EMFILE: i32 = 24;
     matches!(error.raw_os_error(), Some(ENFILE | EMFILE))

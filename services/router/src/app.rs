@@ -11,9 +11,9 @@ use crate::news;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use moesaic_actors::{Handle, Supervised};
-use moesaic_transport::kv::Tier;
 use moesaic_types::boundary::{EventBus, PlaceRequest, Placed, Placer, Replica};
 use moesaic_types::{Digest, Error, ReplicaId, Result};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use tokio::runtime;
 use tokio::sync::mpsc;
@@ -85,11 +85,9 @@ impl Router {
         was_there
     }
 
-    /// Forgets what a kv-store had.
-    pub fn forget_store(&self, id: &Arc<str>) {
-        for tier in [Tier::Ram, Tier::Disk] {
-            self.index.forget(Owner::Store(Arc::clone(id), tier));
-        }
+    /// These kv-stores there are from now on: what others had is forgotten, and they are not heard any longer.
+    pub fn set_stores(&self, ids: BTreeSet<Arc<str>>) {
+        self.index.set_stores(ids);
     }
 
     /// A registered replica.

@@ -56,22 +56,21 @@ async fn keep(router: Weak<Router>, directory: Directory) {
     }
 }
 
-/// Forgets what the kv-stores had that leave a directory.
-pub fn forget_lost_stores(router: &Arc<Router>, directory: Directory) -> Following {
-    Following(tokio::spawn(forget(Arc::downgrade(router), directory)).abort_handle())
+/// Keeps the kv-stores that a router hears in line with a directory. Until that was read once, all are heard.
+pub fn follow_stores(router: &Arc<Router>, directory: Directory) -> Following {
+    Following(tokio::spawn(keep_stores(Arc::downgrade(router), directory)).abort_handle())
 }
 
-async fn forget(router: Weak<Router>, directory: Directory) {
-    let mut views = directory.watch();
-    let mut known: Vec<Arc<str>> = Vec::new();
+async fn keep_stores(router: Weak<Router>, directory: Directory) {
+    let (mut views, mut was_read) = (directory.watch(), false);
     loop {
         let view = Arc::clone(&views.borrow_and_update());
         let Some(router) = router.upgrade() else { return };
-        for gone in known.iter().filter(|id| view.get(id).is_none()) {
-            router.forget_store(gone);
+        was_read |= !view.is_stale;
+        if was_read {
+            router.set_stores(view.members.keys().cloned().collect());
         }
         drop(router);
-        known = view.members.keys().cloned().collect();
         if views.changed().await.is_err() {
             return;
         }

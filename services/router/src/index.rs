@@ -195,6 +195,11 @@ impl PrefixIndex {
         self.owners.forget(owner);
     }
 
+    /// The kv-stores that were heard of.
+    pub fn stores(&self) -> Vec<Owner> {
+        self.owners.stores().cloned().collect()
+    }
+
     /// Ends an owner's life.
     fn clear(&mut self, owner: &Owner) {
         if let Some(slot) = self.owners.end(owner) {

@@ -67,7 +67,7 @@ impl Process for RouterProcess {
         let router = Router::start(&settings.router, Arc::clone(&cluster.events))?;
         let directory = cluster.directory(Service::Scheduler);
         let schedulers = directory.watch();
-        let stores = grpc::forget_lost_stores(&router, cluster.directory(Service::KvStore));
+        let stores = grpc::follow_stores(&router, cluster.directory(Service::KvStore));
         let following = [grpc::follow(&router, directory), stores];
         let (metadata, events) = (Arc::clone(&cluster.metadata), Arc::clone(&cluster.events));
         let shards = cluster.directory(Service::ExpertShard);

@@ -3,6 +3,7 @@
 //!
 //! The actor alone changes the index, by events, a few blocks at a time; lookups read it in between, and do not wait
 //! behind events.
+mod stores;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
+use stores::Stores;
 use tokio::sync::mpsc;
 
 /// An owner is asked to say everything anew no more often than this.
@@ -50,6 +52,7 @@ struct Shared {
     waiting: AtomicUsize,
     /// Owners that are to be forgotten before anything else is done: a full mailbox loses none of them.
     leaving: Mutex<BTreeSet<Owner>>,
+    stores: Stores,
 }
 
 impl Index {
@@ -66,6 +69,7 @@ impl Index {
             index: RwLock::new(PrefixIndex::new(max_entries)),
             waiting: AtomicUsize::new(0),
             leaving: Mutex::default(),
+            stores: Stores::default(),
         });
         let of_actor = Arc::clone(&shared);
         let new = move || IndexActor::new(Arc::clone(&of_actor), registrations.clone(), questions.clone());
@@ -94,6 +98,17 @@ impl Index {
         let _ = self.actor.try_tell(Forget);
     }
 
+    /// These kv-stores there are from now on. Others are forgotten and no longer heard, whatever of them still waits; those
+    /// that are new are asked to say everything. Before the first call all are heard.
+    pub fn set_stores(&self, ids: BTreeSet<Arc<str>>) {
+        // first: no event comes after its store was forgotten
+        self.shared.stores.set(ids);
+        let known = self.shared.read(PrefixIndex::stores).unwrap_or_default();
+        self.shared.leaving().extend(known.into_iter().filter(|owner| !self.shared.is_heard(owner)));
+        // a mailbox that is full wakes it too
+        let _ = self.actor.try_tell(Forget);
+    }
+
     /// Entries: a block at an owner each; `None` while the actor restarts.
     pub fn entries(&self) -> Option<usize> {
         self.shared.read(PrefixIndex::len)
@@ -118,6 +133,11 @@ impl Shared {
             std::thread::yield_now();
         }
         change(&mut self.index.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether a kv-store's events count.
+    fn is_heard(&self, owner: &Owner) -> bool {
+        !matches!(owner, Owner::Store(id, _) if !self.stores.is_heard(id))
     }
 
     fn leaving(&self) -> MutexGuard<'_, BTreeSet<Owner>> {
@@ -161,19 +181,27 @@ impl IndexActor {
         }
     }
 
-    /// Forgets those who left.
-    fn forget(&mut self) {
+    /// Forgets those who left, and asks those who came.
+    fn catch_up(&mut self) {
         for owner in std::mem::take(&mut *self.shared.leaving()) {
             self.incomplete.remove(&owner);
             self.shared.write(|index| index.forget(&owner));
         }
+        for id in self.shared.stores.take_new() {
+            // what it said before was not heard
+            for owner in [Tier::Ram, Tier::Disk].map(|tier| Owner::Store(Arc::clone(&id), tier)) {
+                self.ask_anew(&owner);
+                self.incomplete.insert(owner);
+            }
+        }
     }
 
-    /// Whether an owner's events count: not those of a replica that drains, to which nothing goes any longer.
+    /// Whether an owner's events count: not those of a replica that drains, to which nothing goes any longer, nor of a
+    /// kv-store that left.
     fn is_heard(&self, owner: &Owner) -> bool {
         match owner {
             Owner::Replica(id) => self.registrations.get(id).is_some(),
-            Owner::Store(..) => true,
+            Owner::Store(..) => self.shared.is_heard(owner),
         }
     }
 
@@ -240,7 +268,7 @@ impl Handler<Apply> for IndexActor {
     type Result = ();
 
     fn handle(&mut self, message: Apply, _: &mut Context<Self>) {
-        self.forget();
+        self.catch_up();
         let Apply { owner, sequence, event, .. } = &message;
         if !self.is_heard(owner) {
             return;
@@ -262,7 +290,7 @@ impl Handler<Apply> for IndexActor {
     }
 }
 
-/// There are owners to forget.
+/// There are owners to forget, or to ask.
 #[derive(Message)]
 #[rtype(result = "()")]
 struct Forget;
@@ -271,7 +299,7 @@ impl Handler<Forget> for IndexActor {
     type Result = ();
 
     fn handle(&mut self, _: Forget, _: &mut Context<Self>) {
-        self.forget();
+        self.catch_up();
     }
 }
 
@@ -287,7 +315,7 @@ impl Handler<Mark> for IndexActor {
     type Result = ();
 
     fn handle(&mut self, Mark { request, blocks }: Mark, _: &mut Context<Self>) {
-        self.forget();
+        self.catch_up();
         let blocks: &[BlockHash] = &request.blocks[..blocks.min(request.blocks.len())];
         self.shared.read(|index| index.mark(blocks));
     }

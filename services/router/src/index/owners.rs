@@ -62,6 +62,11 @@ impl Owners {
         kind + at
     }
 
+    /// The kv-stores that were heard of.
+    pub(super) fn stores(&self) -> impl Iterator<Item = &Owner> {
+        self.feeds.keys().filter(|owner| matches!(owner, Owner::Store(..)))
+    }
+
     /// Ends an owner's life; which it was.
     pub(super) fn end(&mut self, owner: &Owner) -> Option<Slot> {
         let Feed { slot, .. } = self.feeds.remove(owner)?;

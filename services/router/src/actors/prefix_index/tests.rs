@@ -47,6 +47,14 @@ fn stored(sequence: u64, blocks: &[u8]) -> Apply {
     Apply { owner: Owner::Replica(id()), source: "life".into(), sequence, event }
 }
 
+fn stored_at(store: &str, sequence: u64, blocks: &[u8]) -> Apply {
+    Apply { owner: Owner::Store(store.into(), Tier::Ram), ..stored(sequence, blocks) }
+}
+
+fn stores(ids: &[&str]) -> BTreeSet<Arc<str>> {
+    ids.iter().map(|id| Arc::from(*id)).collect()
+}
+
 /// An index in which a replica has blocks 1, 2 and 3, and whose actor is busy, with a full mailbox.
 async fn busy() -> (Index, Registrations, channel::Sender<()>) {
     let (registrations, (questions, _)) = (Registrations::default(), mpsc::channel(1));
@@ -106,4 +114,40 @@ async fn a_new_life_begins_with_an_empty_index() {
     assert_eq!(index.prefixes(&request(&[1])).local(&id()), 0);
     index.actor().try_tell(stored(40, &[1])).ok().unwrap();
     until("it hears again", || async { index.prefixes(&request(&[1])).local(&id()) == 1 }).await;
+}
+
+#[tokio::test]
+async fn a_store_that_left_leaves_nothing_and_one_that_came_is_asked() {
+    let (questions, mut asked) = mpsc::channel(4);
+    let index = Index::start(100, 8, Registrations::default(), questions);
+    let tell = |apply| index.actor().try_tell(apply).ok().unwrap();
+    let in_ram = |block: u8| index.prefixes(&request(&[block])).known(&id()).ram;
+    let reached = || async { index.actor().ask(Reached, Duration::from_secs(5)).await.unwrap() };
+    tell(stored_at("k0", 1, &[1]));
+    tell(stored_at("gone", 1, &[2]));
+    reached().await;
+    assert_eq!((in_ram(1), in_ram(2)), (1, 1), "nobody told yet which there are");
+
+    index.set_stores(stores(&["k0"]));
+    // it waited in the mailbox, or on the bus
+    tell(stored_at("gone", 2, &[3]));
+    reached().await;
+    assert_eq!((in_ram(1), in_ram(2), in_ram(3)), (1, 0, 0));
+    assert_eq!(asked.try_recv().unwrap(), Subject::kv_anew(Service::KvStore, "k0"));
+    assert!(asked.try_recv().is_err(), "once for both tiers");
+
+    index.set_stores(stores(&["k0", "gone"]));
+    reached().await;
+    assert_eq!(asked.try_recv().unwrap(), Subject::kv_anew(Service::KvStore, "gone"));
+    tell(stored_at("gone", 7, &[4]));
+    reached().await;
+    assert_eq!((in_ram(1), in_ram(4)), (1, 1), "it is heard again");
+    index.set_stores(stores(&[]));
+    reached().await;
+    assert_eq!(
+        (index.entries(), asked.try_recv().is_err()),
+        (Some(2), true),
+        "those are dead, and looked up no longer"
+    );
+    assert_eq!((in_ram(1), in_ram(4)), (0, 0));
 }

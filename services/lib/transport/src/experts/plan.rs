@@ -17,7 +17,7 @@ pub(super) struct Part {
 /// `lives` says which of them can be asked, the same at each call.
 ///
 /// Where an expert is in several groups, the choice depends on nothing but its token's own experts (and on who lives),
-/// so that a token's sum is the same in every batch: first the groups that the token needs anyway, then one that its
+/// so that a token's sum is the same in every batch: among the groups that the token needs anyway, or else among all, its
 /// experts decide, so that the tokens of a hot expert are spread.
 ///
 /// # Errors
@@ -87,14 +87,16 @@ fn choose(
         let mixed = (hash ^ u64::from(expert + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         mixed ^ (mixed >> 32)
     });
+    let by_turn = |count: usize| (turn % count as u64) as usize;
     for (expert, weight) in experts {
-        let known = living(expert).find(|group| needed.contains(group));
-        let group = known.unwrap_or_else(|| {
-            let count = living(expert).count() as u64;
-            let group = living(expert).nth((turn % count) as usize).expect("who lives does not change meanwhile");
+        let known = || living(expert).filter(|group| needed.contains(group));
+        let count = known().count();
+        let found =
+            if count > 0 { known().nth(by_turn(count)) } else { living(expert).nth(by_turn(living(expert).count())) };
+        let group = found.expect("who lives does not change meanwhile");
+        if count == 0 {
             needed.push(group);
-            group
-        });
+        }
         chosen.push((group, expert, weight));
     }
     Ok(())
@@ -207,5 +209,39 @@ mod tests {
         let parts = cut(&routing(&tokens), &everywhere, |_| true).expect("all live");
         let counts: Vec<usize> = parts.iter().map(|part| part.tokens.len()).collect();
         assert!(counts.len() == 2 && counts.iter().all(|count| *count > 16), "{counts:?}");
+    }
+
+    #[test]
+    fn copies_of_hot_experts_share_their_tokens_though_a_token_needs_most_groups_anyway() {
+        const MODEL: u32 = 128;
+        const TOP: usize = 8;
+        let mut state = 7_u64;
+        let mut below = |count: u32| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 33) % u64::from(count)) as u32
+        };
+        for (groups, copied) in [(2, 1), (2, 16), (4, 1), (4, 16)] {
+            // the first experts are everywhere, and each token has one of them at least
+            let holders: Vec<Vec<usize>> = (0..MODEL)
+                .map(|expert| if expert < copied { (0..groups).collect() } else { vec![expert as usize % groups] })
+                .collect();
+            let mut routing = Routing::new();
+            for _ in 0..20_000 {
+                let mut experts = vec![below(copied)];
+                while experts.len() < TOP {
+                    let expert = below(MODEL);
+                    if !experts.contains(&expert) {
+                        experts.push(expert);
+                    }
+                }
+                routing.push(experts.into_iter().map(|expert| (expert, 0.125)));
+            }
+            let parts = cut(&routing, &holders, |_| true).expect("all live");
+            let of_group = |part: &Part| part.routing.experts.iter().filter(|expert| **expert < copied).count();
+            let shares: Vec<usize> = parts.iter().map(of_group).collect();
+            let even = shares.iter().sum::<usize>() / groups;
+            assert_eq!(shares.len(), groups);
+            assert!(shares.iter().all(|share| share.abs_diff(even) * 10 <= even), "{copied} on {groups}: {shares:?}");
+        }
     }
 }

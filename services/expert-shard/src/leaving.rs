@@ -85,11 +85,12 @@ impl Own<'_> {
         placement.layers.values().flatten().any(is_alone)
     }
 
-    /// Whether another process is to stay in this one's place: then nothing is moved, and schedulers ask that one.
+    /// Whether another process serves in this one's place: it is ready, so it has experts. Then nothing is moved, and
+    /// schedulers ask that one.
     fn is_replaced(&self, view: &View) -> bool {
-        let (group, rank) = (self.info.group, self.info.rank);
+        let place = (self.info.group, self.info.rank, self.info.ranks);
         self.others(view)
-            .any(|(member, info)| member.state != MemberState::Draining && (info.group, info.rank) == (group, rank))
+            .any(|(member, info)| member.state == MemberState::Ready && (info.group, info.rank, info.ranks) == place)
     }
 
     /// Whether shards of other groups are there to stay.
@@ -183,12 +184,13 @@ mod tests {
     }
 
     #[test]
-    fn a_shard_whose_place_is_taken_goes_at_once() {
+    fn a_shard_goes_as_soon_as_its_place_is_served_by_another() {
         let alone: &[&[usize]] = &[&[0], &[1]];
         let other = (Ready, info(1, 0, 2));
         assert!(!may_go(alone, std::slice::from_ref(&other), 2));
         assert!(may_go(alone, &[(Ready, info(0, 0, 2)), other.clone()], 2));
-        assert!(may_go(alone, &[(Starting, info(0, 0, 2)), other.clone()], 2), "schedulers ask that one already");
+        assert!(!may_go(alone, &[(Starting, info(0, 0, 2)), other.clone()], 2), "that one has no experts yet");
+        assert!(!may_go(alone, &[(Ready, info(0, 0, 3)), other.clone()], 2), "that is another slice");
         assert!(!may_go(alone, &[(Draining, info(0, 0, 2)), other.clone()], 2), "that one leaves too");
         assert!(!may_go(alone, &[(Ready, info(0, 1, 2)), other], 2), "that is the slice beside it");
 

@@ -89,6 +89,16 @@ impl Link {
         Self { peer, shared, task }
     }
 
+    /// A stream that is open, or never opens, and is not read.
+    #[cfg(test)]
+    pub(super) fn unread(peer: &str, is_open: bool) -> Self {
+        let outgoing = is_open.then(|| mpsc::channel(OUTGOING).0);
+        let reason = Error::unavailable(format!("{peer} is not connected yet"));
+        let state = State { outgoing, reason, waiting: HashMap::new(), next_tag: 0, behind: None };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changes: watch::Sender::new(0) });
+        Self { peer: peer.into(), shared, task: tokio::spawn(async {}).abort_handle() }
+    }
+
     /// Whether the shard can be asked under a placement.
     ///
     /// # Errors

@@ -212,7 +212,11 @@ impl<B: Backend> Server<B> {
             let progress = |progress: moesaic_model::decoder::Progress| {
                 tracing::debug!(epoch, layers = progress.layers_done, of = progress.layers_total, "load experts");
             };
-            let store = server.library.load(&current.experts, &shares, &progress)?;
+            // one that came to nothing is in memory as well
+            let prepared = server.shard.shelf().prepared();
+            let also = prepared.as_ref().map(|held| &*held.experts);
+            let store = server.library.load(&current.experts, also, &shares, &progress)?;
+            drop(prepared);
             tracing::info!(epoch, seconds = begun.elapsed().as_secs_f64(), "prepared a placement");
             server.shard.shelf().prepare(Held { epoch, experts: Arc::new(store) })?;
             Ok((experts - before) as u32)

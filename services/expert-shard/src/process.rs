@@ -9,6 +9,7 @@ use moesaic_model::backend::candle::CandleBackend;
 use moesaic_model::backend::{Backend, BackendKind, TensorSlice};
 use moesaic_model::config::Found;
 use moesaic_model::decoder::ExpertStore;
+use moesaic_model::memory::Memory;
 use moesaic_model::{ModelConfig, source};
 use moesaic_service::{Cluster, Doors, Process};
 use moesaic_telemetry::TelemetryConfig;
@@ -134,7 +135,7 @@ fn open(model: &ModelConfig, config: &Config) -> Result<(ShardInfo, Arc<dyn Shar
     let Found { path, spec, experts, .. } = model.look().map_err(failed)?;
     let source = source::open(&path).map_err(failed)?;
     let threads = model.threads();
-    let library = Library { source, spec, weights: model.weights, threads };
+    let library = Library { source, spec, weights: model.weights, threads, available: || Memory::now().available };
     let info = ShardInfo { model: experts, group: config.group, rank: config.rank, ranks: config.ranks };
     let shard = match model.backend {
         BackendKind::Native => start(config, model.native(), library)?,

@@ -44,6 +44,11 @@ impl<B: Backend> Shelf<B> {
         self.state().current.clone()
     }
 
+    /// What is prepared and not followed yet.
+    pub fn prepared(&self) -> Option<Held<B>> {
+        self.state().prepared.clone()
+    }
+
     /// What a scheduler that follows `epoch` gets. The first to ask for the prepared one switches to it.
     ///
     /// # Errors
@@ -61,8 +66,7 @@ impl<B: Backend> Shelf<B> {
 
     /// Whether just this is prepared.
     pub fn has_prepared(&self, epoch: u64, shares: &Shares) -> bool {
-        let prepared = self.state().prepared.clone();
-        prepared.is_some_and(|prepared| prepared.epoch == epoch && prepared.experts.shares() == *shares)
+        self.prepared().is_some_and(|prepared| prepared.epoch == epoch && prepared.experts.shares() == *shares)
     }
 
     /// Keeps what a coming placement wants; the preparation of an earlier one is dropped.

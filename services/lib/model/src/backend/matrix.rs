@@ -61,6 +61,20 @@ impl<'a> Matrix<'a> {
         Self { name, tensor, rows: count, cols: width, format, packed, codes, read: Box::new(read) }
     }
 
+    /// Bytes of memory that it takes in its format, about; none where the file holds it so.
+    pub fn bytes(&self) -> u64 {
+        if self.packed.is_some() {
+            return 0;
+        }
+        let values = (self.rows * self.cols) as u64;
+        match self.format {
+            WeightFormat::F32 => values * 4,
+            WeightFormat::Bf16 => values * 2,
+            WeightFormat::Q8 => values + values / 16,
+            WeightFormat::Q4 { group } => values / 2 + 2 * values / u64::from(group.max(1)),
+        }
+    }
+
     /// The matrix in the kernels' panel layout. What the file holds packed stays in the file; codes are copied; only
     /// what is left is rounded to the format, one row in f32 at a time.
     pub fn pack(mut self) -> Result<PackedMatrix> {
@@ -129,6 +143,11 @@ pub struct FfnMatrices<'a> {
 }
 
 impl FfnMatrices<'_> {
+    /// Bytes of memory that its matrices take, about; none for what the file holds in their format.
+    pub fn bytes(&self) -> u64 {
+        self.gate.iter().chain([&self.up, &self.down]).map(Matrix::bytes).sum()
+    }
+
     /// The slice of the intermediate dimension that `slice` names. The slices' outputs add up to the whole network's;
     /// the bias of down is in the first one's.
     ///

@@ -46,7 +46,7 @@ pub fn load_experts_of<B: Backend>(
     let all = |layer: usize| (0..spec.moe(layer).map_or(0, |moe| moe.experts) as u32).collect();
     let layers = spec.moe_layers().filter(|layer| range.contains(layer));
     let shares = layers.map(|layer| (layer, all(layer))).collect();
-    ExpertStore::empty(backend, TensorSlice::WHOLE).holding(source, spec, options, &shares)
+    ExpertStore::empty(backend, TensorSlice::WHOLE).holding(None, source, spec, options, &shares)
 }
 
 impl<B: Backend> ExpertStore<B> {
@@ -55,12 +55,44 @@ impl<B: Backend> ExpertStore<B> {
         Self { backend, slice, layers: BTreeMap::new() }
     }
 
-    /// A store that holds just `shares`: what is here already is shared, the rest is loaded.
+    fn find(&self, layer: usize, expert: u32) -> Option<&B::Ffn> {
+        self.layers.get(&layer)?.held.get(expert as usize)?.as_ref()
+    }
+
+    /// Bytes of memory, about, that [`Self::holding`] would take for what is neither here nor in `also`. A layer's
+    /// experts are taken to be as large as one of them.
+    ///
+    /// # Errors
+    /// What looking at the files says.
+    pub fn missing_bytes(
+        &self,
+        also: Option<&Self>,
+        source: &dyn WeightSource,
+        spec: &ModelSpec,
+        options: &LoadOptions<'_>,
+        shares: &Shares,
+    ) -> Result<u64> {
+        let weights = Weights::new(source, spec, options.weights);
+        let mut bytes = 0_u64;
+        for (&layer, share) in shares {
+            let Some(moe) = spec.moe(layer) else { continue };
+            let held = |expert: u32| self.find(layer, expert).or_else(|| also?.find(layer, expert));
+            let is_missing = |expert: &u32| (*expert as usize) < moe.experts && held(*expert).is_none();
+            let mut missing = share.iter().copied().filter(is_missing);
+            let Some(first) = missing.next() else { continue };
+            let matrices = weights.expert(layer, first as usize, moe.experts, moe.expert)?.slice(self.slice)?;
+            bytes = bytes.saturating_add(matrices.bytes().saturating_mul(1 + missing.count() as u64));
+        }
+        Ok(bytes)
+    }
+
+    /// A store that holds just `shares`: what is here already, or in `also`, is shared, the rest is loaded.
     ///
     /// # Errors
     /// `Experts` when a share names a layer without experts or an expert that it does not have; what loading says.
     pub fn holding(
         &self,
+        also: Option<&Self>,
         source: &dyn WeightSource,
         spec: &ModelSpec,
         options: &LoadOptions<'_>,
@@ -77,11 +109,11 @@ impl<B: Backend> ExpertStore<B> {
                 return Err(unknown(format!("expert {expert} is asked for; the layer has {}", moe.experts)));
             }
             let load = |index: usize| -> Result<B::Ffn> {
-                let expert = share[index] as usize;
-                if let Some(held) = self.layers.get(&layer).and_then(|layer| layer.held[expert].as_ref()) {
+                let expert = share[index];
+                if let Some(held) = self.find(layer, expert).or_else(|| also?.find(layer, expert)) {
                     return Ok(held.clone());
                 }
-                let matrices = weights.expert(layer, expert, moe.experts, moe.expert)?;
+                let matrices = weights.expert(layer, expert as usize, moe.experts, moe.expert)?;
                 self.backend.load_ffn(matrices.slice(self.slice)?)
             };
             // The first alone: its shapes and names fail before threads and memory are spent.

@@ -63,11 +63,16 @@ pub fn from_status(status: &Status) -> Error {
         Code::NotFound => ErrorCode::NotFound,
         Code::PermissionDenied => ErrorCode::PermissionDenied,
         Code::Unauthenticated => ErrorCode::Unauthenticated,
-        Code::ResourceExhausted => ErrorCode::ResourceExhausted,
         Code::DeadlineExceeded => ErrorCode::DeadlineExceeded,
         Code::Unimplemented => ErrorCode::Unimplemented,
-        // tonic reports a connection that breaks under a call as one of these
-        Code::Unavailable | Code::Cancelled | Code::Unknown | Code::Aborted | Code::Internal => ErrorCode::Unavailable,
+        // tonic reports a connection that breaks under a call as one of these; exhausted is HTTP/2's ENHANCE_YOUR_CALM,
+        // since what our services refuse has details
+        Code::Unavailable
+        | Code::Cancelled
+        | Code::Unknown
+        | Code::Aborted
+        | Code::Internal
+        | Code::ResourceExhausted => ErrorCode::Unavailable,
         _ => ErrorCode::Internal,
     };
     Error::new(code, status.message())
@@ -95,8 +100,12 @@ mod tests {
 
     #[test]
     fn what_the_transport_says_of_a_lost_peer_may_be_tried_elsewhere() {
-        for status in [Status::unavailable("connect"), Status::unknown("h2 protocol error"), Status::cancelled("reset")]
-        {
+        for status in [
+            Status::unavailable("connect"),
+            Status::unknown("h2 protocol error"),
+            Status::cancelled("reset"),
+            Status::resource_exhausted("h2 protocol error: ENHANCE_YOUR_CALM"),
+        ] {
             assert_eq!(from_status(&status).code, ErrorCode::Unavailable);
         }
         let broken = Status::with_details(Code::InvalidArgument, "x", bytes::Bytes::from_static(b"\xff\xff\xff"));

@@ -7,6 +7,10 @@ use std::time::Duration;
 /// How long a process may take to end beyond the time that its running work has.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
+/// Copies of hot experts in each layer where the settings say none and there are several groups of shards: few of the
+/// experts that models have, so that the memory for them is there, and most of what copies bring to the balance.
+const REDUNDANT_EXPERTS: usize = 4;
+
 /// One service's process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
@@ -55,7 +59,11 @@ pub fn members(counts: &Counts, config: &Config, cores: usize) -> Vec<Member> {
     add("gateway".into(), Service::Gateway, 0, drain, vec![("gateway.http", config.gateway.http.clone())]);
     for number in 0..count(counts.routers) {
         let groups = groups.max(config.router.placement.min_groups).to_string();
-        let settings = vec![("router.placement.min_groups", groups)];
+        let mut settings = vec![("router.placement.min_groups", groups)];
+        // copies of hot experts cost little where they can be in several groups
+        if count(counts.expert_groups) > 1 && config.router.placement.redundant_experts == 0 {
+            settings.push(("router.placement.redundant_experts", REDUNDANT_EXPERTS.to_string()));
+        }
         add(format!("router-{number}"), Service::Router, 1, config.router.drain_timeout.get(), settings);
     }
     let experts = if groups == 0 { "own" } else { "shards" };
@@ -136,6 +144,7 @@ mod tests {
         let shard = settings(&all, "expert-shard-1-0");
         assert_eq!(shard, "model.threads=1 expert_shard.group=1 expert_shard.rank=0 expert_shard.ranks=2 ");
         assert!(settings(&all, "router-0").contains("min_groups=2"));
+        assert!(settings(&all, "router-0").contains("redundant_experts=4"));
         assert!(
             settings(&all, "scheduler-1").starts_with("model.threads=2 scheduler.experts=shards scheduler.stages=1")
         );

@@ -115,6 +115,38 @@ fn a_lost_group_s_experts_go_to_the_others() {
 }
 
 #[test]
+fn a_second_shard_of_a_place_takes_over_once_it_has_the_experts() {
+    let mut cluster = Cluster::start_with_shards(1, 2, 1, "").unwrap();
+    let want = undisturbed(LONG);
+    let mut clients = steady(&cluster, &want);
+    let place = ["group=0", "rank=0", "ranks=1"].map(|setting| format!("expert_shard.{setting}"));
+    let mut second = cluster.add("moesaic-expert-shard", "e0-0-again", &place).unwrap();
+    clients.go_on().unwrap();
+    second.is_ready().unwrap();
+    until("the later one works", || Ok(second.metric(EXPERT_TOKENS)? > 0.0)).unwrap();
+    let first = &mut cluster.shards[0];
+    first.terminate().unwrap();
+    assert!(first.ended().unwrap().success(), "{}", first.log());
+    clients.go_on().unwrap();
+    clients.finish().unwrap();
+    let retries = cluster.schedulers[0].metric(STEP_RETRIES).unwrap();
+    assert_eq!(retries, 0.0, "experts were missing for a while: {}", cluster.schedulers[0].log());
+}
+
+#[test]
+fn experts_are_placed_anew_by_their_load_without_a_trace_in_the_answers() {
+    let by_load = "rebalance_interval = \"300ms\"\nmin_load = 1\nmin_gain = 0.01\nredundant_experts = 2";
+    let cluster = Cluster::start_with_shards(2, 2, 1, by_load).unwrap();
+    let want = undisturbed(LONG);
+    let before = cluster.router.metric(EPOCH).unwrap();
+    let mut clients = steady(&cluster, &want);
+    until("experts are placed anew", || Ok(cluster.router.metric(EPOCH)? > before)).unwrap();
+    clients.go_on().unwrap();
+    clients.finish().unwrap();
+    assert_eq!(cluster.complete(PROMPT, LONG).unwrap(), want);
+}
+
+#[test]
 fn a_shard_that_is_told_to_stop_hands_its_experts_over_first() {
     let mut cluster = Cluster::start_with_shards(1, 2, 1, "").unwrap();
     let want = undisturbed(LONG);

@@ -3,7 +3,9 @@
 use crate::app::ExpertShard;
 use crate::shelf::Held;
 use futures::Stream;
+use metrics::histogram;
 use moesaic_model::backend::Backend;
+use moesaic_telemetry::metrics as names;
 use moesaic_transport::pulse::{DEAD_AFTER, Inbox, Outbox, STALLED_AFTER, queue};
 use moesaic_types::{Error, Result, Routing};
 use std::collections::VecDeque;
@@ -181,8 +183,7 @@ impl<B: Backend> Work<B> {
         let counted = batch.iter().filter(|job| !job.is_again);
         counted.for_each(|job| self.shard.count(job.layer, &job.routing));
         let (mut jobs, waiting): (Vec<_>, Vec<_>) = batch.into_iter().map(split).unzip();
-        let together = if jobs.len() > 1 { self.run_together(&jobs).ok() } else { None };
-        let outputs = match together {
+        let outputs = match self.run_together(&jobs) {
             Some(outputs) => outputs.into_iter().map(Ok).collect(),
             // one of several must not fail the others
             None => jobs.iter_mut().map(|job| self.run_alone(job)).collect(),
@@ -194,8 +195,17 @@ impl<B: Backend> Work<B> {
         self.run(&job.held, job.layer, std::mem::take(&mut job.x), &job.routing)
     }
 
-    /// All jobs' outputs from one computation.
-    fn run_together(&self, jobs: &[Input<B>]) -> Result<Vec<Vec<f32>>> {
+    /// The outputs of several jobs from one computation; `None` where that fails.
+    fn run_together(&self, jobs: &[Input<B>]) -> Option<Vec<Vec<f32>>> {
+        if jobs.len() < 2 {
+            return None;
+        }
+        let (layer, count) = (jobs[0].layer, jobs.len());
+        let failed = |error: &Error| tracing::warn!(layer, jobs = count, %error, "compute jobs one by one");
+        self.run_all(jobs).inspect_err(failed).ok()
+    }
+
+    fn run_all(&self, jobs: &[Input<B>]) -> Result<Vec<Vec<f32>>> {
         let (mut x, mut routing) = (Vec::with_capacity(jobs.iter().map(|job| job.x.len()).sum()), Routing::new());
         for job in jobs {
             x.extend_from_slice(&job.x);
@@ -209,6 +219,7 @@ impl<B: Backend> Work<B> {
 
     fn run(&self, held: &Held<B>, layer: usize, x: Vec<f32>, routing: &Routing) -> Result<Vec<f32>> {
         let (backend, hidden) = (held.experts.backend(), self.shard.hidden());
+        histogram!(names::EXPERT_BATCH_TOKENS).record(routing.tokens() as f64);
         let run = |x: Vec<f32>, routing: &Routing| {
             let x = backend.to_device(x, hidden)?;
             backend.to_host(&self.shard.compute(held, layer, &x, routing)?)

@@ -101,7 +101,7 @@ impl Shard {
     /// What the leading router does before a placement is published.
     fn prepare(&self, placement: &Placement) {
         let shelf = self.shard.shelf();
-        let store = self.library.load(&shelf.current().experts, &placement.shares(self.group), &|_| {}).unwrap();
+        let store = self.library.load(&shelf.current().experts, None, &placement.shares(self.group), &|_| {}).unwrap();
         let held = moesaic_expert_shard::shelf::Held { epoch: placement.epoch, experts: Arc::new(store) };
         shelf.prepare(held).unwrap();
     }
@@ -184,6 +184,7 @@ impl Cluster {
             spec: self.model.clone(),
             weights: Some(self.weights),
             threads: 1,
+            available: || u64::MAX,
         };
         let executor = Executor::start(Arc::clone(&shard), 16, 64).unwrap();
         let served = grpc::server(Arc::clone(&shard), executor.clone(), library());

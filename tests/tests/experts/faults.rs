@@ -218,3 +218,35 @@ async fn shards_that_all_die_while_nothing_is_asked_and_come_back_are_used_again
     until("they are back", || async { experts.ready().is_ok() }).await;
     check(model, usize::MAX).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_of_several_schedulers_that_wait_for_one_layer_are_computed_together() {
+    moesaic_telemetry::metrics::install().unwrap();
+    let cluster = two_groups(|expert| vec![expert % 2]).await;
+    let shard = &cluster.shards[0];
+    let batches = || {
+        let value = |suffix: &str| {
+            let name = format!("{}_{suffix} ", moesaic_telemetry::metrics::EXPERT_BATCH_TOKENS);
+            let text = moesaic_telemetry::metrics::render();
+            text.lines().find_map(|line| line.strip_prefix(&name)?.parse::<f64>().ok()).unwrap_or(0.0)
+        };
+        [value("count"), value("sum")]
+    };
+    let hang = shard.hang().await;
+    let before = batches();
+    let schedulers = [Arc::new(()), Arc::new(())];
+    let mut outcomes = Vec::new();
+    for (caller, tokens) in schedulers.iter().zip([3, 5]) {
+        let (told, outcome) = tokio::sync::oneshot::channel();
+        let job = shard.job(tokens, caller, move |outcome| drop(told.send(outcome)));
+        shard.executor.submit(job).await.unwrap();
+        outcomes.push((tokens, outcome));
+    }
+    drop(hang);
+    for (tokens, outcome) in outcomes {
+        let output = soon("it is computed", outcome).await.unwrap().output.unwrap();
+        assert_eq!(output.len(), tokens * shard.shard.hidden());
+    }
+    let after = batches();
+    assert_eq!([after[0] - before[0], after[1] - before[1]], [1.0, 8.0], "one computation of all tokens");
+}

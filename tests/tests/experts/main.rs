@@ -3,6 +3,7 @@
 
 mod cluster;
 mod faults;
+mod wire;
 
 use cluster::{Cluster, Grid, on_a_thread};
 use moesaic_model::backend::TensorSlice;

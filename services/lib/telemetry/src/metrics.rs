@@ -111,6 +111,8 @@ names! {
 
     counter EXPERT_TOKENS_TOTAL = "moesaic_expert_tokens_total", "Tokens sent to experts, a token once for each, by `layer`.";
     histogram EXPERT_DISPATCH_SECONDS = "moesaic_expert_dispatch_seconds", "Duration of one layer's experts.";
+    histogram EXPERT_BATCH_TOKENS = "moesaic_expert_batch_tokens",
+        "Tokens of one computation of a shard, of all schedulers together.";
     counter EXPERT_SENT_BYTES_TOTAL = "moesaic_expert_sent_bytes_total", "Bytes of activations sent to shards.";
     counter EXPERT_RECEIVED_BYTES_TOTAL = "moesaic_expert_received_bytes_total", "Bytes of sums that came from shards.";
     histogram EXPERT_ROUND_TRIP_SECONDS = "moesaic_expert_round_trip_seconds",

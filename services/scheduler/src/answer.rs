@@ -43,7 +43,7 @@ impl Answer {
             // A channel that closes before the last piece means that the engine is gone.
             delta = self.deltas.recv() => delta.unwrap_or_else(|| Err(engine_restarted())),
             () = passed(self.deadline) => Err(overdue(tokens)),
-            error = dead(&mut self.health) => Err(error),
+            error = stuck(&mut self.health) => Err(error),
         }
     }
 }
@@ -55,8 +55,9 @@ async fn passed(deadline: Option<Instant>) {
     }
 }
 
-async fn dead(health: &mut watch::Receiver<Health>) -> Error {
-    let told = health.wait_for(|health| matches!(health, Health::Dead(_))).await.map(|health| health.check());
+async fn stuck(health: &mut watch::Receiver<Health>) -> Error {
+    let is_stuck = |health: &Health| matches!(health, Health::Hanging(_) | Health::Dead(_));
+    let told = health.wait_for(is_stuck).await.map(|health| health.check());
     match told {
         Ok(Err(error)) => error,
         // The watchdog ended with the scheduler; the engine closes the channel.

@@ -156,7 +156,7 @@ impl Scheduler {
     pub fn live(&self) -> Result<()> {
         match self.health() {
             dead @ Health::Dead(_) => dead.check(),
-            Health::Working | Health::Stalled(_) | Health::WithoutExperts(_) => Ok(()),
+            Health::Working | Health::Stalled(_) | Health::Hanging(_) | Health::WithoutExperts(_) => Ok(()),
         }
     }
 

@@ -111,6 +111,11 @@ pub struct Config {
     /// A step that takes longer than this makes the replica not ready until it ends, in milliseconds. Above the
     /// longest step that the hardware needs for `token_budget` tokens.
     pub step_stalled_after_ms: u64,
+    /// A step that does not get on for so long hangs: the replica is not ready until it does, and the requests in flight
+    /// end so that they go on elsewhere; in milliseconds, 500..=600000. With the native backend its kernels tell how far
+    /// they are; with candle it must be above the time that one layer takes for `token_budget` tokens. Waits for shards
+    /// and stages do not count, for they have their own ends.
+    pub step_silence_ms: u64,
     /// A step that takes longer than this makes the replica not live, so that the process is restarted, and ends the
     /// requests in flight so that they go on elsewhere; in milliseconds, at least `step_stalled_after_ms`.
     pub step_dead_after_ms: u64,
@@ -168,6 +173,7 @@ impl Default for Config {
             grammar_timeout_ms: 10_000,
             grammar_cache: 64,
             step_stalled_after_ms: 120_000,
+            step_silence_ms: 10_000,
             step_dead_after_ms: 600_000,
             stages: 1,
             stage: 0,
@@ -249,6 +255,7 @@ impl Config {
             return Err(Error::invalid("stage_of", message));
         }
         let of_peers = [
+            ("step_silence_ms", self.step_silence_ms, 500, 600_000),
             ("expert_timeout_ms", self.expert_timeout_ms, 100, 600_000),
             ("expert_silence_ms", self.expert_silence_ms, 500, 60_000),
             ("stage_silence_ms", self.stage_silence_ms, 500, 60_000),

@@ -41,6 +41,13 @@ fn log(now: Health, config: &Config) {
             "a step does not end; not ready until it does: look for a lost expert shard, a device error or too few \
              threads; if such steps are normal here, raise scheduler.step_stalled_after_ms"
         ),
+        Health::Hanging(time) => tracing::error!(
+            replica,
+            silent_ms = time.as_millis(),
+            step_silence_ms = config.step_silence_ms,
+            "a step does not get on; not ready until it does, and its requests go on elsewhere: look for a device error or \
+             too few threads; if one layer takes so long here, raise scheduler.step_silence_ms"
+        ),
         Health::WithoutExperts(time) => tracing::error!(
             replica,
             without_ms = time.as_millis(),

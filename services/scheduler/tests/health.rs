@@ -10,6 +10,7 @@ use moesaic_scheduler::{Config, Scheduler};
 use moesaic_types::ErrorCode;
 use moesaic_types::boundary::Replica;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Not ready, whoever asks.
@@ -111,6 +112,32 @@ async fn a_step_that_never_ends_makes_the_replica_not_live_and_lets_its_requests
     assert_not_ready(&scheduler, "must be restarted").await;
     levers.release();
     until_idle(&scheduler).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_does_not_get_on_lets_its_requests_go_and_one_that_does_keeps_them() {
+    let levers: Arc<Levers> = Arc::default();
+    let bounds = Config { step_silence_ms: 1_500, step_stalled_after_ms: 3_000, ..config() };
+    let scheduler = start(bounds, &levers).await;
+    levers.hold();
+    let mut running = scheduler.generate(request(prompt(1, 9), 20)).await.unwrap();
+    levers.held().await;
+    let mut waiting = scheduler.generate(request(prompt(2, 9), 20)).await.unwrap();
+    while !matches!(scheduler.health(), Health::Stalled(_)) {
+        levers.advanced.fetch_add(1, Ordering::SeqCst);
+        let ends = [futures::poll!(running.next()), futures::poll!(waiting.next())];
+        assert!(ends.iter().all(|end| end.is_pending()), "a long step that gets on is no reason to end");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    for stream in [running, waiting] {
+        let error = read(stream).await.unwrap_err();
+        assert!(error.code == ErrorCode::Unavailable && error.message.contains("hangs"), "{error}");
+    }
+    assert_not_ready(&scheduler, "hangs").await;
+    assert_eq!(scheduler.live(), Ok(()), "it may come back");
+    levers.release();
+    until_idle(&scheduler).await;
+    until_ready(&scheduler).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,7 @@
 //! matrix; each later one is a [`Stage`](crate::decoder::Stage) of consecutive layers. All have the same number of KV
 //! blocks, and a block's index means the same tokens in each. The rows that the last stage gives return to the first.
 use crate::Result;
-use crate::runner::{BlockIndex, Waker};
+use crate::runner::{Advanced, BlockIndex, Waker};
 
 /// One micro-batch between two stages.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -43,6 +43,8 @@ pub trait LaterStages: Send {
     /// # Errors
     /// `Stage` when one is lost.
     fn check(&mut self) -> Result<()>;
+    /// Grows while one that is not lost is waited for.
+    fn advanced(&self) -> Advanced;
     /// Makes their KV pools, and begins a new life: what was sent and not received is forgotten.
     ///
     /// # Errors
@@ -71,9 +73,6 @@ pub trait LaterStages: Send {
     /// As [`Self::receive`].
     fn import_block(&mut self, block: BlockIndex, bytes: &[u8]) -> Result<()>;
 }
-
-/// Grows while a computation gets on; read on any thread.
-pub type Advanced = Box<dyn Fn() -> u64 + Send + Sync>;
 
 /// Consecutive layers that end no sooner than the model's; what [`Stage`](crate::decoder::Stage) is on any backend.
 pub trait StageRunner: Send {

@@ -35,6 +35,9 @@ pub struct SequenceChunk<'a> {
 /// Wakes the thread that drives a model; called on any thread.
 pub type Waker = Arc<dyn Fn() + Send + Sync>;
 
+/// Grows while a computation gets on; read on any thread.
+pub type Advanced = Box<dyn Fn() -> u64 + Send + Sync>;
+
 /// A loaded model with its KV pool on one device. One thread drives it.
 pub trait Runner: Send {
     /// The model's architecture.
@@ -47,6 +50,10 @@ pub trait Runner: Send {
     /// `allocate_kv`.
     fn wake_with(&mut self, waker: Waker) {
         drop(waker);
+    }
+    /// How far [`Self::forward`] is, or a wait for other processes that has an end; `None`: it does not tell.
+    fn advanced(&self) -> Option<Advanced> {
+        None
     }
     /// Whether all parts of the model are there, as far as is known; does not wait. Call it between steps.
     ///

@@ -3,7 +3,7 @@
 use moesaic_model::backend::native::NativeBackend;
 use moesaic_model::decoder::{Decoder, LoadOptions, Stage, load_decoder, load_experts, load_first_stage, load_stage};
 use moesaic_model::pipeline::{LaterStages, StageInput, StageRunner, split_layers};
-use moesaic_model::runner::Waker;
+use moesaic_model::runner::{Advanced, Waker};
 use moesaic_model::source::WeightSource;
 use moesaic_model::spec::ModelSpec;
 use moesaic_model::{Error, LogitsWanted, Result, Runner, SequenceChunk, source, spec};
@@ -24,6 +24,10 @@ impl LaterStages for Local {
     }
 
     fn wake_with(&mut self, _: Waker) {}
+
+    fn advanced(&self) -> Advanced {
+        Box::new(|| 0)
+    }
 
     fn check(&mut self) -> Result<()> {
         Ok(())

@@ -207,6 +207,7 @@ impl Engine {
             let _ = waking.try_send(Command::Wake);
         }));
         runner.allocate_kv(kv_blocks).map_err(|error| failed("allocate the KV pool", error))?;
+        parts.pulse.follow(runner.advanced());
         let info = Info::new(runner.spec().vocab, model_context, kv_blocks);
         tracing::info!(
             replica = parts.config.replica,

@@ -2,18 +2,19 @@
 use super::relay::{self, Item, LOST, Onward, Output, Relay};
 use bytes::Bytes;
 use moesaic_model::pipeline::{LaterStages, StageInput, StageSequence};
-use moesaic_model::runner::Waker;
+use moesaic_model::runner::{Advanced, Waker};
 use moesaic_proto::stage::v1 as wire;
 use moesaic_proto::{WireDType, encode_tensor};
 use moesaic_telemetry::propagation::current_traceparent;
 use moesaic_transport::channel::{MAX_MESSAGE, payload};
+use moesaic_transport::pulse::PULSE_EVERY;
 use moesaic_types::{Error, ErrorCode, Result};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc as blocking;
-use std::sync::mpsc::TryRecvError;
+use std::sync::mpsc::{RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -81,7 +82,26 @@ pub struct RemoteStages {
     options: StageOptions,
     runtime: Handle,
     waker: Waker,
+    waits: Waits,
     life: Option<Life>,
+}
+
+/// Grows while stages are waited for: who waits does not hang, since a stage of which nothing comes is lost.
+#[derive(Clone, Default)]
+struct Waits(Arc<AtomicU64>);
+
+impl Waits {
+    /// What comes next; `None` when nobody can send any longer.
+    fn wait<T>(&self, answers: &blocking::Receiver<T>) -> Option<T> {
+        loop {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            match answers.recv_timeout(PULSE_EVERY) {
+                Ok(answer) => return Some(answer),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+    }
 }
 
 /// One life of the engine: a stream to each stage.
@@ -97,6 +117,7 @@ struct Life {
     answered: u64,
     /// Those before are of steps that failed.
     valid_from: u64,
+    waits: Waits,
     _tasks: JoinSet<()>,
 }
 
@@ -109,7 +130,7 @@ impl RemoteStages {
         options: StageOptions,
         runtime: Handle,
     ) -> Self {
-        Self { peers, hidden, owner, options, runtime, waker: Arc::new(|| ()), life: None }
+        Self { peers, hidden, owner, options, runtime, waker: Arc::new(|| ()), waits: Waits::default(), life: None }
     }
 
     /// Whether all stages would take a stream now.
@@ -161,7 +182,16 @@ impl RemoteStages {
             items.push_front(sender);
         }
         let (items, block_bytes) = (items.into(), block_bytes.into());
-        Ok(Life { outputs, items, block_bytes, sent: 0, answered: 0, valid_from: 0, _tasks: tasks })
+        Ok(Life {
+            outputs,
+            items,
+            block_bytes,
+            sent: 0,
+            answered: 0,
+            valid_from: 0,
+            waits: self.waits.clone(),
+            _tasks: tasks,
+        })
     }
 }
 
@@ -184,7 +214,7 @@ fn failed(error: Error) -> moesaic_model::Error {
 impl Life {
     /// What came of the next micro-batch, by its number. Ends, for a stage of which nothing comes is lost.
     fn next(&mut self) -> moesaic_model::Result<Output> {
-        let output = self.outputs.recv().map_err(|_| ended())?;
+        let output = self.waits.wait(&self.outputs).ok_or_else(ended)?;
         self.take(output)
     }
 
@@ -218,6 +248,11 @@ impl LaterStages for RemoteStages {
 
     fn wake_with(&mut self, waker: Waker) {
         self.waker = waker;
+    }
+
+    fn advanced(&self) -> Advanced {
+        let waits = self.waits.clone();
+        Box::new(move || waits.0.load(Ordering::Relaxed))
     }
 
     fn check(&mut self) -> moesaic_model::Result<()> {
@@ -285,7 +320,7 @@ impl LaterStages for RemoteStages {
         }
         let mut bytes = Vec::with_capacity(life.block_bytes.iter().sum());
         for answer in answers {
-            bytes.extend_from_slice(&await_bytes(answer)?);
+            bytes.extend_from_slice(&await_bytes(&life.waits, answer)?);
         }
         Ok(bytes)
     }
@@ -307,7 +342,7 @@ impl LaterStages for RemoteStages {
                 answers.push(ask(items, |reply| Item::Import(import, reply)));
             }
         }
-        answers.into_iter().try_for_each(|answer| await_bytes(answer).map(drop))
+        answers.into_iter().try_for_each(|answer| await_bytes(&life.waits, answer).map(drop))
     }
 }
 
@@ -320,9 +355,9 @@ fn ask(items: &mpsc::UnboundedSender<Item>, item: impl FnOnce(relay::BlockReply)
 }
 
 /// Ends, for the task that has the other end drops it when its stage is lost.
-fn await_bytes(answer: Option<BlockAnswer>) -> moesaic_model::Result<Bytes> {
+fn await_bytes(waits: &Waits, answer: Option<BlockAnswer>) -> moesaic_model::Result<Bytes> {
     let gone = || lost(Error::unavailable("a stage is lost"));
-    answer.ok_or_else(gone)?.recv().map_err(|_| gone())?.map_err(lost)
+    waits.wait(&answer.ok_or_else(gone)?).ok_or_else(gone)?.map_err(lost)
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 
 use bytes::Bytes;
 use futures::StreamExt;
-use moesaic_model::runner::BlockIndex;
+use moesaic_model::runner::{Advanced, BlockIndex};
 use moesaic_model::spec::{ModelSpec, Norm, NormKind, names};
 use moesaic_model::{LogitsWanted, Runner, SequenceChunk};
 use moesaic_scheduler::{Config, RunnerFactory, Scheduler, Snapshot, Vocabulary};
@@ -13,7 +13,7 @@ use moesaic_types::{
     BLOCK_TOKENS, BlockHasher, Delta, Digest, Error, FinishReason, GenerateRequest, KvFormat, Priority, RequestId,
     SampledToken, SamplingParams, StopConditions, TenantSalt, TokenId, Usage, WeightFormat,
 };
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -49,6 +49,8 @@ pub struct Levers {
     pub widest: AtomicUsize,
     /// First token of every sequence, in the order in which they were computed.
     pub starts: Mutex<Vec<TokenId>>,
+    /// Grows as the model says that it gets on.
+    pub advanced: AtomicU64,
     /// Holds steps.
     step: Gate,
     /// Holds the loading of a model.
@@ -189,6 +191,11 @@ impl Runner for Fake {
         KvFormat::F32
     }
 
+    fn advanced(&self) -> Option<Advanced> {
+        let levers = Arc::clone(&self.levers);
+        Some(Box::new(move || levers.advanced.load(Ordering::SeqCst)))
+    }
+
     fn allocate_kv(&mut self, blocks: usize) -> moesaic_model::Result<()> {
         self.kv = vec![[0xdead_beef; BLOCK_TOKENS]; blocks];
         Ok(())
@@ -297,7 +304,7 @@ pub fn hasher() -> BlockHasher {
 }
 
 pub fn config() -> Config {
-    Config { kv_blocks: Some(256), restart_backoff_ms: 1, ..Config::default() }
+    Config { kv_blocks: Some(256), restart_backoff_ms: 1, step_silence_ms: 600_000, ..Config::default() }
 }
 
 pub async fn start(config: Config, levers: &Arc<Levers>) -> Arc<Scheduler> {

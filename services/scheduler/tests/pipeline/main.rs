@@ -12,6 +12,7 @@ use moesaic_scheduler::Scheduler;
 use moesaic_scheduler::pipeline::StageOptions;
 use stages::{StageProcess, later_stages, owner, ranges, replica, start};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 async fn answers(scheduler: &Scheduler) -> Vec<Answer> {
     let requests = (0..5u64).map(|n| {
@@ -85,4 +86,23 @@ async fn a_lost_stage_ends_its_requests_and_a_new_one_serves() {
         moesaic_testkit::until("the replica serves again", || async { scheduler.info().is_ok() }).await;
         assert_equal(&expected, &answers(&scheduler).await);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn micro_batches_of_a_step_are_in_different_stages_at_once() {
+    let later = later_stages(3).await;
+    let scheduler = start(&later).await;
+    let expected = generate(&scheduler, request(prompt(1, 40), 1)).await.unwrap();
+    until_idle(&scheduler).await;
+    let [first, second] = [&later[0].levers, &later[1].levers];
+    let before = first.runs.load(Ordering::SeqCst);
+    second.gate.hold();
+    let answer = tokio::spawn(async move { generate(&scheduler, request(prompt(2, 40), 1)).await });
+    second.held().await;
+    // the later stage has not ended the step's first micro-batch
+    let begun = || async { first.runs.load(Ordering::SeqCst) >= before + 2 };
+    moesaic_testkit::until("the stage before it begins the second", begun).await;
+    assert!(!answer.is_finished());
+    second.gate.release();
+    assert_eq!(answer.await.unwrap().unwrap().tokens.len(), expected.tokens.len());
 }

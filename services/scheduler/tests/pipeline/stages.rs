@@ -2,7 +2,8 @@
 use crate::common::{Gate, vocabulary};
 use moesaic_model::backend::native::NativeBackend;
 use moesaic_model::decoder::{load_decoder, load_experts, load_first_stage, load_stage};
-use moesaic_model::pipeline::{Advanced, LaterStages, StageInput, StageRunner, split_layers};
+use moesaic_model::pipeline::{LaterStages, StageInput, StageRunner, split_layers};
+use moesaic_model::runner::Advanced;
 use moesaic_model::{Error, LoadOptions, Result, source, spec};
 use moesaic_scheduler::pipeline::{
     LateStage, RemoteStages, StageOptions, StageOwner, StagePeer, StageServer, stage_service,

@@ -17,7 +17,7 @@ use crate::backend::native::NativeBackend;
 use crate::backend::{Activations, AttentionSequence, Backend, BackendKind};
 use crate::expert_pool::ExpertPool;
 use crate::pipeline::{LaterStages, StageInput, StageSequence};
-use crate::runner::{BlockIndex, LogitsWanted, Runner, SequenceChunk, Waker};
+use crate::runner::{Advanced, BlockIndex, LogitsWanted, Runner, SequenceChunk, Waker};
 use crate::source::{self, WeightSource};
 use crate::spec::{self, ModelSpec};
 use body::Body;
@@ -298,6 +298,11 @@ impl<B: Backend> Runner for Decoder<B> {
         if let Some(later) = &mut self.later {
             later.wake_with(waker);
         }
+    }
+
+    fn advanced(&self) -> Option<Advanced> {
+        let (own, later) = (self.stack.advanced(), self.later.as_ref().map(|later| later.advanced()));
+        Some(Box::new(move || own().wrapping_add(later.as_ref().map_or(0, |later| later()))))
     }
 
     fn check_parts(&mut self) -> Result<()> {

@@ -5,7 +5,7 @@ use super::weights::Weights;
 use crate::Result;
 use crate::backend::{AttentionSequence, Backend, KvLayout, Loader};
 use crate::expert_pool::ExpertPool;
-use crate::runner::BlockIndex;
+use crate::runner::{Advanced, BlockIndex};
 use crate::spec::{LayerSpec, ModelSpec, Rope};
 use moesaic_types::{BLOCK_TOKENS, KvFormat};
 use std::ops::Range;
@@ -25,7 +25,7 @@ pub(super) struct Stack<B: Backend> {
     kv_format: KvFormat,
     kv: Option<(B::Kv, usize)>,
     /// Layers that micro-batches went through.
-    pub(super) advanced: Arc<AtomicU64>,
+    advanced: Arc<AtomicU64>,
 }
 
 /// Layers `range` and their distinct rotations; `progress(layers done, layers in all)`.
@@ -67,6 +67,13 @@ impl<B: Backend> Stack<B> {
         let specs = spec.layers[range.clone()].to_vec();
         let advanced = Arc::default();
         Self { backend, pool, first: range.start, specs, layers, ropes, kv_format, kv: None, advanced }
+    }
+
+    /// How far micro-batches are, by layers, kernels and waits for experts.
+    pub(super) fn advanced(&self) -> Advanced {
+        let (backend, pool) = (Arc::clone(&self.backend), Arc::clone(&self.pool));
+        let layers = Arc::clone(&self.advanced);
+        Box::new(move || layers.load(Ordering::Relaxed).wrapping_add(backend.advanced()).wrapping_add(pool.advanced()))
     }
 
     pub(super) fn kv_format(&self) -> KvFormat {

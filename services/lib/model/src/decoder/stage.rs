@@ -5,14 +5,13 @@ use super::weights::Weights;
 use super::{LoadOptions, Part, append};
 use crate::backend::{AttentionSequence, Backend};
 use crate::expert_pool::ExpertPool;
-use crate::pipeline::{Advanced, StageInput, StageRunner, StageSequence};
-use crate::runner::BlockIndex;
+use crate::pipeline::{StageInput, StageRunner, StageSequence};
+use crate::runner::{Advanced, BlockIndex};
 use crate::source::WeightSource;
 use crate::spec::ModelSpec;
 use crate::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 /// Layers on a backend.
 pub struct Stage<B: Backend> {
@@ -82,9 +81,7 @@ impl<B: Backend> StageRunner for Stage<B> {
     }
 
     fn advanced(&self) -> Advanced {
-        let (backend, pool) = (Arc::clone(&self.stack.backend), Arc::clone(&self.stack.pool));
-        let layers = Arc::clone(&self.stack.advanced);
-        Box::new(move || layers.load(Ordering::Relaxed).wrapping_add(backend.advanced()).wrapping_add(pool.advanced()))
+        self.stack.advanced()
     }
 
     fn allocate_kv(&mut self, blocks: usize) -> Result<()> {

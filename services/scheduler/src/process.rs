@@ -3,7 +3,7 @@ use crate::app::Scheduler;
 use crate::config::Config;
 use crate::experts::ReplicaExperts;
 use crate::model::{Source, runner_factory, stage_factory};
-use crate::pipeline::{LateStage, StageOptions, StageServer, Stages, stage_service};
+use crate::pipeline::{Generation, LateStage, StageOptions, StageServer, Stages, stage_service};
 use crate::vocabulary::Vocabulary;
 use futures::future::{BoxFuture, FutureExt};
 use moesaic_model::ModelConfig;
@@ -142,7 +142,8 @@ impl Process for SchedulerProcess {
             return self.become_stage(&config, found, source, experts).await;
         }
         let later = (config.stages > 1).then(|| {
-            let own = (Arc::clone(&self.cluster.id), Arc::clone(&self.cluster.address));
+            let cluster = self.cluster.clone();
+            let own = (Arc::clone(&self.cluster.id), Box::new(move || cluster.generation()) as Generation);
             let served = found.served_as.clone();
             let directory = self.cluster.directory(Service::Scheduler);
             let silence = Duration::from_millis(config.stage_silence_ms);

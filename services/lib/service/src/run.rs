@@ -117,6 +117,7 @@ async fn life<P: Process>(name: &'static str, settings: P::Settings) -> Result<E
     tracing::info!(id = &*cluster.id, grpc = %address, admin = %admin_address, advertise = member.address, "starting");
     let registration =
         Registration::start(Arc::clone(&cluster.metadata), Arc::clone(&cluster.events), member, cluster.lease);
+    cluster.registered(registration.generation());
     let registration = Arc::new(registration);
     let (phase, at) = watch::channel(Phase::Starting);
     let status = Arc::new(Status::new(Arc::clone(&process), cluster, at, registration.watch()));

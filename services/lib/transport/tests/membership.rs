@@ -136,6 +136,8 @@ async fn a_later_process_of_the_same_name_fences_the_earlier_one(ground: &Ground
     assert_eq!(later.standing(), Standing::Held);
     let generation = |registration: &Registration| registration.record().member.generation;
     assert_eq!((generation(&earlier), generation(&later)), (0, 0), "they are the tasks' own");
+    let [of_earlier, of_later] = [&earlier, &later].map(|registration| *registration.generation().borrow());
+    assert!(of_earlier.is_some() && of_earlier < of_later, "each knows its own: {of_earlier:?}, {of_later:?}");
     earlier.set_state(MemberState::Draining);
     earlier.leave().await;
     sees(&mut views, "the later one", |view| state(view, "a") == Some(MemberState::Ready)).await;

@@ -11,5 +11,5 @@ mod relay;
 mod server;
 
 pub use client::{RemoteStages, StageOptions, StageOwner, StagePeer};
-pub use peers::Stages;
+pub use peers::{Generation, Stages};
 pub use server::{LateStage, StageFactory, StageServer, stage_service};

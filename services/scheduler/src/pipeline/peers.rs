@@ -14,11 +14,15 @@ use tokio::runtime::Handle;
 /// How long an engine that starts waits for stages that are away before it says so and tries again.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// The generation of the process's own registration; `None` before it is registered. The directory would show that of a
+/// later process with the same name.
+pub type Generation = Box<dyn Fn() -> Option<u64> + Send + Sync>;
+
 /// A replica's later stages.
 pub struct Stages {
     directory: Directory,
     replica: Arc<str>,
-    address: Arc<str>,
+    generation: Generation,
     model: ServedAs,
     ranges: Vec<Range<usize>>,
     options: StageOptions,
@@ -29,16 +33,24 @@ pub struct Stages {
 }
 
 impl Stages {
-    /// Those that are part of `replica`, whose process is at `address`, of a model whose layers are in these stages. Call
-    /// it in a runtime.
+    /// Those that are part of `replica`, this process, of a model whose layers are in these stages. Call it in a runtime.
     pub fn new(
         directory: Directory,
-        (replica, address): (Arc<str>, Arc<str>),
+        (replica, generation): (Arc<str>, Generation),
         model: ServedAs,
         ranges: Vec<Range<usize>>,
         options: StageOptions,
     ) -> Self {
-        Self { directory, replica, address, model, ranges, options, lives: Arc::default(), runtime: Handle::current() }
+        Self {
+            directory,
+            replica,
+            generation,
+            model,
+            ranges,
+            options,
+            lives: Arc::default(),
+            runtime: Handle::current(),
+        }
     }
 
     /// The way to all of them, for one life of the engine; waits a while for those that are away, on a thread that is
@@ -55,7 +67,8 @@ impl Stages {
     }
 
     fn owner(&self) -> Result<StageOwner> {
-        let generation = generation(&self.directory.view(), &self.replica, &self.address)?;
+        let missing = || Error::unavailable(format!("replica {} is not registered yet", self.replica));
+        let generation = (self.generation)().ok_or_else(missing)?;
         Ok(StageOwner { replica: Arc::clone(&self.replica), generation, lives: Arc::clone(&self.lives) })
     }
 
@@ -110,45 +123,5 @@ impl Stages {
                 return;
             }
         }
-    }
-}
-
-/// The generation of a replica's registration, which must be that of the process at `address`: stages would take one
-/// that borrows a later process's for that process.
-fn generation(view: &View, replica: &str, address: &str) -> Result<u64> {
-    let own = view.get(replica).map(|record| &record.member);
-    let own = own.ok_or_else(|| Error::unavailable(format!("replica {replica} is not registered yet")))?;
-    if own.address == address {
-        return Ok(own.generation);
-    }
-    let message = format!("replica {replica} is registered at {}, and this process is at {address}", own.address);
-    Err(Error::unavailable(format!("{message}; give each process its own cluster.id")))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use moesaic_transport::membership::Record;
-    use moesaic_types::cluster::{MemberState, Service};
-    use std::collections::BTreeMap;
-
-    #[test]
-    fn a_process_takes_the_generation_of_its_own_registration_only() {
-        let member = Member {
-            service: Service::Scheduler,
-            id: "s0".into(),
-            generation: 7,
-            address: "http://10.0.0.1:9020".into(),
-            socket: None,
-            state: MemberState::Starting,
-            role: Role::Plain,
-        };
-        let record = Record { member, load: None };
-        let view = View { members: BTreeMap::from([("s0".into(), record)]), ..View::default() };
-        assert_eq!(generation(&view, "s0", "http://10.0.0.1:9020"), Ok(7));
-        let later = generation(&view, "s0", "http://10.0.0.2:9020").unwrap_err();
-        assert!(later.message.contains("10.0.0.1:9020") && later.message.contains("cluster.id"), "{later}");
-        let missing = generation(&view, "s1", "http://10.0.0.1:9020").unwrap_err();
-        assert!(missing.message.contains("not registered yet"), "{missing}");
     }
 }

@@ -28,6 +28,7 @@ pub enum Standing {
 pub struct Registration {
     record: watch::Sender<Record>,
     standing: watch::Receiver<Standing>,
+    generation: watch::Receiver<Option<u64>>,
     /// Dropped to end the task.
     stay: oneshot::Sender<()>,
     task: JoinHandle<()>,
@@ -50,6 +51,7 @@ impl Registration {
         let (key, claims) = (key(member.service, &member.id), claims(member.service, &member.id));
         let (record, wanted) = watch::channel(Record { member, load: None });
         let (told, standing) = watch::channel(Standing::Joining);
+        let (held_as, held) = watch::channel(None);
         let (stay, leave) = oneshot::channel();
         let place = Place {
             metadata,
@@ -66,9 +68,10 @@ impl Registration {
             told_at: None,
             wanted,
             standing: told,
+            held_as,
         };
         let task = tokio::spawn(place.keep(leave));
-        Self { record, standing, stay, task }
+        Self { record, standing, generation: held, stay, task }
     }
 
     /// Says whether it takes work; others know at once.
@@ -112,6 +115,11 @@ impl Registration {
         self.standing.clone()
     }
 
+    /// The generation under which this process itself took its place, once it has; never a later process's of this name.
+    pub fn generation(&self) -> watch::Receiver<Option<u64>> {
+        self.generation.clone()
+    }
+
     /// Gives the place back, tells others, and returns when that is done, or cannot be: then the lease runs out.
     pub async fn leave(self) {
         drop(self.stay);
@@ -142,6 +150,8 @@ struct Place {
     told_at: Option<Instant>,
     wanted: watch::Receiver<Record>,
     standing: watch::Sender<Standing>,
+    /// The generation, told once the record was written.
+    held_as: watch::Sender<Option<u64>>,
 }
 
 impl Place {
@@ -259,6 +269,7 @@ impl Place {
     /// The record is ours.
     async fn settle(&mut self, version: u64, begun: Instant, record: Record, change: Change) {
         (self.version, self.renewed) = (Some(version), Some(begun));
+        self.held_as.send_replace(Some(record.member.generation));
         self.tell(Standing::Held);
         if change == Change::Joined || self.announced.as_ref() != Some(&record) {
             self.announced = Some(record.clone());

@@ -8,6 +8,7 @@ use moesaic_model::backend::Backend;
 use moesaic_proto::expert::v1 as wire;
 use moesaic_proto::expert::v1::expert_service_server::{ExpertService, ExpertServiceServer};
 use moesaic_proto::{ComputeInput, WireDType, encode_tensor, from_status, into_status, shares_from_wire};
+use moesaic_telemetry::count as field;
 use moesaic_telemetry::propagation::traced;
 use moesaic_transport::channel::MAX_MESSAGE;
 use moesaic_types::cluster::Shares;
@@ -169,7 +170,7 @@ impl<B: Backend> Server<B> {
                 Ok((input, held)) => {
                     let (reply, hidden, epoch) = (input.reply, self.shard.hidden(), held.epoch);
                     let pending = Pending { tag, reply, hidden, epoch };
-                    let (layer, tokens) = (input.layer, input.routing.tokens());
+                    let (layer, tokens) = (field(input.layer), field(input.routing.tokens()));
                     let span = traced(&input.traceparent, || tracing::info_span!("experts", layer, tokens));
                     let in_flight = InFlight::new(&self);
                     let reply = Box::new(move |outcome| {

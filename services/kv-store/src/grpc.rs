@@ -9,6 +9,7 @@ use futures::stream::{self, BoxStream};
 use moesaic_proto::kv::v1 as wire;
 use moesaic_proto::kv::v1::kv_store_service_server::{KvStoreService, KvStoreServiceServer};
 use moesaic_proto::{Offered, chain_from_wire, into_status};
+use moesaic_telemetry::count;
 use moesaic_telemetry::propagation::{extract_metadata, set_parent};
 use moesaic_transport::channel::MAX_MESSAGE;
 use moesaic_types::boundary::PrefixStore;
@@ -163,7 +164,7 @@ impl KvStoreService for KvService {
     async fn fetch(&self, request: Request<wire::FetchRequest>) -> Result<Response<Self::FetchStream>, Status> {
         let span = tracing::info_span!("kv fetch", blocks = tracing::field::Empty);
         let (_, chain) = chain_of(request, &span, |request| &request.chain)?;
-        span.record("blocks", chain.len());
+        span.record("blocks", count(chain.len()));
         let place = self.stream()?;
         let (sender, slots) = mpsc::channel(1);
         let sending = send(self.store.blocks(chain), Arc::clone(&self.budget), self.idle, sender);

@@ -1,9 +1,11 @@
 //! One answer as its reader sees it: what the engine hands over, and the ends that come while the engine is stuck.
-use crate::health::Health;
+use crate::engine::Parts;
+use crate::health::{Bounds, Health};
 use crate::outcome::Entered;
 use futures::stream::StreamExt;
 use moesaic_types::boundary::DeltaStream;
 use moesaic_types::{Delta, Error, ErrorCode, Result};
+use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, watch};
 
@@ -15,6 +17,8 @@ pub struct Answer {
     pub deadline: Option<Instant>,
     /// What the watchdog says of the engine.
     pub health: watch::Receiver<Health>,
+    /// The engine.
+    pub parts: Arc<Parts>,
     /// Told of ends that the engine does not tell of.
     pub entered: Entered,
 }
@@ -43,7 +47,7 @@ impl Answer {
             // A channel that closes before the last piece means that the engine is gone.
             delta = self.deltas.recv() => delta.unwrap_or_else(|| Err(engine_restarted())),
             () = passed(self.deadline) => Err(overdue(tokens)),
-            error = stuck(&mut self.health) => Err(error),
+            error = stuck(&mut self.health, &self.parts) => Err(error),
         }
     }
 }
@@ -55,14 +59,20 @@ async fn passed(deadline: Option<Instant>) {
     }
 }
 
-async fn stuck(health: &mut watch::Receiver<Health>) -> Error {
+async fn stuck(health: &mut watch::Receiver<Health>, parts: &Parts) -> Error {
     let is_stuck = |health: &Health| matches!(health, Health::Hanging(_) | Health::Dead(_));
-    let told = health.wait_for(is_stuck).await.map(|health| health.check());
-    match told {
-        Ok(Err(error)) => error,
-        // The watchdog ended with the scheduler; the engine closes the channel.
-        _ => std::future::pending().await,
+    while health.wait_for(is_stuck).await.is_ok() {
+        // what the watchdog saw last may be over
+        let now = Bounds::new(&parts.config).judge_now(&parts.pulse);
+        if let Some(error) = now.check().err().filter(|_| is_stuck(&now)) {
+            return error;
+        }
+        if health.changed().await.is_err() {
+            break;
+        }
     }
+    // The watchdog ended with the scheduler; the engine closes the channel.
+    std::future::pending().await
 }
 
 /// The error of a request whose deadline passed.

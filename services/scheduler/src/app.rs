@@ -13,7 +13,7 @@ use crate::vocabulary::Vocabulary;
 use crate::watchdog;
 use futures::future::BoxFuture;
 use moesaic_actors::{Handle, Supervised};
-use moesaic_telemetry::propagation;
+use moesaic_telemetry::{count, propagation};
 use moesaic_types::boundary::{DeltaStream, EventBus, PrefixStore, Replica, ReplicaLoad};
 use moesaic_types::{BlockHasher, Error, ErrorCode, GenerateRequest, RequestId, Result};
 use std::sync::Arc;
@@ -225,7 +225,7 @@ impl Scheduler {
             gen_ai.provider.name = "moesaic",
             gen_ai.request.model = self.parts.config.model_name,
             gen_ai.response.model = self.parts.config.model_name,
-            gen_ai.request.max_tokens = request.stop.max_tokens,
+            gen_ai.request.max_tokens = count(request.stop.max_tokens),
             gen_ai.request.temperature = request.sampling.temperature as f64,
             gen_ai.request.top_p = request.sampling.top_p as f64,
             gen_ai.usage.input_tokens = tracing::field::Empty,
@@ -278,7 +278,8 @@ impl Scheduler {
         let (sender, deltas) = mpsc::channel(self.parts.config.delivery_capacity);
         let entered = self.outcomes.enter(&request.id, self.ends(&request), submitted);
         let outcome = Arc::clone(&entered.outcome);
-        let answer = Answer { deltas, deadline: request.deadline, health: self.health.clone(), entered };
+        let (health, parts) = (self.health.clone(), Arc::clone(&self.parts));
+        let answer = Answer { deltas, deadline: request.deadline, health, parts, entered };
         let submission =
             Submission { request, grammar, chain, deltas: sender, place, in_flight, outcome, submitted, span };
         let sender = self.slot.sender().ok_or_else(|| Error::unavailable("the engine is starting"))?;

@@ -2,7 +2,7 @@
 use super::answer::Backend;
 use super::deadline;
 use super::job::Job;
-use moesaic_telemetry::propagation;
+use moesaic_telemetry::{count, propagation};
 use moesaic_types::boundary::{DeltaStream, PlaceRequest, Replica};
 use moesaic_types::{Error, ErrorCode, GenerateRequest, ReplicaId, RequestId, Result, TokenId};
 use std::sync::Arc;
@@ -53,10 +53,10 @@ pub(super) async fn seek(
         let attempt = tracing::info_span!(
             parent: job.told.span(),
             "attempt",
-            moesaic.attempt = attempts,
-            moesaic.choice = index,
+            moesaic.attempt = count(attempts),
+            moesaic.choice = count(index),
             moesaic.replica = tracing::field::Empty,
-            moesaic.resumed_tokens = emitted.len(),
+            moesaic.resumed_tokens = count(emitted.len()),
         );
         if let Some(earlier) = &linked {
             propagation::link(&attempt, earlier);

@@ -1,5 +1,5 @@
 //! What a request's span tells of the request and its answers, by OpenTelemetry's names for GenAI.
-use moesaic_telemetry::genai;
+use moesaic_telemetry::{count, genai};
 use moesaic_types::{FinishReason, Usage};
 use std::sync::{Mutex, PoisonError};
 use tracing::Span;
@@ -52,7 +52,7 @@ impl Told {
             .record("gen_ai.operation.name", operation.name())
             .record("gen_ai.provider.name", "moesaic")
             .record("gen_ai.request.model", model)
-            .record("gen_ai.usage.input_tokens", input_tokens);
+            .record("gen_ai.usage.input_tokens", count(input_tokens));
     }
 
     /// An answer ended.
@@ -67,7 +67,7 @@ impl Drop for Told {
     fn drop(&mut self) {
         let answers = self.answers.get_mut().unwrap_or_else(PoisonError::into_inner);
         if !answers.finish_reasons.is_empty() {
-            self.span.record("gen_ai.usage.output_tokens", answers.output_tokens);
+            self.span.record("gen_ai.usage.output_tokens", count(answers.output_tokens));
             genai::finish_reasons(&self.span, &answers.finish_reasons);
         }
     }

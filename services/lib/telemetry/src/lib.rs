@@ -17,3 +17,8 @@ mod setup;
 pub use config::{LogFormat, TelemetryConfig};
 pub use error::Error;
 pub use setup::{Guard, init, init_as};
+
+/// A count as a span's field that OpenTelemetry has as a number: of unsigned ones the bridge makes text.
+pub fn count(number: usize) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}

@@ -4,7 +4,7 @@ use crate::outcome::Outcome;
 use crate::pool::BlockIndex;
 use crate::sampler::Seen;
 use bytes::Bytes;
-use moesaic_telemetry::genai;
+use moesaic_telemetry::{count, genai};
 use moesaic_types::{
     BLOCK_TOKENS, BlockHash, Delta, Error, FinishReason, GenerateRequest, Result, SampledToken, SamplingParams,
     TokenId, Usage,
@@ -272,9 +272,9 @@ impl Sequence {
             completion_tokens: self.request.resumed_tokens + self.generated(),
         };
         genai::finish_reasons(&self.span, &[reason.name()]);
-        self.span.record("gen_ai.usage.input_tokens", usage.prompt_tokens);
-        self.span.record("gen_ai.usage.output_tokens", usage.completion_tokens);
-        self.span.record("moesaic.cached_tokens", usage.cached_tokens);
+        self.span.record("gen_ai.usage.input_tokens", count(usage.prompt_tokens));
+        self.span.record("gen_ai.usage.output_tokens", count(usage.completion_tokens));
+        self.span.record("moesaic.cached_tokens", count(usage.cached_tokens));
         let mut delta = std::mem::take(&mut self.pending);
         // An empty answer: the grammar was complete before its first token.
         delta.prompt_logprobs = delta.prompt_logprobs.or(self.prompt_logprobs.take());

@@ -3,6 +3,7 @@ use super::{Engine, Fetched, Phase, Sequence};
 use crate::planner::{self, Limits, Plan, Running, Waiting};
 use crate::pool::BlockIndex;
 use moesaic_model::{LogitsWanted, SequenceChunk};
+use moesaic_telemetry::count;
 use moesaic_types::{BLOCK_TOKENS, Error, Link};
 use std::cmp::Reverse;
 use std::time::{Duration, Instant};
@@ -98,8 +99,8 @@ impl Engine {
         let sequence = |work: &Work| &self.sequences[&work.key];
         let traced = work.iter().map(sequence).find(|sequence| sequence.computed < sequence.request.prompt.len());
         traced.map_or_else(Span::none, |sequence| {
-            let tokens: usize = work.iter().map(|work| work.tokens).sum();
-            tracing::info_span!(parent: &sequence.span, "step", sequences = work.len(), tokens)
+            let tokens = count(work.iter().map(|work| work.tokens).sum());
+            tracing::info_span!(parent: &sequence.span, "step", sequences = count(work.len()), tokens)
         })
     }
 

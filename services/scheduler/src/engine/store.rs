@@ -5,6 +5,7 @@ use super::{Command, Engine, Fetched, Phase};
 use bytes::Bytes;
 use futures::StreamExt;
 use metrics::Counter;
+use moesaic_telemetry::count;
 use moesaic_types::boundary::PrefixStore;
 use moesaic_types::{BLOCK_TOKENS, BlockHash, Error, Link, Result};
 use std::sync::Arc;
@@ -53,7 +54,7 @@ impl Engine {
         sequence.phase = Phase::Fetching;
         let timeout = Duration::from_millis(self.parts.config.prefix_store_timeout_ms);
         let replies = self.replies.clone();
-        let span = tracing::info_span!(parent: &sequence.span, "fetch blocks", blocks = chain.len() - first);
+        let span = tracing::info_span!(parent: &sequence.span, "fetch blocks", blocks = count(chain.len() - first));
         let fetch = Fetch {
             store,
             economy: Arc::clone(&self.economy),

@@ -187,7 +187,7 @@ fn carry_out(runner: &mut dyn StageRunner, ask: Ask, taken: &mut Vec<u8>) -> Res
         }
         Ask::Compute(compute) => {
             let rows = compute.x.as_ref().map_or(0, |x| x.rows);
-            let _span = traced(&compute.traceparent, || tracing::info_span!("stage", rows)).entered();
+            let _span = traced(&compute.traceparent, || tracing::info_span!("stage", rows = i64::from(rows))).entered();
             let cols = runner.hidden();
             let rows = runner.run(&read(compute, cols)?).map_err(failed)?;
             Ok(Outcome::Rows(encode_tensor(rows.chunks_exact(cols), cols, WireDType::F32)))

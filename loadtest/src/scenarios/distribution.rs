@@ -224,7 +224,7 @@ fn section(args: &Distribution, [embedded, cluster]: &[Vec<Run>; 2]) -> Section 
     let notes = vec![
         "A ratio is that of two runs one after the other; the table has the median of the pairs' ratios.".to_owned(),
         "The ratio of core time is of what all threads ran for a token, embedded over cluster: what the ratio of rates \
-         would be if no core were idle; other programs of the machine hardly touch it."
+         would be if no core were idle."
             .to_owned(),
         "Core time is what the kernel counts for each thread; what is not used is idle, or was used by other programs of \
          the machine, the load generator among them."

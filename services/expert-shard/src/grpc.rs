@@ -8,7 +8,7 @@ use moesaic_model::backend::Backend;
 use moesaic_proto::expert::v1 as wire;
 use moesaic_proto::expert::v1::expert_service_server::{ExpertService, ExpertServiceServer};
 use moesaic_proto::{ComputeInput, WireDType, encode_tensor, from_status, into_status, shares_from_wire};
-use moesaic_telemetry::count as field;
+use moesaic_telemetry::count;
 use moesaic_telemetry::propagation::traced;
 use moesaic_transport::channel::MAX_MESSAGE;
 use moesaic_types::cluster::Shares;
@@ -170,7 +170,7 @@ impl<B: Backend> Server<B> {
                 Ok((input, held)) => {
                     let (reply, hidden, epoch) = (input.reply, self.shard.hidden(), held.epoch);
                     let pending = Pending { tag, reply, hidden, epoch };
-                    let (layer, tokens) = (field(input.layer), field(input.routing.tokens()));
+                    let (layer, tokens) = (count(input.layer), count(input.routing.tokens()));
                     let span = traced(&input.traceparent, || tracing::info_span!("experts", layer, tokens));
                     let in_flight = InFlight::new(&self);
                     let reply = Box::new(move |outcome| {
@@ -207,7 +207,7 @@ impl<B: Backend> Server<B> {
         let load = move || {
             let _preparing = preparing;
             let begun = Instant::now();
-            let before = count(&current.experts.shares(), &shares);
+            let before = held_of(&current.experts.shares(), &shares);
             let experts: usize = shares.values().map(Vec::len).sum();
             tracing::info!(epoch, experts, loads = experts - before, "prepare a placement");
             let progress = |progress: moesaic_model::decoder::Progress| {
@@ -228,7 +228,7 @@ impl<B: Backend> Server<B> {
 }
 
 /// How many of `wanted` are among `held`.
-fn count(held: &Shares, wanted: &Shares) -> usize {
+fn held_of(held: &Shares, wanted: &Shares) -> usize {
     let of_layer = |(layer, experts): (&usize, &Vec<u32>)| {
         let held = held.get(layer);
         experts.iter().filter(|expert| held.is_some_and(|held| held.binary_search(expert).is_ok())).count()

@@ -1,6 +1,6 @@
 //! One answer as its reader sees it: what the engine hands over, and the ends that come while the engine is stuck.
 use crate::engine::Parts;
-use crate::health::{Bounds, Health};
+use crate::health::Health;
 use crate::outcome::Entered;
 use futures::stream::StreamExt;
 use moesaic_types::boundary::DeltaStream;
@@ -63,7 +63,7 @@ async fn stuck(health: &mut watch::Receiver<Health>, parts: &Parts) -> Error {
     let is_stuck = |health: &Health| matches!(health, Health::Hanging(_) | Health::Dead(_));
     while health.wait_for(is_stuck).await.is_ok() {
         // what the watchdog saw last may be over
-        let now = Bounds::new(&parts.config).judge_now(&parts.pulse);
+        let now = parts.health();
         if let Some(error) = now.check().err().filter(|_| is_stuck(&now)) {
             return error;
         }

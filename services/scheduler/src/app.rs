@@ -5,7 +5,7 @@ use crate::answer::{Answer, engine_restarted, overdue};
 use crate::config::Config;
 use crate::engine::{Command, Info, Parts, RunnerFactory, Snapshot, Submission};
 use crate::grammar::Compiler;
-use crate::health::{Bounds, Health, Pulse};
+use crate::health::{Health, Pulse};
 use crate::metrics::Ends;
 use crate::outcome::Outcomes;
 use crate::telling;
@@ -162,7 +162,7 @@ impl Scheduler {
 
     /// How the present step does, looked at now.
     pub fn health(&self) -> Health {
-        Bounds::new(&self.parts.config).judge_now(&self.parts.pulse)
+        self.parts.health()
     }
 
     /// The configuration.

@@ -7,12 +7,11 @@ use tokio::sync::watch;
 
 /// Follows the pulse until it is aborted. Readers of `health` see a change within [`Bounds::look_every`].
 pub async fn watch(parts: Arc<Parts>, health: watch::Sender<Health>) {
-    let bounds = Bounds::new(&parts.config);
-    let mut tick = tokio::time::interval(bounds.look_every());
+    let mut tick = tokio::time::interval(Bounds::new(&parts.config).look_every());
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        let now = bounds.judge_now(&parts.pulse);
+        let now = parts.health();
         if !now.differs(&health.borrow()) {
             continue;
         }
@@ -20,7 +19,7 @@ pub async fn watch(parts: Arc<Parts>, health: watch::Sender<Health>) {
             // The engine says that it is ready, after it has begun another step; judged under the same lock, so that the
             // later of the two is right.
             parts.snapshot.send_if_modified(|snapshot| {
-                let changed = snapshot.ready && bounds.judge_now(&parts.pulse) != Health::Working;
+                let changed = snapshot.ready && parts.health() != Health::Working;
                 snapshot.ready &= !changed;
                 changed
             });

@@ -29,4 +29,4 @@ pub(crate) use prompt::{Refusal, encode, listed};
 pub use slow::cut_off;
 pub use stop::StopMatcher;
 pub use text::TokenPiece;
-pub(crate) use told::Operation;
+pub(crate) use told::{Operation, request_span};

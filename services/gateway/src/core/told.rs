@@ -22,7 +22,23 @@ impl Operation {
     }
 }
 
-/// A request's span, which both doors open with the fields that are filled here. All jobs of a request share it; how
+/// Opens a request's span: its name, the door's own fields, and those that [`Told`] fills.
+macro_rules! request_span {
+    ($name:literal, $($fields:tt)*) => {
+        tracing::info_span!(
+            $name,
+            $($fields)*
+            gen_ai.operation.name = tracing::field::Empty,
+            gen_ai.provider.name = tracing::field::Empty,
+            gen_ai.request.model = tracing::field::Empty,
+            gen_ai.usage.input_tokens = tracing::field::Empty,
+            gen_ai.usage.output_tokens = tracing::field::Empty,
+        )
+    };
+}
+pub(crate) use request_span;
+
+/// A request's span, which both doors open by [`request_span`]. All jobs of a request share it; how
 /// they ended is told when the last one did.
 pub(crate) struct Told {
     span: Span,

@@ -1,6 +1,6 @@
 //! What every method does around its work.
 use super::status;
-use crate::core::SamplingInput;
+use crate::core::{SamplingInput, request_span};
 use crate::request_id;
 use futures::FutureExt;
 use moesaic_telemetry::metrics::GRPC_REQUESTS_TOTAL;
@@ -18,16 +18,7 @@ pub(super) async fn around<T>(
     work: impl Future<Output = Result<T, Error>>,
 ) -> Result<Response<T>, Status> {
     let id = request_id::choose(metadata.get(request_id::NAME).map(MetadataValue::as_encoded_bytes));
-    let span = tracing::info_span!(
-        "grpc_request",
-        rpc.method = method,
-        request_id = id,
-        gen_ai.operation.name = tracing::field::Empty,
-        gen_ai.provider.name = tracing::field::Empty,
-        gen_ai.request.model = tracing::field::Empty,
-        gen_ai.usage.input_tokens = tracing::field::Empty,
-        gen_ai.usage.output_tokens = tracing::field::Empty,
-    );
+    let span = request_span!("grpc_request", rpc.method = method, request_id = id,);
     propagation::set_parent(&span, propagation::extract_metadata(&metadata));
     let result = AssertUnwindSafe(work.instrument(span)).catch_unwind().await;
     // the panic itself is in the log

@@ -16,7 +16,7 @@ mod status;
 mod tokens;
 mod usage;
 
-use crate::core::Core;
+use crate::core::{Core, request_span};
 use crate::request_id;
 use axum::Router;
 use axum::extract::{MatchedPath, Request};
@@ -75,16 +75,11 @@ async fn around(request: Request, next: Next) -> Response {
     let started = Instant::now();
     let id = request_id::choose(request.headers().get(&X_REQUEST_ID).map(HeaderValue::as_bytes));
     let route = request.extensions().get::<MatchedPath>().map_or("none", |path| path.as_str()).to_owned();
-    let span = tracing::info_span!(
+    let span = request_span!(
         "http_request",
         http.route = route,
         http.request.method = %request.method(),
         request_id = id,
-        gen_ai.operation.name = tracing::field::Empty,
-        gen_ai.provider.name = tracing::field::Empty,
-        gen_ai.request.model = tracing::field::Empty,
-        gen_ai.usage.input_tokens = tracing::field::Empty,
-        gen_ai.usage.output_tokens = tracing::field::Empty,
     );
     propagation::set_parent(&span, propagation::extract_headers(request.headers()));
     let answer = AssertUnwindSafe(next.run(request).instrument(span)).catch_unwind().await;

@@ -58,6 +58,13 @@ pub struct Parts {
     pub pulse: Pulse,
 }
 
+impl Parts {
+    /// How the present step does, looked at now.
+    pub fn health(&self) -> Health {
+        Bounds::new(&self.config).judge_now(&self.pulse)
+    }
+}
+
 /// What a model and its pool allow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Info {
@@ -178,7 +185,6 @@ pub struct Engine {
     logits: Vec<f32>,
     preemptions: u64,
     outage: Outage,
-    bounds: Bounds,
     /// Why this life cannot go on.
     lost: Option<Error>,
 }
@@ -246,7 +252,6 @@ impl Engine {
             logits: Vec::new(),
             preemptions: 0,
             outage: Outage::default(),
-            bounds: Bounds::new(&parts.config),
             lost: None,
             parts,
         })
@@ -400,7 +405,7 @@ impl Engine {
         let (used, cached) = (self.pool.used(), self.pool.cached());
         let restarts = self.parts.snapshot.borrow().restarts;
         let snapshot = Snapshot {
-            ready: !self.stop.load(Ordering::Acquire) && self.bounds.judge_now(&self.parts.pulse) == Health::Working,
+            ready: !self.stop.load(Ordering::Acquire) && self.parts.health() == Health::Working,
             running,
             waiting: self.sequences.len() - running,
             kv_blocks_total: self.pool.total(),

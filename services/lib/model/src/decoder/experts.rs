@@ -55,8 +55,10 @@ impl<B: Backend> ExpertStore<B> {
         Self { backend, slice, layers: BTreeMap::new() }
     }
 
-    fn find(&self, layer: usize, expert: u32) -> Option<&B::Ffn> {
-        self.layers.get(&layer)?.held.get(expert as usize)?.as_ref()
+    /// An expert that is here, or in `also`.
+    fn find<'a>(&'a self, also: Option<&'a Self>, layer: usize, expert: u32) -> Option<&'a B::Ffn> {
+        let held = |store: &'a Self| store.layers.get(&layer)?.held.get(expert as usize)?.as_ref();
+        held(self).or_else(|| also.and_then(held))
     }
 
     /// Bytes of memory, about, that [`Self::holding`] would take for what is neither here nor in `also`. A layer's
@@ -76,8 +78,8 @@ impl<B: Backend> ExpertStore<B> {
         let mut bytes = 0_u64;
         for (&layer, share) in shares {
             let Some(moe) = spec.moe(layer) else { continue };
-            let held = |expert: u32| self.find(layer, expert).or_else(|| also?.find(layer, expert));
-            let is_missing = |expert: &u32| (*expert as usize) < moe.experts && held(*expert).is_none();
+            let is_missing =
+                |expert: &u32| (*expert as usize) < moe.experts && self.find(also, layer, *expert).is_none();
             let mut missing = share.iter().copied().filter(is_missing);
             let Some(first) = missing.next() else { continue };
             let matrices = weights.expert(layer, first as usize, moe.experts, moe.expert)?.slice(self.slice)?;
@@ -110,7 +112,7 @@ impl<B: Backend> ExpertStore<B> {
             }
             let load = |index: usize| -> Result<B::Ffn> {
                 let expert = share[index];
-                if let Some(held) = self.find(layer, expert).or_else(|| also?.find(layer, expert)) {
+                if let Some(held) = self.find(also, layer, expert) {
                     return Ok(held.clone());
                 }
                 let matrices = weights.expert(layer, expert as usize, moe.experts, moe.expert)?;

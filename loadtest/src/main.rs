@@ -11,6 +11,7 @@ use moesaic_loadtest::mock::{self, MockReplica};
 use moesaic_loadtest::model::{self, Preset, SEED, Shape};
 use moesaic_loadtest::peers::{self, Peers};
 use moesaic_loadtest::report::{Record, Section};
+use moesaic_loadtest::scenarios::ablation::{self, Ablation};
 use moesaic_loadtest::scenarios::distribution::{self, Distribution};
 use moesaic_loadtest::scenarios::gateway::{self, GatewayCost};
 use moesaic_loadtest::scenarios::prefix::{self, Prefix};
@@ -45,6 +46,8 @@ enum Command {
     Prefix(Prefix),
     /// What the gateway adds to a request, and how many it takes on one core.
     Gateway(GatewayCost),
+    /// What continuous batching, the prefix cache and 4-bit weights are worth, each alone and together.
+    Ablation(Ablation),
     /// All measurements of the cluster, one after another, each as it is by default.
     Cluster,
     /// A replica that answers at once without computing; the measurement of the gateway starts it.
@@ -177,6 +180,7 @@ async fn measure(arguments: &Arguments) -> Result<()> {
         Command::Peers(args) => peers::run(args).await?,
         Command::Distribution(args) => vec![distribution::run(args).await?],
         Command::Prefix(args) => vec![prefix::run(args).await?],
+        Command::Ablation(args) => vec![ablation::run(args).await?],
         Command::Gateway(args) => vec![gateway::run(args).await?],
         Command::Cluster => vec![
             distribution::run(&defaults()?).await?,
@@ -212,7 +216,7 @@ mod tests {
         use clap::CommandFactory;
         Arguments::command().debug_assert();
         assert!(defaults::<Distribution>().is_ok_and(|args| args.clients == 16));
-        assert!(defaults::<Prefix>().is_ok() && defaults::<GatewayCost>().is_ok());
+        assert!(defaults::<Prefix>().is_ok() && defaults::<GatewayCost>().is_ok() && defaults::<Ablation>().is_ok());
     }
 
     #[test]

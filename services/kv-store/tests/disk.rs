@@ -40,6 +40,7 @@ async fn offer(store: &KvStore, chain: &[BlockHash], numbers: impl IntoIterator<
     }
 }
 
+/// The blocks' files. One is there before the store knows that it is written, and keeps no copy in RAM.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let folders = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let blocks = folders.filter(|path| path.is_dir() && path.file_name().unwrap().len() == 2);
@@ -56,12 +57,16 @@ async fn what_ram_has_no_room_for_is_on_disk_and_comes_back() {
     let store = KvStore::start(&in_folder(4, folder.path())).unwrap();
     let chain = chain(0..12);
     offer(&store, &chain, 0..12).await;
-    until("its end is written", || async { files(folder.path()).len() == 8 }).await;
-    assert_eq!(store.longest_by_tier(chain.clone()).await, Ok((12, 4)), "a chain's end does not push out its start");
+    until("its end is on disk alone, and did not push out its start", || async {
+        store.longest_by_tier(chain.clone()).await == Ok((12, 4)) && files(folder.path()).len() == 8
+    })
+    .await;
     let others = moesaic_testkit::conformance::chain(100..104);
     offer(&store, &others, 100..104).await;
-    until("its start is written", || async { files(folder.path()).len() == 12 }).await;
-    assert_eq!(store.longest_by_tier(chain.clone()).await, Ok((12, 0)));
+    until("its start is on disk alone", || async {
+        store.longest_by_tier(chain.clone()).await == Ok((12, 0)) && files(folder.path()).len() == 12
+    })
+    .await;
     assert_eq!(fetched(&*store, &chain, 0).await, Ok(expected(0..12)));
     until("its start is back in RAM", || async { store.longest_by_tier(chain.clone()).await == Ok((12, 4)) }).await;
     assert_eq!(fetched(&*store, &others, 0).await, Ok(expected(100..104)), "the others went to disk in turn");
@@ -145,9 +150,11 @@ async fn the_disk_has_its_own_capacity_and_chains_go_from_their_ends() {
     for (n, chain) in (0u32..).zip(&chains) {
         offer(&store, chain, [n, 100 + n]).await;
     }
-    until("the oldest are gone", || async { files(folder.path()).len() == 5 }).await;
-    let sizes = store.size().await.unwrap();
-    assert_eq!((sizes.disk_blocks, sizes.disk_bytes), (5, 5 * len()));
+    until("the oldest are gone", || async {
+        let sizes = store.size().await.unwrap();
+        (sizes.disk_blocks, sizes.disk_bytes) == (5, 5 * len()) && files(folder.path()).len() == 5
+    })
+    .await;
     for (n, chain) in (0u32..).zip(&chains) {
         let stored = store.longest(chain, 0).await.unwrap();
         assert!(stored == 0 || store.longest(chain, 1).await.unwrap() < 2, "chain {n}");
@@ -368,7 +375,7 @@ async fn a_disk_that_does_not_answer_is_left_alone_until_it_does() {
     let store = KvStore::start_on(&config, Some(hanging.clone())).unwrap();
     let chain = chain(0..12);
     offer(&store, &chain, 0..12).await;
-    until("its end is written", || async { files(place.path()).len() == 8 }).await;
+    until("its end is on disk alone", || async { store.longest_by_tier(chain.clone()).await == Ok((12, 4)) }).await;
     hanging.hang(true);
     assert_eq!(fetched(&*store, &chain, 0).await, Ok(expected(0..4)), "what RAM has");
     until("what is on disk counts as gone", || async { store.longest(&chain, 0).await == Ok(4) }).await;
@@ -423,7 +430,7 @@ async fn a_process_that_has_no_more_files_to_open_loses_no_block() {
     let store = KvStore::start_on(&config(1), Some(disk.clone())).unwrap();
     let chain = chain(0..3);
     offer(&store, &chain, 0..3).await;
-    until("its end is written", || async { files(place.path()).len() == 2 }).await;
+    until("its end is on disk alone", || async { store.longest_by_tier(chain.clone()).await == Ok((3, 1)) }).await;
     disk.is_out.store(true, Ordering::SeqCst);
     assert_eq!(fetched(&*store, &chain, 1).await, Ok(vec![]));
     // what the pool was told before this, it did

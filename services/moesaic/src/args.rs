@@ -116,9 +116,9 @@ pub struct Quantize {
     /// The folder to write; must not exist or be empty.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// q4 or q8.
+    /// q4 or q8; as stored where not given.
     #[arg(long)]
-    pub weights: WeightFormat,
+    pub weights: Option<WeightFormat>,
     /// Values that share a scale in q4: 32, 64 or 128.
     #[arg(long)]
     pub group: Option<u16>,

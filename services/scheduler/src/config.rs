@@ -54,6 +54,17 @@ pub enum OfferPolicy {
     Full,
 }
 
+/// When waiting requests join the batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Batching {
+    /// At every step.
+    #[default]
+    Continuous,
+    /// When the batch before has ended; for comparison.
+    Static,
+}
+
 /// The configuration of one replica.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -72,6 +83,9 @@ pub struct Config {
     pub max_chunk: usize,
     /// Sequences in the batch at most.
     pub max_running: usize,
+    /// When waiting requests join the batch: `continuous`, at every step; `static`, when all of the batch before have
+    /// ended, which is there for comparison.
+    pub batching: Batching,
     /// Requests that may wait for their first step; further ones are refused.
     pub max_waiting: usize,
     /// KV blocks of 64 tokens. `None`: as many as `kv_memory_bytes` holds. Where the pool cannot hold one request of
@@ -157,6 +171,7 @@ impl Default for Config {
             token_budget: 512,
             max_chunk: 512,
             max_running: 64,
+            batching: Batching::default(),
             max_waiting: 1024,
             kv_blocks: None,
             kv_memory_bytes: None,

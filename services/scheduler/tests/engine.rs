@@ -5,6 +5,7 @@ mod common;
 
 use common::*;
 use futures::StreamExt;
+use moesaic_scheduler::config::Batching;
 use moesaic_scheduler::{Config, Scheduler};
 use moesaic_types::boundary::Replica;
 use moesaic_types::{ErrorCode, FinishReason, Grammar, Priority, StopConditions, TenantSalt};
@@ -82,6 +83,26 @@ async fn higher_priority_runs_first_and_equals_in_order() {
         read(stream).await.unwrap();
     }
     assert_eq!(*levers.starts.lock().unwrap(), [99, 3, 5, 1, 2, 4], "first tokens, in the order of service");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_joins_a_static_batch() {
+    for (batching, steps) in [(Batching::Static, 5 + 6 + 3), (Batching::Continuous, 4 + 6)] {
+        let levers: Arc<Levers> = Arc::default();
+        let scheduler = start(Config { max_running: 2, batching, ..config() }, &levers).await;
+        levers.hold();
+        let first = scheduler.generate(request([99, 7], 5)).await.unwrap();
+        levers.held().await;
+        let mut streams = vec![first];
+        for (token, length) in [(1, 3), (2, 6), (3, 3)] {
+            streams.push(scheduler.generate(request([token, 7], length)).await.unwrap());
+        }
+        levers.release();
+        for stream in streams {
+            read(stream).await.unwrap();
+        }
+        assert_eq!(levers.steps.load(Ordering::SeqCst), steps, "{batching:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

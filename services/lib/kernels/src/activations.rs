@@ -76,9 +76,81 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// Quantizes values in groups; the last group may be short.
+fn quantize(isa: Isa, group: usize, values: &[f32], out: &mut [u8]) {
+    let done = 0;
+    #[cfg(target_arch = "x86_64")]
+    let done = if isa.kind() >= crate::isa::Kind::Avx512 {
+        // SAFETY: tokens from this kind on are made only where the CPU has these parts of AVX-512.
+        unsafe { quantize_vectors(group, values, out) }
+    } else {
+        done
+    };
+    quantize_portable(isa, group, &values[done * group..], &mut out[done * (HEAD + group)..]);
+}
+
+/// As [`quantize`]; returns how many groups are done: all whole ones.
+///
+/// # Safety
+/// The CPU must have AVX-512 F, BW, VL and DQ.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn quantize_vectors(group: usize, values: &[f32], out: &mut [u8]) -> usize {
+    macro_rules! run {
+        ($($group:literal: $vectors:literal)*) => {
+            match group {
+                $($group => {
+                    let groups = values.as_chunks::<$group>().0.iter().zip(out.chunks_exact_mut(HEAD + $group));
+                    let done = groups.len();
+                    for (values, out) in groups {
+                        // SAFETY: a group has so many vectors of values, and as many codes behind its head.
+                        unsafe { quantize_group_vectors::<$vectors>(values.as_ptr(), out.as_mut_ptr()) };
+                    }
+                    done
+                })*
+                _ => 0,
+            }
+        };
+    }
+    run!(32: 2 64: 4 128: 8)
+}
+
+/// # Safety
+/// The CPU must have AVX-512 F, BW, VL and DQ; N vectors can be read, and [`HEAD`] bytes and N · 16 codes written.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[inline]
+unsafe fn quantize_group_vectors<const N: usize>(values: *const f32, out: *mut u8) {
+    use std::arch::x86_64::{
+        _mm_storeu_si128, _mm512_add_epi32, _mm512_and_si512, _mm512_castps_si512, _mm512_cvtepi32_epi8,
+        _mm512_cvtps_epi32, _mm512_loadu_ps, _mm512_max_epu32, _mm512_mul_ps, _mm512_reduce_add_epi32,
+        _mm512_reduce_max_epu32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
+    };
+    // SAFETY: N vectors can be read.
+    let vectors: [_; N] = std::array::from_fn(|i| unsafe { _mm512_loadu_ps(values.add(i * 16)) });
+    let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+    let mut largest = _mm512_setzero_si512();
+    for vector in vectors {
+        largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(vector), magnitude));
+    }
+    let (scale, inverse) = scale_of(f32::from_bits(_mm512_reduce_max_epu32(largest)));
+    let factor = _mm512_set1_ps(inverse);
+    let mut sums = _mm512_setzero_si512();
+    for (i, vector) in vectors.into_iter().enumerate() {
+        // to the nearest, ties to even; zero times infinity is no number, whose bits must not become a code
+        let codes =
+            if inverse == 0.0 { _mm512_setzero_si512() } else { _mm512_cvtps_epi32(_mm512_mul_ps(vector, factor)) };
+        sums = _mm512_add_epi32(sums, codes);
+        // SAFETY: N · 16 codes can be written behind the head.
+        unsafe { _mm_storeu_si128(out.add(HEAD + i * 16).cast(), _mm512_cvtepi32_epi8(codes)) };
+    }
+    // SAFETY: the head can be written.
+    write_head(scale, _mm512_reduce_add_epi32(sums), unsafe { &mut *out.cast() });
+}
+
 for_each_isa! {
-    /// Quantizes values in groups; the last group may be short.
-    fn quantize(group: usize, values: &[f32], out: &mut [u8]) => quantize_body
+    /// As [`quantize`].
+    fn quantize_portable(group: usize, values: &[f32], out: &mut [u8]) => quantize_body
 }
 
 #[inline(always)]
@@ -109,13 +181,7 @@ fn quantize_group<const N: usize>(parts: &[[f32; N]], out: &mut [u8]) {
             *l = (*l).max(v.to_bits() & 0x7fff_ffff);
         }
     }
-    let largest = f32::from_bits(largest.into_iter().fold(0, u32::max));
-    let scale = largest / 127.0;
-    let (scale, inverse) = match scale {
-        s if !s.is_finite() => (f32::NAN, 0.0),
-        s if s < f32::MIN_POSITIVE => (0.0, 0.0),
-        s => (s, 127.0 / largest),
-    };
+    let (scale, inverse) = scale_of(f32::from_bits(largest.into_iter().fold(0, u32::max)));
     let mut sum = 0i32;
     for (part, codes) in parts.iter().zip(codes.as_chunks_mut::<N>().0) {
         let mut rounded = [0i32; N];
@@ -129,6 +195,21 @@ fn quantize_group<const N: usize>(parts: &[[f32; N]], out: &mut [u8]) {
         }
         sum += rounded.into_iter().sum::<i32>();
     }
+    write_head(scale, sum, head.first_chunk_mut().expect("a group has a head"));
+}
+
+/// A group's scale and what its values are multiplied with, by its largest magnitude.
+#[inline(always)]
+fn scale_of(largest: f32) -> (f32, f32) {
+    match largest / 127.0 {
+        scale if !scale.is_finite() => (f32::NAN, 0.0),
+        scale if scale < f32::MIN_POSITIVE => (0.0, 0.0),
+        scale => (scale, 127.0 / largest),
+    }
+}
+
+#[inline(always)]
+fn write_head(scale: f32, sum: i32, head: &mut [u8; HEAD]) {
     head[..4].copy_from_slice(&scale.to_le_bytes());
     head[4..8].copy_from_slice(&(-8 * sum).to_le_bytes());
     head[8..12].copy_from_slice(&(-128 * sum).to_le_bytes());

@@ -4,16 +4,19 @@
 //! [`ActivationFormat::F32`] asks, the weights are expanded to f32. f32 and bf16: accumulation is f32 by fused
 //! multiply-add, k ascending, one accumulator an output element; largest error against f64: k · 2⁻²⁴ relative to Σ|x·w|.
 //! Either way the result's bits do not depend on m, on the tile or on the thread.
-//! Outline: a task is a few panels of 32 rows; tiles of up to 8 rows of x run over each panel with their accumulators in
+//! Outline: a task is a run of panels of 32 rows; tiles of up to 8 rows of x run over each panel with their accumulators in
 //! registers, and ask for the memory of the next panel on the way.
 use crate::activations::{ActivationFormat, Buffer, Form, Rows, with};
+use crate::inputs::{Buffers, Inputs};
 use crate::int8::{self, Ahead};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Kind;
 use crate::isa::{Isa, for_each_isa};
 use crate::packed::{self, Format, PANEL, PackedMatrix, expand_panel};
 use crate::pool::Pool;
+use crate::runs::Runs;
 use std::cell::Cell;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Rows of x in one tile at most.
@@ -35,7 +38,9 @@ impl Tile {
 
 thread_local! {
     /// The caller's quantized rows.
-    static ROWS: Cell<Buffer> = Cell::default();
+    static ROWS: Cell<Buffers> = Cell::default();
+    /// The caller's tasks: a product's index, and which of its panels.
+    static TASKS: Cell<Vec<(usize, Range<usize>)>> = Cell::default();
     /// A task's expanded panel.
     static LINES: Cell<Buffer> = Cell::default();
 }
@@ -78,6 +83,27 @@ impl<'a, T> Shared<'a, T> {
     }
 }
 
+/// A matrix product of [`Kernels::linears`].
+pub struct Product<'a> {
+    /// `[n, k]`.
+    pub weight: &'a PackedMatrix,
+    /// `[n]`.
+    pub bias: Option<&'a [f32]>,
+    /// `[m, n]`.
+    pub out: &'a mut [f32],
+}
+
+/// A product, ready to run.
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    weight: &'a PackedMatrix,
+    bias: Option<&'a [f32]>,
+    x: Rows<'a>,
+    form: Form,
+    m: usize,
+    out: Shared<'a>,
+}
+
 impl Kernels {
     /// Kernels on `threads` threads with the best instruction set; products with q8 and q4 take int8 activations.
     pub fn new(threads: usize) -> Self {
@@ -87,6 +113,11 @@ impl Kernels {
     /// Kernels with an instruction set of [`Isa::available`].
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
         Self { pool: Pool::new(threads), isa, activations: ActivationFormat::default() }
+    }
+
+    /// The instruction set.
+    pub fn isa(&self) -> Isa {
+        self.isa
     }
 
     /// The same kernels and threads with another format of activations.
@@ -101,56 +132,90 @@ impl Kernels {
         self.pool.advanced()
     }
 
+    /// Says which matrix the next product begins with, most likely: threads that wait meanwhile read ahead.
+    pub fn expect(&self, w: &PackedMatrix) {
+        self.pool.expect(w.storage().bytes());
+    }
+
     /// `out[m, n] = x[m, k] · Wᵀ + bias[n]`.
     ///
     /// # Panics
     /// When a slice's length is not what `m` and the matrix say.
     pub fn linear(&self, w: &PackedMatrix, x: &[f32], m: usize, bias: Option<&[f32]>, out: &mut [f32]) {
-        let (n, k) = (w.rows(), w.cols());
+        self.linears(x, m, [Product { weight: w, bias, out }]);
+    }
+
+    /// Products with the same x `[m, k]`: x is quantized once, and the threads meet once.
+    ///
+    /// # Panics
+    /// When a slice's length is not what `m` and its matrix say.
+    pub fn linears<const N: usize>(&self, x: &[f32], m: usize, products: [Product<'_>; N]) {
+        let Some(first) = products.first() else { return };
+        let k = first.weight.cols();
         assert_eq!(x.len(), m * k, "x is [m, k]");
-        assert_eq!(out.len(), m * n, "out is [m, n]");
-        assert!(bias.is_none_or(|b| b.len() == n), "bias is [n]");
-        with(&ROWS, |buffer| {
-            let form = Form::new(self.activations, w.format());
-            let x = self.rows(form, x, k, buffer);
-            let block = match form {
-                Form::Int8 { .. } => (BLOCK / form.row_bytes(k).max(1)).max(4 * TILE),
-                // weights that are expanded serve all rows
-                Form::Float => m.max(1),
-            };
-            let panels = w.panels();
-            // some tasks a thread, so that a late thread costs little; each worth its dispatch
-            let least = (16_384 / (PackedMatrix::packed_len(w.format(), PANEL, k) * m).max(1)).max(1);
-            let per_task = (panels / (self.pool.threads() * 8)).min(16).max(least);
-            let out = Shared::new(out);
-            self.pool.run(panels.div_ceil(per_task), &|task| {
-                let panels = task * per_task..((task + 1) * per_task).min(panels);
-                with(&LINES, |lines| {
-                    // rows of x that stay in a cache while the task's panels run over them
-                    for first_row in (0..m).step_by(block) {
-                        let rows = block.min(m - first_row);
-                        for index in panels.clone() {
-                            let next = (index + 1 < panels.end).then(|| w.panel(index + 1));
-                            let panel = Panel::new(self, w, index, rows, next, lines);
-                            let (first, width) = (index * PANEL, PANEL.min(n - index * PANEL));
-                            let bias = bias.map(|bias| &bias[first..first + width]);
-                            panel.for_each_tile(
-                                &x,
-                                |row| first_row + row,
-                                |row, values| {
-                                    // SAFETY: a panel's task writes that panel's columns only.
-                                    let out = unsafe { out.slice((first_row + row) * n + first, width) };
-                                    out.copy_from_slice(&values[..width]);
-                                    if let Some(bias) = bias {
-                                        out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
-                                    }
-                                },
-                            );
-                        }
-                    }
+        for Product { weight, bias, out } in &products {
+            assert_eq!(weight.cols(), k, "all matrices have k columns");
+            assert_eq!(out.len(), m * weight.rows(), "out is [m, n]");
+            assert!(bias.is_none_or(|b| b.len() == weight.rows()), "bias is [n]");
+        }
+        with(&ROWS, |buffers| {
+            let inputs = Inputs::new(self, x, k, buffers, products.iter().map(|product| product.weight));
+            let parts = products.map(|Product { weight, bias, out }| {
+                let form = Form::new(self.activations, weight.format());
+                Part { weight, bias, x: inputs.of(form), form, m, out: Shared::new(out) }
+            });
+            with(&TASKS, |tasks| {
+                tasks.clear();
+                let total = parts.iter().map(|part| part.weight.panels()).sum();
+                let mut runs = Runs::new(total, self.pool.threads());
+                for (index, part) in parts.iter().enumerate() {
+                    let panels = part.weight.panels();
+                    // each worth its dispatch; and where rows are many, panels that stay in a cache
+                    let worth = PackedMatrix::packed_len(part.weight.format(), PANEL, k) * m;
+                    let least = (16_384 / worth.max(1)).max(1);
+                    let most = if m > TILE { 16.max(least) } else { panels };
+                    runs.cut(panels, least, most, |run| tasks.push((index, run)));
+                }
+                let tasks = &*tasks;
+                self.pool.run(tasks.len(), &|task| {
+                    let (part, panels) = &tasks[task];
+                    with(&LINES, |lines| self.multiply(&parts[*part], panels.clone(), lines));
                 });
             });
         });
+    }
+
+    /// One task of a product: some panels over all rows.
+    fn multiply(&self, part: &Part<'_>, panels: Range<usize>, lines: &mut Buffer) {
+        let Part { weight: w, bias, x, form, m, out } = *part;
+        let (n, k) = (w.rows(), w.cols());
+        let block = match form {
+            Form::Int8 { .. } => (BLOCK / form.row_bytes(k).max(1)).max(4 * TILE),
+            // weights that are expanded serve all rows
+            Form::Float => m.max(1),
+        };
+        // rows of x that stay in a cache while the task's panels run over them
+        for first_row in (0..m).step_by(block) {
+            let rows = block.min(m - first_row);
+            for index in panels.clone() {
+                let next = (index + 1 < panels.end).then(|| w.panel(index + 1));
+                let panel = Panel::new(self, w, index, rows, next, lines);
+                let (first, width) = (index * PANEL, PANEL.min(n - index * PANEL));
+                let bias = bias.map(|bias| &bias[first..first + width]);
+                panel.for_each_tile(
+                    &x,
+                    |row| first_row + row,
+                    |row, values| {
+                        // SAFETY: a panel's task writes that panel's columns only.
+                        let out = unsafe { out.slice((first_row + row) * n + first, width) };
+                        out.copy_from_slice(&values[..width]);
+                        if let Some(bias) = bias {
+                            out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+                        }
+                    },
+                );
+            }
+        }
     }
 
     /// Rows of k values in a form; what is not there yet is written to the buffer.
@@ -237,9 +302,9 @@ impl<'a> Panel<'a> {
         }
     }
 
-    /// What pass `pass` of `passes` over this panel asks for: its part of the next panel. Where there is one pass only,
-    /// just what it reads: asking ahead fills the first cache's miss buffers, and the processor's own prefetcher into
-    /// the second one is faster (one thread, one token: 21 in place of 14 GB/s).
+    /// What pass `pass` of `passes` over this panel asks for, into the second cache: its part of the next panel. Where
+    /// there is one pass only, just what it reads: asking ahead fills the first cache's miss buffers, and the
+    /// processor's own prefetcher into the second one is faster.
     fn ahead(&self, bytes: &[u8], pass: usize, passes: usize) -> Ahead {
         let from = if passes > 1 { self.next.wrapping_add(bytes.len() / passes * pass) } else { bytes.as_ptr() };
         Ahead { from, step: packed::LINE / passes.min(packed::LINE) }

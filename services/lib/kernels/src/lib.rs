@@ -14,18 +14,20 @@ pub mod elementwise;
 #[cfg(target_arch = "x86_64")]
 mod fused;
 pub mod gemm;
+mod inputs;
 mod int8;
 pub mod isa;
 pub mod moe;
 pub mod packed;
 pub mod pool;
 mod rows;
+mod runs;
 pub mod storage;
 
 pub use activation::Activation;
 pub use activations::ActivationFormat;
 pub use attention::{AttentionCall, AttentionSequence, KvFormat, KvLayer, KvShape};
-pub use gemm::Kernels;
+pub use gemm::{Kernels, Product};
 pub use isa::Isa;
 pub use moe::ExpertWeights;
 pub use packed::{Format, PackedMatrix};

@@ -10,10 +10,15 @@ use crate::Error;
 use crate::activation::{Activation, gate_all};
 use crate::activations::{Buffer, Form, Rows, with};
 use crate::gemm::{Kernels, Panel, Shared, TILE, Tile};
+use crate::inputs::{Buffers, Inputs};
 use crate::packed::{PANEL, PackedMatrix};
+use crate::runs::Runs;
 use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Sums of one task.
+const SUMS: usize = 64 << 10;
 
 /// One gated feed-forward network.
 #[derive(Clone)]
@@ -59,8 +64,9 @@ struct Workspace {
     weights: Vec<f32>,
     groups: Vec<Group>,
     parts: Vec<Part>,
-    /// x for weights in groups of 32, 64 and 128.
-    x: [Buffer; 3],
+    /// Panels of down, by task.
+    columns: Vec<Range<usize>>,
+    x: Buffers,
     inner: Buffer,
 }
 
@@ -75,45 +81,6 @@ struct Scratch {
 thread_local! {
     static WORKSPACE: Cell<Workspace> = Cell::default();
     static SCRATCH: Cell<Scratch> = Cell::default();
-}
-
-/// x in the forms that some expert reads.
-struct Inputs<'a> {
-    float: Rows<'a>,
-    int8: [Option<Rows<'a>>; 3],
-}
-
-impl<'a> Inputs<'a> {
-    fn new<'e>(
-        kernels: &Kernels,
-        x: &'a [f32],
-        k: usize,
-        buffers: &'a mut [Buffer; 3],
-        matrices: impl Iterator<Item = &'e PackedMatrix>,
-    ) -> Self {
-        let mut wanted = [false; 3];
-        for matrix in matrices {
-            if let Form::Int8 { group } = Form::new(kernels.activations, matrix.format()) {
-                wanted[Self::place(group)] = true;
-            }
-        }
-        let mut int8 = [None; 3];
-        for (place, buffer) in buffers.iter_mut().enumerate().filter(|(place, _)| wanted[*place]) {
-            int8[place] = Some(kernels.rows(Form::Int8 { group: 32 << place }, x, k, buffer));
-        }
-        Self { float: Rows::new(Form::Float, k, bytemuck::cast_slice(x)), int8 }
-    }
-
-    fn place(group: usize) -> usize {
-        (group / 64).min(2)
-    }
-
-    fn of(&self, form: Form) -> Rows<'a> {
-        match form {
-            Form::Float => self.float,
-            Form::Int8 { group } => self.int8[Self::place(group)].expect("made for every matrix"),
-        }
-    }
 }
 
 /// Where the results go.
@@ -206,7 +173,7 @@ impl Kernels {
         routed: bool,
         out: &mut [f32],
     ) {
-        let Workspace { tokens, weights, groups, parts, x: buffers, inner, .. } = work;
+        let Workspace { tokens, weights, groups, parts, columns, x: buffers, inner, .. } = work;
         let mut total = 0;
         let mut units = 0;
         for group in groups.iter_mut() {
@@ -219,18 +186,19 @@ impl Kernels {
             total += group.rows * self.down_form(w).row_bytes(inter);
             units += w.up.panels().div_ceil(self.unit(w));
         }
-        // some parts a thread, so that a late thread costs little
-        let per_part = (units / (self.pool.threads() * 8)).max(1);
+        let mut runs = Runs::new(units, self.pool.threads());
         parts.clear();
         for (index, group) in groups.iter().enumerate() {
             let w = weights_of(group.expert);
-            let panels = w.up.panels();
-            let parts_here = panels.div_ceil(self.unit(w)).div_ceil(per_part);
-            let length = panels.div_ceil(parts_here.max(1)).next_multiple_of(self.unit(w)).max(1);
-            for first in (0..panels).step_by(length) {
-                let panels = length.min(panels - first) as u32;
-                parts.push(Part { group: index as u32, first: first as u32, panels });
-            }
+            let (panels, unit) = (w.up.panels(), self.unit(w));
+            let units = panels.div_ceil(unit);
+            runs.cut(units, 1, units, |run| {
+                let (first, end) = (run.start * unit, (run.end * unit).min(panels));
+                parts.push(Part { group: index as u32, first: first as u32, panels: (end - first) as u32 });
+            });
+        }
+        if let Some(group) = groups.first() {
+            self.expect(&weights_of(group.expert).gate);
         }
         let matrices = groups.iter().flat_map(|group| {
             let w = weights_of(group.expert);
@@ -255,7 +223,7 @@ impl Kernels {
             Some(tokens) => Sink::Tokens { tokens, weights },
             None => Sink::Rows,
         };
-        self.down(weights_of, groups, inner, &sink, out);
+        self.down(weights_of, groups, inner, &sink, columns, out);
     }
 
     /// The form in which the inner rows are kept.
@@ -333,23 +301,27 @@ impl Kernels {
         }
     }
 
-    /// Down over all groups, to the output.
+    /// Down over all groups, to the output; the vector is for its tasks.
     fn down<'a>(
         &self,
         weights_of: &(dyn Fn(u32) -> &'a ExpertWeights + Sync),
         groups: &[Group],
         inner: &[u8],
         sink: &Sink<'_>,
+        tasks: &mut Vec<Range<usize>>,
         out: &mut [f32],
     ) {
-        let Some(first) = groups.first() else { return out.fill(0.0) };
-        let width = weights_of(first.expert).down.rows();
+        let Some(group) = groups.first() else { return out.fill(0.0) };
+        let width = weights_of(group.expert).down.rows();
         let panels = width.div_ceil(PANEL);
-        let per_task = (panels / (self.pool.threads() * 4)).clamp(1, 4);
         let rows_out = out.len() / width.max(1);
+        // sums of a task that stay in a cache
+        let most = (SUMS / (rows_out * PANEL).max(1)).max(1);
+        tasks.clear();
+        Runs::new(panels, self.pool.threads()).cut(panels, 1, most, |run| tasks.push(run));
         let out = Shared::new(out);
-        self.pool.run(panels.div_ceil(per_task), &|task| {
-            let range = task * per_task..((task + 1) * per_task).min(panels);
+        self.pool.run(tasks.len(), &|task| {
+            let range = tasks[task].clone();
             let columns = range.start * PANEL..(range.end * PANEL).min(width);
             with(&SCRATCH, |scratch| {
                 // sums grow in memory of our own: rows of the output are far apart, often by a power of two, so that

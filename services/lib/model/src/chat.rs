@@ -1,7 +1,8 @@
 //! Chat templates: Jinja, rendered as Hugging Face's libraries render them.
 mod python;
 
-use crate::source::gguf::{GgufSource, Metadata};
+use crate::source::gguf::{Head, Metadata};
+use crate::source::gguf_file;
 use crate::{Error, Result};
 use minijinja::{Environment, ErrorKind, syntax::SyntaxConfig, value::Serde};
 use serde_json::{Map, Value};
@@ -39,7 +40,10 @@ impl ChatTemplate {
     /// # Errors
     /// As [`Self::from_dir`] and [`Self::from_gguf`].
     pub fn open(model: &Path) -> Result<Self> {
-        if model.is_dir() { Self::from_dir(model) } else { Self::from_gguf(model, GgufSource::open(model)?.metadata()) }
+        match gguf_file(model) {
+            Some(file) => Self::from_gguf(&file, &Head::read(&file)?.metadata),
+            None => Self::from_dir(model),
+        }
     }
 
     /// Reads `chat_template.jinja` and `additional_chat_templates/`, else `chat_template` of `tokenizer_config.json`

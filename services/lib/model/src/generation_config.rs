@@ -1,6 +1,6 @@
 //! A model's own sampling defaults and end-of-sequence tokens.
-use crate::source::gguf::GgufSource;
-use crate::source::read_json;
+use crate::source::gguf::Head;
+use crate::source::{gguf_file, read_json};
 use crate::spec::Config;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
@@ -79,7 +79,14 @@ impl GenerationConfig {
 /// `Io`, `Corrupt` or `Config`, naming the file and the key.
 pub fn end_tokens(model: &Path, vocab: usize, tokenizer: &Tokenizer) -> Result<Vec<TokenId>> {
     let mut tokens = Ends { vocab, found: Vec::new() };
-    if model.is_dir() {
+    if let Some(file) = gguf_file(model) {
+        let metadata = Head::read(&file)?.metadata;
+        for key in GGUF_ENDS {
+            if let Some(token) = metadata.get_u64(key) {
+                tokens.add(&file, key, &token.into())?;
+            }
+        }
+    } else {
         for name in [FILE, "config.json"] {
             let path = model.join(name);
             if path.is_file() {
@@ -95,13 +102,6 @@ pub fn end_tokens(model: &Path, vocab: usize, tokenizer: &Tokenizer) -> Result<V
             let text = eos.as_str().or_else(|| eos["content"].as_str());
             if let Some(token) = text.and_then(|text| tokenizer.token_id(text)) {
                 tokens.add(&path, "eos_token", &token.into())?;
-            }
-        }
-    } else {
-        let source = GgufSource::open(model)?;
-        for key in GGUF_ENDS {
-            if let Some(token) = source.metadata().get_u64(key) {
-                tokens.add(model, key, &token.into())?;
             }
         }
     }

@@ -4,7 +4,8 @@
 //! it, under its own name, and loading takes it from the map as it is.
 use crate::backend::{FfnMatrices, Loader, Matrix};
 use crate::decoder::visit;
-use crate::source::packed::{DATA, Entry, INDEX, Index, RAW, RAW_BF16, VERSION};
+use crate::source::gguf::{Head, Metadata};
+use crate::source::packed::{DATA, Entry, INDEX, Index, METADATA, RAW, RAW_BF16, VERSION};
 use crate::source::{self, Dtype, TensorInfo, WeightSource, corrupt, elements};
 use crate::spec::{self, Norm};
 use crate::{Error, Result};
@@ -38,17 +39,22 @@ pub struct Report {
 
 /// Writes `out`: each matrix as loading with `--weights format` holds it (the embedding in bf16, the output matrix never
 /// below q8, gates in f32), vectors as they are (f16 as f32), and the model's small files. Tensors that the model does
-/// not use are left out. Memory: one matrix at a time, or one expert of a transposed stack. `progress(done, total,
+/// not use are left out. Without `format` matrices stay as they are stored, where that can be multiplied with. A GGUF
+/// file's head becomes a file of its own. Memory: one matrix at a time, or one expert of a transposed stack. `progress(done, total,
 /// tensor)` counts bytes.
 ///
 /// # Errors
-/// `Corrupt` when `out` is not empty or the model is a GGUF file; what the source says; `Io` for the files written.
-pub fn quantize(model: &Path, out: &Path, format: WeightFormat, progress: &dyn Fn(u64, u64, &str)) -> Result<Report> {
+/// `Corrupt` when `out` is not empty; what the source says; `Io` for the files written.
+pub fn quantize(
+    model: &Path,
+    out: &Path,
+    format: Option<WeightFormat>,
+    progress: &dyn Fn(u64, u64, &str),
+) -> Result<Report> {
     let source = source::open(model)?;
-    if source.gguf().is_some() {
-        return Err(corrupt(model, "is GGUF, which is quantized already; serve it as it is with --weights q4 or q8"));
-    }
-    let spec = spec::read(model, &*source)?;
+    let watched = Watched { source: &*source, read: Mutex::default() };
+    // a GGUF file keeps part of its configuration in tensors; of a folder they are only compared
+    let spec = spec::read(model, if source.gguf().is_some() { &watched } else { &*source })?;
     std::fs::create_dir_all(out).map_err(io(out))?;
     if std::fs::read_dir(out).map_err(io(out))?.next().is_some() {
         return Err(corrupt(out, "is not empty; name a new folder"));
@@ -58,8 +64,7 @@ pub fn quantize(model: &Path, out: &Path, format: WeightFormat, progress: &dyn F
     let file = BufWriter::new(File::create(&partial).map_err(io(&partial))?);
     let state = State { file, offset: 0, entries: Vec::new(), packed: BTreeSet::new(), done: 0 };
     let writer = Writer { state: RefCell::new(state), path: partial.clone(), total, progress };
-    let watched = Watched { source: &*source, read: Mutex::default() };
-    visit(&watched, &spec, Some(format), &writer)?;
+    visit(&watched, &spec, format, &writer)?;
     let mut state = writer.state.into_inner();
     let packed = state.entries.len();
     let read = watched.read.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -71,7 +76,12 @@ pub fn quantize(model: &Path, out: &Path, format: WeightFormat, progress: &dyn F
     progress(total, total, "");
     let file = state.file.into_inner().map_err(|e| io(&partial)(e.into_error()))?;
     file.sync_all().map_err(io(&partial))?;
-    copy_small_files(model, out)?;
+    match source::gguf_file(model) {
+        Some(file) => {
+            std::fs::write(out.join(METADATA), Head::read(&file)?.bytes).map_err(io(out))?;
+        }
+        None => copy_small_files(model, out)?,
+    }
     std::fs::rename(&partial, out.join(DATA)).map_err(io(&partial))?;
     let report = Report { tensors: state.entries.len(), packed, bytes_in: total, bytes_out: state.offset as u64 };
     // the index last: a folder without it is not taken for a model
@@ -121,6 +131,10 @@ impl WeightSource for Watched<'_> {
 
     fn read_codes(&self, name: &str, start: usize, scales: &mut [f16], codes: &mut [i8]) -> Result<()> {
         self.source.read_codes(name, start, scales, codes)
+    }
+
+    fn gguf(&self) -> Option<&Metadata> {
+        self.source.gguf()
     }
 
     fn packed(&self, name: &str) -> Result<Option<PackedMatrix>> {

@@ -1,7 +1,8 @@
 //! Text to tokens and back.
 mod gguf;
 
-use crate::source::gguf::{GgufSource, Metadata};
+use crate::source::gguf::{Head, Metadata};
+use crate::source::gguf_file;
 use crate::{Error, Result};
 use moesaic_types::TokenId;
 use serde_json::Value;
@@ -28,7 +29,10 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::from_dir`] and [`Self::from_gguf`].
     pub fn open(model: &Path) -> Result<Self> {
-        if model.is_dir() { Self::from_dir(model) } else { Self::from_gguf(model, GgufSource::open(model)?.metadata()) }
+        match gguf_file(model) {
+            Some(file) => Self::from_gguf(&file, &Head::read(&file)?.metadata),
+            None => Self::from_dir(model),
+        }
     }
 
     /// Builds the tokenizer that GGUF metadata describes; `path` is for messages.

@@ -112,7 +112,7 @@ fn mxfp4_models_answer_as_the_plain_ones() {
     }
     for format in [WeightFormat::Q8, Q4] {
         let out = folder.path().join(format.to_string());
-        quantize(&compressed, &out, format, &|_, _, _| {}).unwrap();
+        quantize(&compressed, &out, Some(format), &|_, _, _| {}).unwrap();
         let (mapped, fresh) = (held(&out, None).unwrap(), held(&compressed, Some(format)).unwrap());
         assert!(mapped.keys().eq(fresh.keys()));
         for (name, (held, in_map, values)) in &mapped {
@@ -294,7 +294,7 @@ fn fp8_models_are_quantized_like_plain_ones() {
     deepseek(folder.path());
     for format in [WeightFormat::Q8, Q4] {
         let out = folder.path().join(format.to_string());
-        quantize(&folder.path().join("fp8"), &out, format, &|_, _, _| {}).unwrap();
+        quantize(&folder.path().join("fp8"), &out, Some(format), &|_, _, _| {}).unwrap();
         assert_eq!(logits(&out, None), logits(&folder.path().join("plain"), Some(format)));
         assert!(held(&out, None).unwrap().values().all(|(_, mapped, _)| *mapped));
     }

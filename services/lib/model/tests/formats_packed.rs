@@ -23,7 +23,7 @@ fn root() -> PathBuf {
 fn packed(model: &Path, format: WeightFormat) -> (tempfile::TempDir, PathBuf, Report) {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
-    let report = quantize(model, &out, format, &|_, _, _| {}).unwrap();
+    let report = quantize(model, &out, Some(format), &|_, _, _| {}).unwrap();
     (folder, out, report)
 }
 
@@ -150,7 +150,8 @@ fn the_demo_model_packed_stays_close_to_its_reference() {
     for (format, part) in [(WeightFormat::Q8, 0.7), (WeightFormat::Q4 { group: 32 }, 0.5)] {
         let steps = RefCell::new(Vec::new());
         let folder = tempfile::tempdir().unwrap();
-        let report = quantize(&model, folder.path(), format, &|done, total, _| steps.borrow_mut().push((done, total)));
+        let report =
+            quantize(&model, folder.path(), Some(format), &|done, total, _| steps.borrow_mut().push((done, total)));
         let report = report.unwrap();
         assert!((report.bytes_out as f64) < part * report.bytes_in as f64, "{report:?}");
         let steps = steps.into_inner();
@@ -168,7 +169,7 @@ fn the_demo_model_packed_stays_close_to_its_reference() {
             assert_eq!(std::fs::read(folder.path().join(name)).unwrap(), std::fs::read(model.join(name)).unwrap());
         }
         assert!(!folder.path().join("model.safetensors").exists());
-        let error = quantize(&model, folder.path(), format, &|_, _, _| {}).unwrap_err().to_string();
+        let error = quantize(&model, folder.path(), Some(format), &|_, _, _| {}).unwrap_err().to_string();
         assert!(error.contains("not empty"), "{error}");
     }
 }
@@ -244,7 +245,7 @@ fn an_unreadable_model_leaves_no_folder_that_looks_like_one() {
     std::fs::write(model.path().join("model.safetensors"), bytes).unwrap();
     std::fs::copy(root().join("tests/goldens/llama_dense/config.json"), model.path().join("config.json")).unwrap();
     let out = model.path().join("out");
-    let error = quantize(model.path(), &out, WeightFormat::Q8, &|_, _, _| {}).unwrap_err().to_string();
+    let error = quantize(model.path(), &out, Some(WeightFormat::Q8), &|_, _, _| {}).unwrap_err().to_string();
     assert!(error.contains(name) && error.contains("I16"), "{error}");
     assert!(!out.join(INDEX).exists() && source::open(&out).is_err());
 }

@@ -85,7 +85,7 @@ fn packing_keeps_the_names_and_the_answers() {
         let folder = tempfile::tempdir().unwrap();
         let (bare, packed) = (folder.path().join("bare"), folder.path().join("packed"));
         write(&bare, name, true);
-        quantize(&bare, &packed, WeightFormat::Q8, &|_, _, _| {}).unwrap();
+        quantize(&bare, &packed, Some(WeightFormat::Q8), &|_, _, _| {}).unwrap();
         let reports = [&packed, &golden_folder(name)]
             .map(|folder| serde_json::to_value(check(folder, name, BackendKind::Native, WeightFormat::Q8)).unwrap());
         assert_eq!(reports[0], reports[1], "{name}");

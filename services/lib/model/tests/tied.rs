@@ -39,7 +39,7 @@ fn an_output_matrix_of_its_own_is_used_although_the_configuration_ties() {
         assert!(report.passed, "{kind:?}: {report}");
     }
     let packed = folder.path().join("packed");
-    quantize(folder.path(), &packed, WeightFormat::Q8, &|_, _, _| {}).unwrap();
+    quantize(folder.path(), &packed, Some(WeightFormat::Q8), &|_, _, _| {}).unwrap();
     assert!(!is_tied(&packed), "the packed folder has the output matrix too");
 }
 
@@ -53,7 +53,7 @@ fn a_copy_of_the_embedding_is_the_embedding() {
     tensors.write(folder.path(), &config);
     assert!(is_tied(folder.path()));
     let packed = folder.path().join("packed");
-    quantize(folder.path(), &packed, WeightFormat::Q8, &|_, _, _| {}).unwrap();
+    quantize(folder.path(), &packed, Some(WeightFormat::Q8), &|_, _, _| {}).unwrap();
     assert!(is_tied(&packed));
     assert!(source::open(&packed).unwrap().info(OUTPUT).is_none());
     config["tie_word_embeddings"] = false.into();

@@ -6,12 +6,13 @@ use std::process::ExitCode;
 
 pub fn run(args: args::Quantize) -> Result<ExitCode> {
     let format = match (args.weights, args.group) {
-        (WeightFormat::Q4 { .. }, Some(group @ (32 | 64 | 128))) => WeightFormat::Q4 { group },
-        (WeightFormat::Q4 { .. }, Some(group)) => bail!("--group {group}: use 32, 64 or 128"),
-        (format @ WeightFormat::Q4 { .. }, None) => format,
-        (WeightFormat::Q8, None | Some(32)) => WeightFormat::Q8,
-        (WeightFormat::Q8, Some(group)) => bail!("--group {group}: q8 has groups of 32"),
-        (format, _) => bail!("--weights {format}: use q4 or q8"),
+        (Some(WeightFormat::Q4 { .. }), Some(group @ (32 | 64 | 128))) => Some(WeightFormat::Q4 { group }),
+        (Some(WeightFormat::Q4 { .. }), Some(group)) => bail!("--group {group}: use 32, 64 or 128"),
+        (format @ (Some(WeightFormat::Q4 { .. }) | None), None) => format,
+        (Some(WeightFormat::Q8), None | Some(32)) => Some(WeightFormat::Q8),
+        (Some(WeightFormat::Q8), Some(group)) => bail!("--group {group}: q8 has groups of 32"),
+        (Some(format), _) => bail!("--weights {format}: use q4 or q8"),
+        (None, Some(group)) => bail!("--group {group}: is for --weights q4"),
     };
     let bar = Bar::new("quantize");
     let report = moesaic_model::quantize::quantize(&args.model, &args.out, format, &|done, total, _tensor| {
@@ -19,11 +20,12 @@ pub fn run(args: args::Quantize) -> Result<ExitCode> {
     })?;
     bar.finish();
     println!(
-        "{}: {} tensors, {:.1} MiB -> {:.1} MiB ({format}), peak memory {:.1} MiB",
+        "{}: {} tensors, {:.1} MiB -> {:.1} MiB ({}), peak memory {:.1} MiB",
         args.out.display(),
         report.tensors,
         report.bytes_in as f64 / 1048576.0,
         report.bytes_out as f64 / 1048576.0,
+        format.map_or_else(|| "as stored".to_owned(), |format| format.to_string()),
         super::bench::peak_rss_bytes()? as f64 / 1048576.0,
     );
     Ok(ExitCode::SUCCESS)

@@ -168,6 +168,8 @@ pub struct Engine {
     pool: BlockPool,
     sequences: BTreeMap<u64, Sequence>,
     arrivals: u64,
+    /// Who belongs to the batch, where batches are static.
+    members: Vec<u64>,
     commands: Receiver<Command>,
     replies: SyncSender<Command>,
     stop: Arc<AtomicBool>,
@@ -239,6 +241,7 @@ impl Engine {
             pool: BlockPool::new(kv_blocks),
             sequences: BTreeMap::new(),
             arrivals: 0,
+            members: Vec::new(),
             commands,
             replies,
             stop,

@@ -1,5 +1,6 @@
 //! One step: carry out a plan, run the model, choose tokens, hand them over.
 use super::{Engine, Fetched, Phase, Sequence};
+use crate::config::Batching;
 use crate::planner::{self, Limits, Plan, Running, Waiting};
 use crate::pool::BlockIndex;
 use moesaic_model::{LogitsWanted, SequenceChunk};
@@ -125,13 +126,19 @@ impl Engine {
         for sequence in self.sequences.values_mut().filter(|s| s.phase == Phase::Waiting) {
             sequence.promoted |= sequence.waiting_since.elapsed() > promote_after;
         }
+        let is_static = self.parts.config.batching == Batching::Static;
+        let closed = is_static && !batch.is_empty();
         let mut queue: Vec<_> = self
             .in_phase(Phase::Waiting)
+            .filter(|(key, _)| !closed || self.members.contains(key))
             .map(|(key, s)| (Reverse(s.promoted), Reverse(s.request.priority), key))
             .collect();
         queue.sort_unstable();
         let places = limits.max_running.saturating_sub(batch.len()).max(MIN_CANDIDATES);
-        let next = queue.into_iter().map(|(_, _, key)| key).take(places).collect();
+        let next: Vec<u64> = queue.into_iter().map(|(_, _, key)| key).take(places).collect();
+        if is_static && batch.is_empty() {
+            self.members = next.iter().copied().take(limits.max_running).collect();
+        }
         let queue = self.fetch_for(next, places);
         let queue: Vec<Waiting> = queue.into_iter().map(|key| self.waiting(key)).collect();
         planner::plan(&batch, &queue, &limits)

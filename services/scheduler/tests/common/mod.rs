@@ -36,7 +36,8 @@ pub struct Levers {
     pub lose_experts_every: AtomicUsize,
     /// Steps that failed so.
     pub lost: AtomicUsize,
-    steps: AtomicUsize,
+    /// Steps that were run.
+    pub steps: AtomicUsize,
     /// Steps that spoil the keys and values of their first sequence's tokens; every later row over these is NaN.
     pub poison: AtomicUsize,
     /// Blocks leave it spoiled, so that every row over these is NaN.

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+mod ahead;
 mod gate;
 pub mod numa;
 mod sleep;
@@ -20,6 +21,7 @@ mod spin;
 #[cfg(test)]
 mod tests;
 
+use ahead::Ahead;
 use gate::{Call, Gate, MAX_TASKS, MAX_THREADS};
 use sleep::Sleepers;
 
@@ -31,6 +33,7 @@ struct Ended(AtomicU64);
 
 struct Shared {
     gate: Gate,
+    ahead: Ahead,
     sleepers: Sleepers,
     panicked: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -80,6 +83,7 @@ impl Shared {
     fn new(threads: usize) -> Self {
         Self {
             gate: Gate::new(),
+            ahead: Ahead::new(),
             sleepers: Sleepers::new(threads),
             panicked: AtomicBool::new(false),
             panic: Mutex::new(None),
@@ -114,7 +118,14 @@ impl Shared {
         self.sleepers.introduce(index);
         let mut waiting = spin::Waiting::new();
         loop {
-            if !waiting.until(|| self.gate.calls(index, Ordering::Relaxed)) {
+            let called = || {
+                let calls = self.gate.calls(index, Ordering::Relaxed);
+                if !calls {
+                    self.ahead.fetch_some();
+                }
+                calls
+            };
+            if !waiting.until(called) {
                 self.sleepers.sleep(index, |order| self.gate.calls(index, order));
             }
             match self.gate.sign_in(index) {
@@ -188,6 +199,14 @@ impl Pool {
     /// Tasks that ended so far: any thread sees by it whether a long computation gets on.
     pub fn advanced(&self) -> u64 {
         self.shared.ended.iter().map(|ended| ended.0.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Says what the next region will read first, most likely: threads that wait for it ask for a part of that memory.
+    /// A hint; it changes no result.
+    pub fn expect(&self, bytes: &[u8]) {
+        if !self.workers.is_empty() {
+            self.shared.ahead.expect(bytes);
+        }
     }
 
     /// Calls `task` with 0..tasks, each once, on all threads. Several callers take turns.

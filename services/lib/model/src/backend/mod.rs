@@ -170,6 +170,13 @@ pub trait Backend: Loader + Send + Sync + Sized + 'static {
     fn norm(&self, norm: &Self::Norm, x: &Self::Tensor) -> Result<Self::Tensor>;
     /// `x Wᵀ + bias`.
     fn linear(&self, linear: &Self::Linear, x: &Self::Tensor) -> Result<Self::Tensor>;
+    /// The same with several matrices, which a device may run at once.
+    fn linears<const N: usize>(&self, linears: [&Self::Linear; N], x: &Self::Tensor) -> Result<[Self::Tensor; N]> {
+        let all = linears.iter().map(|linear| self.linear(linear, x)).collect::<Result<Vec<_>>>()?;
+        Ok(all.try_into().unwrap_or_else(|_| unreachable!("as many results as matrices")))
+    }
+    /// Says which matrix is needed next, most likely; a hint for a device that can read ahead.
+    fn expect(&self, _linear: &Self::Linear) {}
     /// Applies a matrix of its own to each head's columns.
     fn linear_by_head(&self, linears: &[Self::Linear], x: &Self::Tensor) -> Result<Self::Tensor>;
     /// Cosines and sines `[rows, pairs]`, for pairs of neighbours or of halves.

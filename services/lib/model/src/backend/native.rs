@@ -2,10 +2,13 @@
 //!
 //! Deterministic: every operation computes a row in an order that does not depend on the other rows, so a request's
 //! logits are bit-identical whatever the batch and the chunking.
+mod buffers;
+
 use super::{Activations, AttentionCall, AttentionSequence, Backend, FfnMatrices, KvLayout, Loader, Matrix};
 use crate::Result;
 use crate::spec::{Activation, Norm, NormKind};
-use moesaic_kernels::{self as kernels, ExpertWeights, Kernels, KvLayer, KvShape, PackedMatrix, elementwise};
+use buffers::Values;
+use moesaic_kernels::{self as kernels, ExpertWeights, Kernels, KvLayer, KvShape, PackedMatrix, Product, elementwise};
 use moesaic_types::{BLOCK_TOKENS, KvFormat, Routing};
 use std::sync::Arc;
 
@@ -14,18 +17,23 @@ pub struct NativeBackend {
     kernels: Kernels,
 }
 
-/// Rows of f32 in memory.
-#[derive(Clone, Debug, PartialEq)]
+/// Rows of f32 in memory, which is kept for later ones.
+#[derive(Debug)]
 pub struct Rows {
-    /// Row-major values.
-    pub values: Vec<f32>,
+    /// Row-major.
+    values: Values,
     /// Columns.
-    pub cols: usize,
+    cols: usize,
 }
 
 impl Rows {
+    /// Rows of any content.
+    fn new(rows: usize, cols: usize) -> Self {
+        Self { values: Values::new(rows * cols), cols }
+    }
+
     /// How many rows.
-    pub fn count(&self) -> usize {
+    fn count(&self) -> usize {
         self.values.len() / self.cols.max(1)
     }
 }
@@ -181,56 +189,69 @@ impl Backend for NativeBackend {
     }
 
     fn to_device(&self, values: Vec<f32>, cols: usize) -> Result<Rows> {
-        Ok(Rows { values, cols })
+        Ok(Rows { values: values.into(), cols })
     }
 
     fn to_host(&self, x: &Rows) -> Result<Vec<f32>> {
-        Ok(x.values.clone())
+        Ok(x.values.to_vec())
     }
 
     fn embed(&self, embedding: &Self::Embedding, tokens: &[u32]) -> Result<Rows> {
         let cols = embedding.cols();
-        let mut values = vec![0.0; tokens.len() * cols];
-        self.kernels.by_rows(&mut values, cols, &|first, rows| {
+        let mut out = Rows::new(tokens.len(), cols);
+        self.kernels.by_rows(&mut out.values, cols, &|first, rows| {
             for (&token, row) in tokens[first..].iter().zip(rows.chunks_exact_mut(cols)) {
                 embedding.dequantize_row(token as usize, row);
             }
         });
-        Ok(Rows { values, cols })
+        Ok(out)
     }
 
     fn norm(&self, weights: &NormWeights, x: &Rows) -> Result<Rows> {
-        let mut values = vec![0.0; x.values.len()];
+        let isa = self.kernels.isa();
+        let mut out = Rows::new(x.count(), x.cols);
         let NormWeights { norm, weight, bias } = weights;
-        self.kernels.by_rows(&mut values, x.cols, &|first, out| {
+        self.kernels.by_rows(&mut out.values, x.cols, &|first, out| {
             let x = &x.values[first * x.cols..][..out.len()];
             match norm.kind {
-                NormKind::Rms => elementwise::rms_norm(x, weight, norm.eps, out),
-                NormKind::Layer => elementwise::layer_norm(x, weight, bias.as_deref(), norm.eps, out),
+                NormKind::Rms => elementwise::rms_norm(isa, x, weight, norm.eps, out),
+                NormKind::Layer => elementwise::layer_norm(isa, x, weight, bias.as_deref(), norm.eps, out),
             }
         });
-        Ok(Rows { values, cols: x.cols })
+        Ok(out)
     }
 
     fn linear(&self, linear: &Linear, x: &Rows) -> Result<Rows> {
-        let (rows, cols) = (x.count(), linear.weight.rows());
-        let mut values = vec![0.0; rows * cols];
-        self.kernels.linear(&linear.weight, &x.values, rows, linear.bias.as_deref(), &mut values);
-        Ok(Rows { values, cols })
+        let [out] = self.linears([linear], x)?;
+        Ok(out)
+    }
+
+    fn linears<const N: usize>(&self, linears: [&Linear; N], x: &Rows) -> Result<[Rows; N]> {
+        let mut all = linears.map(|linear| Rows::new(x.count(), linear.weight.rows()));
+        let mut outs = all.iter_mut();
+        let products = linears.map(|Linear { weight, bias }| {
+            let out = &mut outs.next().expect("as many results as matrices").values;
+            Product { weight, bias: bias.as_deref(), out }
+        });
+        self.kernels.linears(&x.values, x.count(), products);
+        Ok(all)
+    }
+
+    fn expect(&self, linear: &Linear) {
+        self.kernels.expect(&linear.weight);
     }
 
     fn linear_by_head(&self, linears: &[Linear], x: &Rows) -> Result<Rows> {
         let width = x.cols / linears.len();
         let out = linears.first().map_or(0, |linear| linear.weight.rows());
-        let cols = out * linears.len();
-        let mut values = vec![0.0; x.count() * cols];
+        let mut all = Rows::new(x.count(), out * linears.len());
         for (head, linear) in linears.iter().enumerate() {
             let part = self.linear(linear, &self.columns(x, 1, head * width, width)?)?;
-            for (row, part) in values.chunks_exact_mut(cols).zip(part.values.chunks_exact(out)) {
+            for (row, part) in all.values.chunks_exact_mut(all.cols).zip(part.values.chunks_exact(out)) {
                 row[head * out..][..out].copy_from_slice(part);
             }
         }
-        Ok(Rows { values, cols })
+        Ok(all)
     }
 
     fn rotation(&self, cos: Vec<f32>, sin: Vec<f32>, pairs: usize, interleaved: bool) -> Result<Rotation> {
@@ -238,13 +259,13 @@ impl Backend for NativeBackend {
     }
 
     fn rotate(&self, mut x: Rows, head_dim: usize, offset: usize, rotation: &Rotation) -> Result<Rows> {
-        let (cols, pairs) = (x.cols, rotation.pairs);
+        let (cols, pairs, isa) = (x.cols, rotation.pairs, self.kernels.isa());
         self.kernels.by_rows(&mut x.values, cols, &|first, rows| {
             let (cos, sin) = (&rotation.cos[first * pairs..], &rotation.sin[first * pairs..]);
             let angles = cos.chunks_exact(pairs).zip(sin.chunks_exact(pairs));
             for (row, (cos, sin)) in rows.chunks_exact_mut(cols).zip(angles) {
                 for head in row.chunks_exact_mut(head_dim) {
-                    elementwise::rotate(&mut head[offset..offset + 2 * pairs], cos, sin, rotation.interleaved);
+                    elementwise::rotate(isa, &mut head[offset..offset + 2 * pairs], cos, sin, rotation.interleaved);
                 }
             }
         });
@@ -253,27 +274,31 @@ impl Backend for NativeBackend {
 
     fn columns(&self, x: &Rows, heads: usize, start: usize, width: usize) -> Result<Rows> {
         let head_dim = x.cols / heads;
-        let mut values = Vec::with_capacity(x.count() * heads * width);
-        for row in x.values.chunks_exact(x.cols) {
-            for head in 0..heads {
-                values.extend_from_slice(&row[head * head_dim + start..][..width]);
-            }
+        let mut out = Rows::new(x.count(), heads * width);
+        for (out, head) in out.values.chunks_exact_mut(width).zip(x.values.chunks_exact(head_dim)) {
+            out.copy_from_slice(&head[start..][..width]);
         }
-        Ok(Rows { values, cols: heads * width })
+        Ok(out)
     }
 
     fn join(&self, a: &Rows, b: &Rows, heads: usize) -> Result<Rows> {
-        let mut values = Vec::with_capacity(a.values.len() + b.values.len());
-        for (a, b) in a.values.chunks_exact(a.cols / heads).zip(b.values.chunks_exact(b.cols / heads)) {
-            values.extend_from_slice(a);
-            values.extend_from_slice(b);
+        let mut out = Rows::new(a.count(), a.cols + b.cols);
+        let (a_width, b_width) = (a.cols / heads, b.cols / heads);
+        let parts = a.values.chunks_exact(a_width).zip(b.values.chunks_exact(b_width));
+        for (out, (a, b)) in out.values.chunks_exact_mut(a_width + b_width).zip(parts) {
+            let (first, second) = out.split_at_mut(a_width);
+            first.copy_from_slice(a);
+            second.copy_from_slice(b);
         }
-        Ok(Rows { values, cols: a.cols + b.cols })
+        Ok(out)
     }
 
     fn rows(&self, x: &Rows, rows: &[u32]) -> Result<Rows> {
-        let row = |&row: &u32| x.values[row as usize * x.cols..][..x.cols].iter().copied();
-        Ok(Rows { values: rows.iter().flat_map(row).collect(), cols: x.cols })
+        let mut out = Rows::new(rows.len(), x.cols);
+        for (out, row) in out.values.chunks_exact_mut(x.cols).zip(rows) {
+            out.copy_from_slice(&x.values[*row as usize * x.cols..][..x.cols]);
+        }
+        Ok(out)
     }
 
     fn scale(&self, mut x: Rows, factor: f32) -> Result<Rows> {
@@ -287,15 +312,15 @@ impl Backend for NativeBackend {
     }
 
     fn add(&self, mut x: Rows, y: &Rows, factor: f32) -> Result<Rows> {
-        let cols = x.cols;
+        let (cols, isa) = (x.cols, self.kernels.isa());
         self.kernels.by_rows(&mut x.values, cols, &|first, rows| {
-            elementwise::add(rows, &y.values[first * cols..][..rows.len()], factor);
+            elementwise::add(isa, rows, &y.values[first * cols..][..rows.len()], factor);
         });
         Ok(x)
     }
 
     fn gate_rows(&self, mut x: Rows, gate: &Rows) -> Result<Rows> {
-        for (row, gate) in x.values.chunks_exact_mut(x.cols).zip(&gate.values) {
+        for (row, gate) in x.values.chunks_exact_mut(x.cols).zip(gate.values.iter()) {
             let factor = 1.0 / (1.0 + (-gate).exp());
             row.iter_mut().for_each(|x| *x *= factor);
         }
@@ -305,9 +330,9 @@ impl Backend for NativeBackend {
     fn ffn(&self, ffn: &Ffn, x: &Rows) -> Result<Rows> {
         match ffn {
             Ffn::Gated(weights, activation) => {
-                let mut values = vec![0.0; x.count() * weights.down.rows()];
-                self.kernels.gated_ffn(weights, kernel_activation(*activation), &x.values, x.count(), &mut values);
-                Ok(Rows { values, cols: weights.down.rows() })
+                let mut out = Rows::new(x.count(), weights.down.rows());
+                self.kernels.gated_ffn(weights, kernel_activation(*activation), &x.values, x.count(), &mut out.values);
+                Ok(out)
             }
             Ffn::Plain { up, down, activation } => {
                 let mut inner = self.linear(up, x)?;
@@ -318,7 +343,7 @@ impl Backend for NativeBackend {
     }
 
     fn experts(&self, experts: &Experts, x: &Rows, routing: &Routing) -> Result<Rows> {
-        let mut values = vec![0.0; x.values.len()];
+        let mut out = Rows::new(x.count(), x.cols);
         self.kernels
             .moe(
                 &experts.weights,
@@ -328,10 +353,10 @@ impl Backend for NativeBackend {
                 &routing.offsets,
                 &routing.experts,
                 &routing.weights,
-                &mut values,
+                &mut out.values,
             )
             .map_err(|error| self.error(error.to_string()))?;
-        Ok(Rows { values, cols: x.cols })
+        Ok(out)
     }
 
     fn kv_block_bytes(&self, layers: &[KvLayout], format: KvFormat) -> usize {
@@ -378,10 +403,9 @@ impl Backend for NativeBackend {
             .iter()
             .map(|s| kernels::AttentionSequence { blocks: s.blocks, start: s.start, queries: s.rows })
             .collect();
-        let cols = call.heads * layout.v_dim;
-        let mut values = vec![0.0; q.count() * cols];
-        self.kernels.attention(cache, &call, &sequences, &q.values, &mut values);
-        Ok(Rows { values, cols })
+        let mut out = Rows::new(q.count(), call.heads * layout.v_dim);
+        self.kernels.attention(cache, &call, &sequences, &q.values, &mut out.values);
+        Ok(out)
     }
 
     fn export_block(&self, kv: &Kv, block: usize) -> Result<Vec<u8>> {

@@ -108,6 +108,16 @@ impl<B: Loader> Layer<B> {
 }
 
 impl<B: Backend> Layer<B> {
+    /// Says that this layer is next.
+    pub(super) fn expect(&self, backend: &B) {
+        match &self.projections {
+            Projections::Gqa { qkv: [q, ..], .. } => backend.expect(q),
+            Projections::Mla(weights) => {
+                backend.expect(weights.q_latent.as_ref().map_or(&weights.q, |(down, _)| down));
+            }
+        }
+    }
+
     /// Runs the layer on the residual stream `x` up to the dispatch of its tokens to their experts.
     pub(super) fn begin(
         &self,
@@ -119,6 +129,9 @@ impl<B: Backend> Layer<B> {
         let backend = step.backend;
         let normed = backend.norm(&self.attention_norm, &x)?;
         let attended = self.attend(step, index, spec, &normed)?;
+        if let FfnWeights::Moe { gate, .. } = &self.ffn {
+            backend.expect(gate);
+        }
         let residual = if spec.residual_after_norm { normed } else { x };
         let x = backend.add(residual, &attended, spec.residual_scale)?;
         let normed = backend.norm(&self.ffn_norm, &x)?;
@@ -136,8 +149,8 @@ impl<B: Backend> Layer<B> {
         };
         match (&self.projections, &spec.attention) {
             (Projections::Gqa { qkv, qk_norm, output }, Attention::Gqa(gqa)) => {
-                let [mut q, mut k, mut v] =
-                    [backend.linear(&qkv[0], x)?, backend.linear(&qkv[1], x)?, backend.linear(&qkv[2], x)?];
+                let [mut q, mut k, mut v] = backend.linears(qkv.each_ref(), x)?;
+                backend.expect(output);
                 if let Some([q_norm, k_norm]) = qk_norm {
                     q = backend.norm(q_norm, &q)?;
                     k = backend.norm(k_norm, &k)?;

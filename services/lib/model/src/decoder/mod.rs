@@ -218,6 +218,9 @@ impl<B: Backend> Decoder<B> {
         let mut micro_batches = parts.iter().map(|part| self.embed(part)).collect::<Result<Vec<_>>>()?;
         let mut record = self.record_routing.then_some(&mut self.routing);
         self.stack.run(&mut micro_batches, record.as_deref_mut())?;
+        if micro_batches.iter().any(|micro_batch| !micro_batch.wanted.is_empty()) {
+            self.stack.backend.expect(&self.output);
+        }
         let ended =
             micro_batches.iter_mut().map(|micro_batch| micro_batch.end(&self.stack.backend, record.as_deref_mut()));
         let ended = ended.collect::<Result<Vec<_>>>()?;

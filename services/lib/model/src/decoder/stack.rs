@@ -144,6 +144,9 @@ impl<B: Backend> Stack<B> {
                 micro_batch.stream = Stream::Begun(first + at, layer.begin(&mut step, first + at, spec, x)?);
                 self.advanced.fetch_add(1, Ordering::Relaxed);
             }
+            if let Some(next) = self.layers.get(at + 1) {
+                next.expect(backend);
+            }
         }
         Ok(())
     }

@@ -21,6 +21,31 @@ const MAX_ARRAY: usize = 1 << 22;
 const MAX_DEPTH: usize = 4;
 const MAX_DIMS: usize = 4;
 
+/// What stands in a file before its tensors' bytes, which need not be there.
+pub struct Head {
+    /// The metadata.
+    pub metadata: Metadata,
+    /// The tensors, sorted by name.
+    pub tensors: Vec<TensorInfo>,
+    /// The part of the file.
+    pub bytes: Vec<u8>,
+}
+
+impl Head {
+    /// Reads a file's head.
+    ///
+    /// # Errors
+    /// `Io`, `Config`, `Corrupt` or `Tensor`, naming the file.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = map(path)?;
+        let mut parser = Parser { path, bytes: file.bytes(), at: 0 };
+        let (metadata, listed) = parser.head()?;
+        let mut tensors: Vec<_> = listed.into_iter().map(|(info, _)| info).collect();
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Self { metadata, tensors, bytes: file.bytes()[..parser.at].to_vec() })
+    }
+}
+
 /// Tensors of a `.gguf` file.
 pub struct GgufSource {
     path: PathBuf,
@@ -35,8 +60,9 @@ impl GgufSource {
     /// Opens a file.
     pub fn open(path: &Path) -> Result<Self> {
         let file = map(path)?;
-        let (metadata, found) = Parser { path, bytes: file.bytes(), at: 0 }.file()?;
-        let (tensors, starts) = found.into_values().unzip();
+        let mut parser = Parser { path, bytes: file.bytes(), at: 0 };
+        let (metadata, listed) = parser.head()?;
+        let (tensors, starts) = parser.places(&metadata, listed)?.into_values().unzip();
         Ok(Self { path: path.to_owned(), metadata, tensors, starts, file })
     }
 
@@ -240,7 +266,8 @@ impl<'a> Parser<'a> {
         })
     }
 
-    fn file(mut self) -> Result<(Metadata, Places)> {
+    /// The metadata, and the tensors with their offsets.
+    fn head(&mut self) -> Result<(Metadata, Vec<(TensorInfo, u64)>)> {
         if &self.array::<4>("the magic number")? != MAGIC {
             return Err(corrupt(self.path, "is no GGUF file"));
         }
@@ -262,6 +289,15 @@ impl<'a> Parser<'a> {
                 return Err(self.fail(format!("'{key}' stands twice")));
             }
         }
+        let mut listed = Vec::new();
+        for _ in 0..tensor_count {
+            listed.push(self.tensor()?);
+        }
+        Ok((metadata, listed))
+    }
+
+    /// Where the tensors' bytes are; the head is read.
+    fn places(&self, metadata: &Metadata, listed: Vec<(TensorInfo, u64)>) -> Result<Places> {
         let alignment = match metadata.get("general.alignment") {
             None => 32,
             Some(value) => {
@@ -274,14 +310,10 @@ impl<'a> Parser<'a> {
                 })? as usize
             }
         };
-        let mut raw = Vec::new();
-        for _ in 0..tensor_count {
-            raw.push(self.tensor()?);
-        }
         let data = self.at.checked_next_multiple_of(alignment).unwrap_or(usize::MAX);
         let mut found = BTreeMap::new();
         let mut ranges = Vec::new();
-        for (info, offset) in raw {
+        for (info, offset) in listed {
             let (start, end) = self.place(&info, offset, data, alignment)?;
             ranges.push((start, end, info.name.clone()));
             let name = info.name.clone();
@@ -295,7 +327,7 @@ impl<'a> Parser<'a> {
                 return Err(tensor_error(self.path, &pair[1].2, format!("overlaps '{}'", pair[0].2)));
             }
         }
-        Ok((metadata, found))
+        Ok(found)
     }
 
     fn tensor(&mut self) -> Result<(TensorInfo, u64)> {

@@ -15,7 +15,7 @@ use crate::{Error, Result};
 use half::f16;
 use moesaic_kernels::{MappedFile, PackedMatrix, Storage};
 use moesaic_types::{Digest, WeightFormat};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Element types that files hold.
@@ -80,6 +80,10 @@ pub trait WeightSource: Send + Sync {
     fn packed(&self, _name: &str) -> Result<Option<PackedMatrix<Storage>>> {
         Ok(None)
     }
+    /// A tensor as the model's own files list it, where that is not how this source holds it.
+    fn original(&self, name: &str) -> Option<&TensorInfo> {
+        self.info(name)
+    }
     /// The metadata of a GGUF file; `None` for other sources.
     fn gguf(&self) -> Option<&gguf::Metadata> {
         None
@@ -105,6 +109,14 @@ pub fn open(path: &Path) -> Result<Box<dyn WeightSource>> {
     } else {
         Err(corrupt(path, "is neither a model folder nor a .safetensors or .gguf file"))
     }
+}
+
+/// The GGUF file that describes a model, if one does: itself, or what `moesaic quantize` left of it in a folder.
+pub(crate) fn gguf_file(model: &Path) -> Option<PathBuf> {
+    if !model.is_dir() {
+        return Some(model.to_owned());
+    }
+    Some(model.join(packed::METADATA)).filter(|file| file.is_file())
 }
 
 /// A cheap digest of a model's content: names, shapes, types and samples of every tensor's stored bytes, and its
@@ -140,8 +152,8 @@ pub fn digest(source: &dyn WeightSource) -> Result<Digest> {
 /// # Errors
 /// `Io`, naming the file; what a GGUF file's reading says.
 pub fn text_digest(path: &Path) -> Result<Digest> {
-    if !path.is_dir() {
-        return Ok(Digest::of(gguf::GgufSource::open(path)?.metadata().to_json().to_string().as_bytes()));
+    if let Some(file) = gguf_file(path) {
+        return Ok(Digest::of(gguf::Head::read(&file)?.metadata.to_json().to_string().as_bytes()));
     }
     let mut parts = Vec::new();
     for name in ["config.json", "tokenizer.json"] {

@@ -4,7 +4,8 @@
 //! "len"}]}`; each entry lies in `moesaic.pack` on a 64-byte bound. `format` is a weight format for a matrix `[rows,
 //! cols]` in the panel layout of `moesaic-kernels`, as a backend runs it (one entry for each expert, and for each part
 //! of a fused tensor, under the names of `decoder/weights.rs`), or `raw-f32` or `raw-bf16` for plain values of any
-//! shape.
+//! shape. A model that was a GGUF file also has `metadata.gguf`: its head, without the bytes of tensors.
+use super::gguf::{Head, Metadata};
 use super::{Dtype, TensorInfo, WeightSource, check_range, corrupt, elements, map, read_json, tensor_error};
 use crate::Result;
 use crate::backend::kernel_format;
@@ -18,6 +19,8 @@ use std::sync::Arc;
 pub const INDEX: &str = "moesaic.index.json";
 /// Name of the data file.
 pub const DATA: &str = "moesaic.pack";
+/// Name of the head of a GGUF file, which describes a model that was one.
+pub const METADATA: &str = "metadata.gguf";
 /// The version that this build reads and writes.
 pub const VERSION: &str = "moesaic-packed-3";
 /// The format of plain values.
@@ -77,6 +80,8 @@ pub fn format_of(model: &Path) -> Result<Option<WeightFormat>> {
 pub struct PackedSource {
     path: PathBuf,
     file: Arc<MappedFile>,
+    /// Of a model that was a GGUF file.
+    head: Option<Head>,
     tensors: Vec<TensorInfo>,
     places: Vec<(usize, usize)>,
 }
@@ -97,7 +102,8 @@ impl PackedSource {
         let file = map(&folder.join(DATA))?;
         let mut entries = index.tensors;
         entries.sort_by(|a, b| a.name.cmp(&b.name));
-        let mut source = Self { path: folder.to_owned(), file, tensors: Vec::new(), places: Vec::new() };
+        let head = super::gguf_file(folder).map(|path| Head::read(&path)).transpose()?;
+        let mut source = Self { path: folder.to_owned(), file, head, tensors: Vec::new(), places: Vec::new() };
         for entry in entries {
             source.add(&path, entry)?;
         }
@@ -195,6 +201,15 @@ impl WeightSource for PackedSource {
     fn stored(&self, name: &str) -> Result<Vec<&[u8]>> {
         let (_, offset, len) = self.find(name)?;
         Ok(vec![&self.file.bytes()[offset..offset + len]])
+    }
+
+    fn gguf(&self) -> Option<&Metadata> {
+        self.head.as_ref().map(|head| &head.metadata)
+    }
+
+    fn original(&self, name: &str) -> Option<&TensorInfo> {
+        let Some(Head { tensors, .. }) = &self.head else { return self.info(name) };
+        tensors.binary_search_by(|t| t.name.as_str().cmp(name)).ok().map(|i| &tensors[i])
     }
 
     fn packed(&self, name: &str) -> Result<Option<PackedMatrix<Storage>>> {

@@ -100,7 +100,7 @@ impl Reader<'_> {
     }
 
     fn has(&self, tensor: &str) -> bool {
-        self.source.info(tensor).is_some()
+        self.source.original(tensor).is_some()
     }
 
     fn model(&self) -> Result<ModelSpec> {
@@ -110,7 +110,7 @@ impl Reader<'_> {
             return Err(self.config.error(&self.key("block_count"), format!("{count} is above {MAX_LAYERS}")));
         }
         let embedding = "token_embd.weight";
-        let vocab = match self.source.info(embedding) {
+        let vocab = match self.source.original(embedding) {
             Some(info) if info.shape.len() == 2 && info.shape[0] > 0 => info.shape[0],
             _ => {
                 return Err(Error::Tensor {
@@ -224,7 +224,7 @@ impl Reader<'_> {
             let key = self.key("rope.dimension_count");
             return Err(self.config.error(&key, format!("{dims} is odd or above the head's {head_dim}")));
         }
-        let divisors = match self.source.info(ROPE_DIVISORS) {
+        let divisors = match self.source.original(ROPE_DIVISORS) {
             Some(info) if info.shape == [dims / 2] => {
                 let mut divisors = vec![0.0; dims / 2];
                 self.source.read_f32(ROPE_DIVISORS, 0, &mut divisors)?;
@@ -335,7 +335,7 @@ impl Reader<'_> {
         }
         // The key came late; older files say it by the tensor's shape alone.
         let stack = format!("blk.{first}.ffn_up_exps.weight");
-        let stacked = self.source.info(&stack).and_then(|info| info.shape.get(1).copied());
+        let stacked = self.source.original(&stack).and_then(|info| info.shape.get(1).copied());
         let expert = match self.config.optional_size(&self.key("expert_feed_forward_length"))? {
             Some(inner) => inner,
             None => match stacked.filter(|_| self.architecture != "llama") {
@@ -345,7 +345,8 @@ impl Reader<'_> {
         };
         let shared = match self.architecture {
             "qwen2moe" => {
-                let stored = self.source.info("blk.0.ffn_up_shexp.weight").and_then(|info| info.shape.first().copied());
+                let stored =
+                    self.source.original("blk.0.ffn_up_shexp.weight").and_then(|info| info.shape.first().copied());
                 let inner = self.size("expert_shared_feed_forward_length", stored)?;
                 Some(Shared { form: network(inner), gated: true })
             }

@@ -22,7 +22,7 @@ use std::path::Path;
 
 /// Reads the architecture of a Hugging Face folder, or of a GGUF file that `source` has open.
 pub fn read(path: &Path, source: &dyn WeightSource) -> Result<ModelSpec> {
-    if !path.is_dir() {
+    if !path.is_dir() || source.gguf().is_some() {
         return gguf::read_file(path, source);
     }
     let mut spec = read_folder(path)?;
@@ -37,7 +37,7 @@ pub fn read(path: &Path, source: &dyn WeightSource) -> Result<ModelSpec> {
 
 /// Reads the architecture without opening the weights of a folder, for who has none.
 pub fn read_text_side(path: &Path) -> Result<ModelSpec> {
-    if path.is_dir() { read_folder(path) } else { read(path, &*source::open(path)?) }
+    if source::gguf_file(path).is_some() { read(path, &*source::open(path)?) } else { read_folder(path) }
 }
 
 /// Whether the files have an output matrix that is not the embedding. Such a model is not tied, whatever its

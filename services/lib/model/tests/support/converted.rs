@@ -2,6 +2,7 @@
 use super::gguf::Gguf;
 use super::safetensors::{golden as checkpoint, golden_folder};
 use moesaic_model::golden::{self, Golden};
+use moesaic_model::quantize::quantize;
 use moesaic_model::{BackendKind, LoadOptions, load, source, spec};
 use moesaic_types::{KvFormat, WeightFormat};
 use serde_json::Value;
@@ -133,6 +134,19 @@ pub fn check(conversion: &Conversion, name: &str) {
         let report = golden::check(model.as_mut(), &golden).unwrap();
         let routed = golden.routing.is_none() || report.routing_match == Some(1.0);
         assert!(report.passed && routed, "{name} on {kind:?}: {report}");
+    }
+    // a folder of packed weights answers as the file does, as it is stored and in q4
+    for format in [None, Some(WeightFormat::Q4 { group: 32 })] {
+        let out = folder.path().join(format!("{format:?}"));
+        let report = quantize(&path, &out, format, &|_, _, _| {}).unwrap();
+        assert!(report.packed > 0);
+        let answers = |path: &Path, weights| {
+            let mut model = load(path, BackendKind::Native, &options(weights)).unwrap();
+            serde_json::to_value(golden::check(model.as_mut(), &golden).unwrap()).unwrap()
+        };
+        assert_eq!(answers(&out, None), answers(&path, format), "{name} packed in {format:?}");
+        let text_side = |path: &Path| (spec::read_text_side(path).unwrap(), source::text_digest(path).unwrap());
+        assert_eq!(text_side(&out), text_side(&path), "{name}");
     }
 }
 

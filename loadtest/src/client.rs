@@ -140,6 +140,8 @@ impl Failure {
 pub struct Connection {
     origin: Origin,
     sender: SendRequest<Full<Bytes>>,
+    /// A request went over it.
+    used: bool,
 }
 
 impl Connection {
@@ -150,7 +152,7 @@ impl Connection {
     pub async fn open(origin: impl Into<Origin>) -> Result<Self> {
         let origin = origin.into();
         let sender = Self::dial(&origin).await?;
-        Ok(Self { origin, sender })
+        Ok(Self { origin, sender, used: false })
     }
 
     async fn dial(origin: &Origin) -> Result<SendRequest<Full<Bytes>>> {
@@ -166,11 +168,25 @@ impl Connection {
         path: &str,
         body: Bytes,
     ) -> Result<hyper::Response<hyper::body::Incoming>> {
-        // servers end connections that were idle, or had many requests
-        if self.sender.is_closed() || self.sender.ready().await.is_err() {
-            self.sender = Self::dial(&self.origin).await?;
-            self.sender.ready().await?;
+        // servers end connections that were idle, or had a request or many
+        if self.used && !self.sender.is_closed() && self.sender.ready().await.is_ok() {
+            let request = self.request(&method, path, &body)?;
+            match self.sender.send_request(request).await {
+                // it was ended before the request came there
+                Err(error) if error.is_canceled() || error.is_incomplete_message() => {}
+                answered => return Ok(answered?),
+            }
         }
+        if self.used {
+            self.sender = Self::dial(&self.origin).await?;
+        }
+        self.used = true;
+        self.sender.ready().await?;
+        let request = self.request(&method, path, &body)?;
+        Ok(self.sender.send_request(request).await?)
+    }
+
+    fn request(&self, method: &Method, path: &str, body: &Bytes) -> Result<Request<Full<Bytes>>> {
         let mut request = Request::builder()
             .method(method)
             .uri(path)
@@ -179,7 +195,7 @@ impl Connection {
         if let Some(key) = self.origin.authorization() {
             request = request.header(header::AUTHORIZATION, key);
         }
-        Ok(self.sender.send_request(request.body(Full::new(body))?).await?)
+        Ok(request.body(Full::new(body.clone()))?)
     }
 
     /// The text of a GET.

@@ -129,7 +129,8 @@ impl Engine {
                 let own: &[&str] = match self.kind {
                     // without copies of finished prompts in memory, which cost time
                     Kind::LlamaCpp => &["-fa", "on", "-b", "2048", "-ub", "512", "--cache-ram", "0", "--no-ui"],
-                    _ => &["-fa", "on", "-rtr", "-b", "2048", "-ub", "512", "--cache-ram", "0"],
+                    // with flash attention it ends at an assertion when a batch has several sequences
+                    _ => &["-fa", "off", "-rtr", "-b", "2048", "-ub", "512", "--cache-ram", "0"],
                 };
                 common.iter().chain(own).map(|&word| word.to_owned()).collect()
             }

@@ -216,7 +216,8 @@ impl Bench<'_> {
         for engine in self.engines {
             let measured = async {
                 let threads = usize::from(self.args.threads);
-                let server = Server::start(engine, self.model, threads, (1, PREFIX.next_multiple_of(1024))).await?;
+                let server =
+                    Server::start(engine, self.model, threads, (1, (PREFIX + 256).next_multiple_of(1024))).await?;
                 // the first prefix warms up
                 serve::prefix(&server, PREFIX / 4, self.vocabulary, u64::MAX).await?;
                 serve::prefix(&server, PREFIX, self.vocabulary, round as u64).await

@@ -169,18 +169,16 @@ impl Connection {
         body: Bytes,
     ) -> Result<hyper::Response<hyper::body::Incoming>> {
         // servers end connections that were idle, or had a request or many
-        if self.used && !self.sender.is_closed() && self.sender.ready().await.is_ok() {
+        let was_used = std::mem::replace(&mut self.used, true);
+        if !self.sender.is_closed() && self.sender.ready().await.is_ok() {
             let request = self.request(&method, path, &body)?;
             match self.sender.send_request(request).await {
                 // it was ended before the request came there
-                Err(error) if error.is_canceled() || error.is_incomplete_message() => {}
+                Err(error) if was_used && (error.is_canceled() || error.is_incomplete_message()) => {}
                 answered => return Ok(answered?),
             }
         }
-        if self.used {
-            self.sender = Self::dial(&self.origin).await?;
-        }
-        self.used = true;
+        self.sender = Self::dial(&self.origin).await?;
         self.sender.ready().await?;
         let request = self.request(&method, path, &body)?;
         Ok(self.sender.send_request(request).await?)

@@ -56,18 +56,6 @@ impl Scrape {
     }
 }
 
-/// The largest resident set that a process had.
-///
-/// # Errors
-/// When the system does not tell.
-pub fn peak_rss_bytes(pid: u32) -> Result<u64> {
-    let path = format!("/proc/{pid}/status");
-    let status = std::fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB"));
-    let kib: u64 = peak.with_context(|| format!("{path} has no VmHWM"))?.trim().parse()?;
-    Ok(kib << 10)
-}
-
 /// Seconds that threads of one name ran, and waited for a core.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cpu {

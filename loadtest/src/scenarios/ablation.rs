@@ -8,6 +8,7 @@ use crate::report::{Section, Table, ms, number};
 use crate::stats::{Summary, median};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use moesaic_model::memory;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -108,7 +109,7 @@ async fn measure(args: &Ablation, model: &Path, vocab: usize, variation: Variati
     let warm = load::closed(server.http, args.clients, requests(&warm, vocab, usize::MAX)).await?;
     load::answers(warm).context("warm up")?;
     let answers = load::answers(load::closed(server.http, args.clients, requests(args, vocab, run)).await?)?;
-    let peak_rss_bytes = crate::scrape::peak_rss_bytes(server.member.pid())?;
+    let peak_rss_bytes = memory::peak_rss_bytes(&server.member.pid().to_string())?;
     let begun = answers.iter().map(|answer| answer.sent).min().context("no answers")?;
     let ended = answers.iter().map(|answer| answer.ended).max().context("no answers")?;
     let sum = |count: fn(&Answer) -> usize| answers.iter().map(count).sum::<usize>() as f64;

@@ -1,5 +1,4 @@
 //! Norms, rotary positions, activations and sums over rows. All f32; every row on its own.
-
 use crate::isa::for_each_isa;
 
 for_each_isa! {

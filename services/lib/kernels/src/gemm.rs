@@ -302,9 +302,9 @@ impl<'a> Panel<'a> {
         }
     }
 
-    /// What pass `pass` of `passes` over this panel asks for, into the second cache: its part of the next panel. Where
-    /// there is one pass only, just what it reads: asking ahead fills the first cache's miss buffers, and the
-    /// processor's own prefetcher into the second one is faster.
+    /// What pass `pass` of `passes` over this panel asks for: its part of the next panel. Where there is one pass only,
+    /// just what it reads: asking ahead fills the first cache's miss buffers, and the processor's own prefetcher into
+    /// the second one is faster (one thread, one token: 21 in place of 14 GB/s).
     fn ahead(&self, bytes: &[u8], pass: usize, passes: usize) -> Ahead {
         let from = if passes > 1 { self.next.wrapping_add(bytes.len() / passes * pass) } else { bytes.as_ptr() };
         Ahead { from, step: packed::LINE / passes.min(packed::LINE) }

@@ -3,7 +3,6 @@
 //! Memory is read fastest in long runs: where threads take turns at neighbouring panels, each one's prefetcher reads into
 //! what is the other's (measured with two threads: 29 in place of 18 GB/s). Short runs at the end let a thread that comes
 //! late cost little. Source: Polychronopoulos and Kuck, Guided Self-Scheduling (1987).
-
 use std::ops::Range;
 
 /// A thread's share of what is left is taken in so many runs.

@@ -146,19 +146,15 @@ fn rank(values: &[f32], a: usize, b: usize) -> Ordering {
 fn best(values: &[f32], eligible: Option<&[bool]>, count: usize) -> Vec<u32> {
     let size = values.len() / eligible.map_or(1, |eligible| eligible.len().max(1));
     let mut kept: Vec<u32> = Vec::with_capacity(count.min(values.len()) + 1);
-    // what an equal value that comes later, or a NaN, does not exceed
-    let mut worst = f32::NEG_INFINITY;
-    for (id, &value) in values.iter().enumerate() {
-        let full = kept.len() == count;
-        if full && (value <= worst || value.is_nan()) || eligible.is_some_and(|eligible| !eligible[id / size]) {
+    for id in 0..values.len() {
+        if eligible.is_some_and(|eligible| !eligible[id / size]) {
             continue;
         }
-        let place = kept.iter().rposition(|&other| rank(values, id, other as usize).is_ge());
-        kept.insert(place.map_or(0, |last| last + 1), id as u32);
-        kept.truncate(count);
-        if let Some(&last) = kept.last() {
-            let last = values[last as usize];
-            worst = if last.is_nan() { f32::NEG_INFINITY } else { last };
+        let is_better_than = |&other: &u32| rank(values, id, other as usize).is_lt();
+        if kept.len() < count || kept.last().is_some_and(is_better_than) {
+            let place = kept.iter().rposition(|other| !is_better_than(other)).map_or(0, |last| last + 1);
+            kept.insert(place, id as u32);
+            kept.truncate(count);
         }
     }
     kept

@@ -35,6 +35,16 @@ fn field(text: &str, key: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
+/// The largest resident set of a process, by its number or `self`, in bytes, as Linux tells it.
+///
+/// # Errors
+/// When the system does not tell.
+pub fn peak_rss_bytes(process: &str) -> std::io::Result<u64> {
+    let path = format!("/proc/{process}/status");
+    let peak = field(&std::fs::read_to_string(&path)?, "VmHWM:").and_then(|kib| kib.checked_mul(1024));
+    peak.ok_or_else(|| std::io::Error::other(format!("{path} has no VmHWM")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -40,8 +40,8 @@ pub struct Report {
 /// Writes `out`: each matrix as loading with `--weights format` holds it (the embedding in bf16, the output matrix never
 /// below q8, gates in f32), vectors as they are (f16 as f32), and the model's small files. Tensors that the model does
 /// not use are left out. Without `format` matrices stay as they are stored, where that can be multiplied with. A GGUF
-/// file's head becomes a file of its own. Memory: one matrix at a time, or one expert of a transposed stack. `progress(done, total,
-/// tensor)` counts bytes.
+/// file's head becomes a file of its own. Memory: one matrix at a time, or one expert of a transposed stack.
+/// `progress(done, total, tensor)` counts bytes.
 ///
 /// # Errors
 /// `Corrupt` when `out` is not empty; what the source says; `Io` for the files written.
@@ -78,7 +78,8 @@ pub fn quantize(
     file.sync_all().map_err(io(&partial))?;
     match source::gguf_file(model) {
         Some(file) => {
-            std::fs::write(out.join(METADATA), Head::read(&file)?.bytes).map_err(io(out))?;
+            let len = Head::read(&file)?.len;
+            std::fs::write(out.join(METADATA), &source::map(&file)?.bytes()[..len]).map_err(io(out))?;
         }
         None => copy_small_files(model, out)?,
     }

@@ -94,10 +94,7 @@ pub fn peak_rss_bytes() -> Result<u64> {
     if !cfg!(target_os = "linux") {
         return Ok(0);
     }
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).context("no VmHWM line")?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
-    Ok(kib * 1024)
+    Ok(moesaic_model::memory::peak_rss_bytes("self")?)
 }
 
 fn print_table(rows: &[Row]) {

@@ -27,8 +27,8 @@ pub struct Head {
     pub metadata: Metadata,
     /// The tensors, sorted by name.
     pub tensors: Vec<TensorInfo>,
-    /// The part of the file.
-    pub bytes: Vec<u8>,
+    /// Bytes of the file that it takes.
+    pub len: usize,
 }
 
 impl Head {
@@ -42,7 +42,7 @@ impl Head {
         let (metadata, listed) = parser.head()?;
         let mut tensors: Vec<_> = listed.into_iter().map(|(info, _)| info).collect();
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Self { metadata, tensors, bytes: file.bytes()[..parser.at].to_vec() })
+        Ok(Self { metadata, tensors, len: parser.at })
     }
 }
 

@@ -58,7 +58,7 @@ pub trait WeightSource: Send + Sync {
     fn tensors(&self) -> &[TensorInfo];
     /// One tensor's description.
     fn info(&self, name: &str) -> Option<&TensorInfo> {
-        self.tensors().binary_search_by(|t| t.name.as_str().cmp(name)).ok().map(|i| &self.tensors()[i])
+        find(self.tensors(), name)
     }
     /// Writes elements `start..start + out.len()` of the tensor in row-major order, converted to f32.
     /// Block formats need `start` and the length on block bounds (a whole row always is).
@@ -109,6 +109,11 @@ pub fn open(path: &Path) -> Result<Box<dyn WeightSource>> {
     } else {
         Err(corrupt(path, "is neither a model folder nor a .safetensors or .gguf file"))
     }
+}
+
+/// A tensor of a list that is sorted by name.
+pub(crate) fn find<'a>(tensors: &'a [TensorInfo], name: &str) -> Option<&'a TensorInfo> {
+    tensors.binary_search_by(|t| t.name.as_str().cmp(name)).ok().map(|i| &tensors[i])
 }
 
 /// The GGUF file that describes a model, if one does: itself, or what `moesaic quantize` left of it in a folder.

@@ -6,7 +6,7 @@
 //! of a fused tensor, under the names of `decoder/weights.rs`), or `raw-f32` or `raw-bf16` for plain values of any
 //! shape. A model that was a GGUF file also has `metadata.gguf`: its head, without the bytes of tensors.
 use super::gguf::{Head, Metadata};
-use super::{Dtype, TensorInfo, WeightSource, check_range, corrupt, elements, map, read_json, tensor_error};
+use super::{Dtype, TensorInfo, WeightSource, check_range, corrupt, elements, find, map, read_json, tensor_error};
 use crate::Result;
 use crate::backend::kernel_format;
 use moesaic_kernels::{MappedFile, PackedMatrix, Storage};
@@ -208,8 +208,7 @@ impl WeightSource for PackedSource {
     }
 
     fn original(&self, name: &str) -> Option<&TensorInfo> {
-        let Some(Head { tensors, .. }) = &self.head else { return self.info(name) };
-        tensors.binary_search_by(|t| t.name.as_str().cmp(name)).ok().map(|i| &tensors[i])
+        find(self.head.as_ref().map_or(&self.tensors, |head| &head.tensors), name)
     }
 
     fn packed(&self, name: &str) -> Result<Option<PackedMatrix<Storage>>> {

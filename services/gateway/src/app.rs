@@ -167,11 +167,12 @@ async fn serve_grpc(core: Arc<Core>, listener: TcpListener, stopped: impl Future
 /// Keeps the standard health service at what readiness is. Ends with the server; nothing is lost on cancel.
 async fn follow_readiness(core: Arc<Core>, reporter: tonic_health::server::HealthReporter) {
     let mut interval = tokio::time::interval(HEALTH_INTERVAL);
+    let mut served = core.watch();
     loop {
         // both are cancel-safe
         tokio::select! {
             _ = interval.tick() => {}
-            () = core.served() => {}
+            _ = served.changed() => {}
         }
         let status = match core.ready().await {
             Ok(()) => ServingStatus::Serving,

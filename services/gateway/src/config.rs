@@ -36,6 +36,9 @@ pub struct Config {
     pub attempts: usize,
     /// How long an answer that lost its replica waits for another while none takes it; 0s..=24h. Its deadline ends it too.
     pub migration_patience: HumanDuration,
+    /// How long a request that comes before a model is served waits for it, as when the gateway has just started;
+    /// 0s..=24h.
+    pub loading_patience: HumanDuration,
     /// Origins whose pages may call the API from a browser (CORS); `*` is any, an empty list none.
     pub allowed_origins: Vec<String>,
     /// Tenants share prefix blocks; without it each API key has blocks of its own.
@@ -63,6 +66,7 @@ impl Default for Config {
             drain_timeout: HumanDuration::from_secs(30),
             attempts: 3,
             migration_patience: HumanDuration::from_secs(30),
+            loading_patience: HumanDuration::from_secs(10),
             allowed_origins: vec!["*".into()],
             share_prefixes: false,
             salt_secret: Secret::default(),
@@ -95,6 +99,7 @@ impl Config {
             ("write_timeout", self.write_timeout, HumanDuration::from_millis(1)),
             ("drain_timeout", self.drain_timeout, HumanDuration::from_secs(0)),
             ("migration_patience", self.migration_patience, HumanDuration::from_secs(0)),
+            ("loading_patience", self.loading_patience, HumanDuration::from_secs(0)),
         ];
         for (field, value, low) in times {
             if value.get() < low.get() || value.get() > longest.get() {

@@ -13,6 +13,8 @@ use moesaic_types::boundary::{Placer, Replica};
 use moesaic_types::{Error, ErrorCode, FinishReason, ReplicaId, Result, SampledToken, TenantId, TenantSalt, Usage};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::timeout;
 
 /// Finds a replica by its id.
 pub type ReplicaLookup = Arc<dyn Fn(&ReplicaId) -> Option<Arc<dyn Replica>> + Send + Sync>;
@@ -30,14 +32,13 @@ pub struct Core {
     /// Memory for the bodies of requests, until they are read.
     pub(crate) bodies: Budget,
     /// What is served, or why nothing is yet.
-    backend: RwLock<Result<Arc<Backend>>>,
-    served: tokio::sync::Notify,
+    backend: watch::Sender<Result<Arc<Backend>>>,
     life: OnceLock<Life>,
     secret: RwLock<Vec<u8>>,
 }
 
 /// What is known once there is a replica.
-pub(super) struct Backend {
+pub(crate) struct Backend {
     /// Replicas that a request is tried on before one gives it a token.
     pub(super) attempts: usize,
     /// How long an answer that lost its replica waits for another.
@@ -94,26 +95,26 @@ impl Core {
         };
         let workers = Workers::new(threads);
         let bodies = Budget::new(config.body_memory.as_usize());
-        let backend = RwLock::new(Err(Error::unavailable("the model is being loaded; try again soon")));
-        let (served, life, secret) = (tokio::sync::Notify::new(), OnceLock::new(), RwLock::new(secret));
-        Self { config, admission, workers, bodies, backend, served, life, secret }
+        let backend = watch::Sender::new(Err(Error::unavailable("the model is being loaded; try again soon")));
+        Self { config, admission, workers, bodies, backend, life: OnceLock::new(), secret: RwLock::new(secret) }
     }
 
     /// Sets what is served; the gateway is ready from then on. A later call replaces it; requests that run go on with
     /// the model that they began with.
     pub fn serve(&self, models: Vec<Arc<ServedModel>>, placer: Arc<dyn Placer>, replicas: ReplicaLookup) {
         let (attempts, patience) = (self.config.attempts, self.config.migration_patience.get());
-        let backend = Arc::new(Backend { attempts, patience, models, placer, replicas });
-        *self.backend.write().unwrap_or_else(PoisonError::into_inner) = Ok(backend);
-        self.served.notify_one();
+        self.backend.send_replace(Ok(Arc::new(Backend { attempts, patience, models, placer, replicas })));
     }
 
     /// Says why nothing is served yet; without effect once something is.
     pub fn wait_for(&self, reason: &str) {
-        let mut backend = self.backend.write().unwrap_or_else(PoisonError::into_inner);
-        if backend.is_err() {
-            *backend = Err(Error::unavailable(reason));
-        }
+        self.backend.send_if_modified(|backend| {
+            let waits = backend.is_err();
+            if waits {
+                *backend = Err(Error::unavailable(reason));
+            }
+            waits
+        });
     }
 
     /// What tenants' salts are derived from.
@@ -139,13 +140,35 @@ impl Core {
         self.life.get().map_or(Ok(()), |life| life())
     }
 
-    /// Waits until [`Self::serve`] was called (once; for the one task that follows readiness).
-    pub(crate) async fn served(&self) {
-        self.served.notified().await;
+    /// Tells whenever what is served changes.
+    pub(crate) fn watch(&self) -> watch::Receiver<Result<Arc<Backend>>> {
+        self.backend.subscribe()
     }
 
     pub(super) fn backend(&self) -> Result<Arc<Backend>> {
-        self.backend.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.backend.borrow().clone()
+    }
+
+    /// Waits until something is served: a gateway that has just started has open doors before it has a model.
+    ///
+    /// # Errors
+    /// `Unavailable`, with a reason, when nothing is after `gateway.loading_patience`.
+    pub(crate) async fn loaded(&self) -> Result<()> {
+        let mut backend = self.watch();
+        match timeout(self.config.loading_patience.get(), backend.wait_for(Result::is_ok)).await {
+            Ok(_) => Ok(()),
+            Err(_) => self.backend().map(drop),
+        }
+    }
+
+    /// Lets a request in, and waits for a model.
+    ///
+    /// # Errors
+    /// What admission and [`Self::loaded`] say.
+    pub(crate) async fn enter(&self) -> Result<Permit> {
+        let permit = self.admission.enter().await?;
+        self.loaded().await?;
+        Ok(permit)
     }
 
     /// The models that are served; none while they load.
@@ -212,7 +235,7 @@ impl Core {
     /// # Errors
     /// What admission, the router or the scheduler say.
     pub async fn answer(self: &Arc<Self>, job: Job) -> Result<PieceStream> {
-        let permit = Arc::new(self.admission.enter().await?);
+        let permit = Arc::new(self.enter().await?);
         self.start(job, permit).await
     }
 

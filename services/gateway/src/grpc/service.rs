@@ -34,10 +34,20 @@ impl Inference {
         bytes: usize,
         job: impl FnOnce(&Core) -> Result<(Job, C)> + Send + 'static,
     ) -> Result<BoxStream<'static, Result<T, Status>>> {
-        let permit = Arc::new(self.core.admission.enter().await?);
+        let permit = Arc::new(self.core.enter().await?);
         let core = self.core.clone();
         let (job, convert) = self.core.workers.run(bytes, move || job(&core)).await?;
         Ok(self.stream(self.core.start(job, permit).await?, convert))
+    }
+
+    /// Does work that needs a model, and reads or writes about so many bytes.
+    async fn work<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.core.loaded().await?;
+        self.core.workers.run(bytes, work).await
     }
 
     fn stream<T: Send + 'static>(
@@ -148,7 +158,7 @@ impl InferenceService for Inference {
             let tokens = encoded.map_err(|error| Error::invalid("text", error.to_string()))?;
             Ok(wire::TokenizeResponse { tokens, max_model_len: narrow(model.max_context) })
         };
-        call::around("Tokenize", metadata, self.core.workers.run(bytes, work)).await
+        call::around("Tokenize", metadata, self.work(bytes, work)).await
     }
 
     async fn detokenize(&self, request: Request<wire::DetokenizeRequest>) -> Answer<wire::DetokenizeResponse> {
@@ -160,7 +170,7 @@ impl InferenceService for Inference {
             let text = model.tokenizer.decode(&tokens("tokens", &wide(&request.tokens), &model)?, false);
             Ok(wire::DetokenizeResponse { text: text.map_err(|error| Error::invalid("tokens", error.to_string()))? })
         };
-        call::around("Detokenize", metadata, self.core.workers.run(bytes, work)).await
+        call::around("Detokenize", metadata, self.work(bytes, work)).await
     }
 
     async fn list_models(&self, request: Request<wire::ListModelsRequest>) -> Answer<wire::ListModelsResponse> {

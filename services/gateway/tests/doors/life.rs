@@ -255,8 +255,31 @@ async fn an_unfinished_answer_is_gone_on_with() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn readiness_follows_the_model_and_its_replicas() {
+async fn a_request_that_comes_before_the_model_waits_for_it() {
     let mut doors = Doors::bare(config()).await;
+    let early = tokio::spawn({
+        let (http, body) = (doors.http, ask(json!({})).to_string());
+        async move { client::send(http, "POST", "/v1/completions", &[], body.as_bytes()).await }
+    });
+    let counted = tokio::spawn({
+        let mut client = doors.client().await;
+        async move { client.tokenize(wire::TokenizeRequest { text: "Count:".into(), ..Default::default() }).await }
+    });
+    let admission = doors.core.admission.clone();
+    moesaic_testkit::until("it was let in", || async { admission.in_flight() == 1 }).await;
+    doors.core.wait_for("no replica serves the model");
+    assert_eq!(doors.get("/ready").await.status, 503, "readiness does not wait");
+    assert!(!early.is_finished(), "it waits");
+    doors.serve(model(), [vec![Act::Answer]]);
+    let early = early.await.unwrap();
+    assert_eq!(early.status, 200, "{}", early.text());
+    assert!(!counted.await.unwrap().unwrap().into_inner().tokens.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readiness_follows_the_model_and_its_replicas() {
+    let impatient = Config { loading_patience: HumanDuration::default(), ..config() };
+    let mut doors = Doors::bare(impatient).await;
     assert_eq!(doors.get("/live").await.status, 200);
     for path in ["/ready", "/health"] {
         assert_eq!(doors.get(path).await.status, 503, "{path} while the model loads");

@@ -99,6 +99,12 @@ pub struct Bench {
     /// Tokens in the context before the measurement starts.
     #[arg(long, value_delimiter = ',', default_value = "0")]
     pub depth: Vec<usize>,
+    /// Sequences that generate at a time; the rates are of all of them.
+    #[arg(long, value_delimiter = ',', default_value = "1")]
+    pub batch: Vec<usize>,
+    /// Say where a step's time goes.
+    #[arg(long)]
+    pub profile: bool,
     /// Counted runs of each test, after one warm-up.
     #[arg(long, default_value_t = 5)]
     pub runs: usize,

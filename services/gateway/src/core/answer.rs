@@ -103,7 +103,8 @@ impl Core {
     /// the model that they began with.
     pub fn serve(&self, models: Vec<Arc<ServedModel>>, placer: Arc<dyn Placer>, replicas: ReplicaLookup) {
         let (attempts, patience) = (self.config.attempts, self.config.migration_patience.get());
-        self.backend.send_replace(Ok(Arc::new(Backend { attempts, patience, models, placer, replicas })));
+        let backend = Backend { attempts, patience, models, placer, replicas };
+        self.backend.send_modify(|served| *served = Ok(Arc::new(backend)));
     }
 
     /// Says why nothing is served yet; without effect once something is.

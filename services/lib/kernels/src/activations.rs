@@ -5,6 +5,8 @@
 //! max|x| / 127, code = x · 127 / max|x| to the nearest integer, ties to even; so the error is at most half a scale.
 //! Where max|x| is below 127 times the least normal number, the group counts as zeros; where a value is infinite or no
 //! number, the scale is NaN, and so is every product of this row. Columns beyond the last are zeros.
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Kind;
 use crate::isa::{Isa, for_each_isa};
 use crate::packed::Format;
 use std::cell::Cell;
@@ -78,15 +80,37 @@ impl<'a> Rows<'a> {
 
 /// Quantizes values in groups; the last group may be short.
 fn quantize(isa: Isa, group: usize, values: &[f32], out: &mut [u8]) {
-    let done = 0;
     #[cfg(target_arch = "x86_64")]
-    let done = if isa.kind() >= crate::isa::Kind::Avx512 {
-        // SAFETY: tokens from this kind on are made only where the CPU has these parts of AVX-512.
-        unsafe { quantize_vectors(group, values, out) }
-    } else {
-        done
+    let done = match isa.kind() {
+        Kind::Scalar => 0,
+        // SAFETY: tokens of this kind are made only where the CPU has AVX2, FMA and F16C.
+        Kind::Avx2 => unsafe { quantize_vectors_avx2(group, values, out) },
+        // SAFETY: tokens of these kinds are made only where the CPU has these parts of AVX-512.
+        Kind::Avx512 | Kind::Avx512Vnni | Kind::Avx512Bf16 => unsafe { quantize_vectors(group, values, out) },
     };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
     quantize_portable(isa, group, &values[done * group..], &mut out[done * (HEAD + group)..]);
+}
+
+/// [`quantize`] of all whole groups by a body of so many vectors; the number of these groups.
+#[cfg(target_arch = "x86_64")]
+macro_rules! whole_groups {
+    ($body:ident, $group:expr, $values:expr, $out:expr, $($length:literal: $vectors:literal)*) => {
+        match $group {
+            $($length => {
+                let groups = $values.as_chunks::<$length>().0.iter().zip($out.chunks_exact_mut(HEAD + $length));
+                let done = groups.len();
+                for (values, out) in groups {
+                    // SAFETY: a group has so many vectors of values, and as many codes behind its head; the caller of
+                    // the function around this states what the CPU has.
+                    unsafe { $body::<$vectors>(values.as_ptr(), out.as_mut_ptr()) };
+                }
+                done
+            })*
+            _ => 0,
+        }
+    };
 }
 
 /// As [`quantize`]; returns how many groups are done: all whole ones.
@@ -96,23 +120,17 @@ fn quantize(isa: Isa, group: usize, values: &[f32], out: &mut [u8]) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn quantize_vectors(group: usize, values: &[f32], out: &mut [u8]) -> usize {
-    macro_rules! run {
-        ($($group:literal: $vectors:literal)*) => {
-            match group {
-                $($group => {
-                    let groups = values.as_chunks::<$group>().0.iter().zip(out.chunks_exact_mut(HEAD + $group));
-                    let done = groups.len();
-                    for (values, out) in groups {
-                        // SAFETY: a group has so many vectors of values, and as many codes behind its head.
-                        unsafe { quantize_group_vectors::<$vectors>(values.as_ptr(), out.as_mut_ptr()) };
-                    }
-                    done
-                })*
-                _ => 0,
-            }
-        };
-    }
-    run!(32: 2 64: 4 128: 8)
+    whole_groups!(quantize_group_vectors, group, values, out, 32: 2 64: 4 128: 8)
+}
+
+/// As [`quantize_vectors`].
+///
+/// # Safety
+/// The CPU must have AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn quantize_vectors_avx2(group: usize, values: &[f32], out: &mut [u8]) -> usize {
+    whole_groups!(quantize_group_avx2, group, values, out, 32: 4 64: 8 128: 16)
 }
 
 /// # Safety
@@ -146,6 +164,57 @@ unsafe fn quantize_group_vectors<const N: usize>(values: *const f32, out: *mut u
     }
     // SAFETY: the head can be written.
     write_head(scale, _mm512_reduce_add_epi32(sums), unsafe { &mut *out.cast() });
+}
+
+/// # Safety
+/// The CPU must have AVX2; N vectors, a multiple of 4, can be read, and [`HEAD`] bytes and N · 8 codes written.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn quantize_group_avx2<const N: usize>(values: *const f32, out: *mut u8) {
+    use std::arch::x86_64::{
+        _mm_add_epi32, _mm_cvtsi128_si32, _mm_max_epu32, _mm_shuffle_epi32, _mm256_add_epi32, _mm256_and_si256,
+        _mm256_castps_si256, _mm256_castsi256_si128, _mm256_cvtps_epi32, _mm256_extracti128_si256, _mm256_loadu_ps,
+        _mm256_max_epu32, _mm256_mul_ps, _mm256_packs_epi16, _mm256_packs_epi32, _mm256_permutevar8x32_epi32,
+        _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_si256, _mm256_storeu_si256,
+    };
+    // SAFETY: N vectors can be read.
+    let vector = |i: usize| unsafe { _mm256_loadu_ps(values.add(i * 8)) };
+    let magnitude = _mm256_set1_epi32(0x7fff_ffff);
+    let mut largest = _mm256_setzero_si256();
+    for i in 0..N {
+        largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(vector(i)), magnitude));
+    }
+    let largest = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
+    let largest = _mm_max_epu32(largest, _mm_shuffle_epi32::<0b01_00_11_10>(largest));
+    let largest = _mm_max_epu32(largest, _mm_shuffle_epi32::<0b10_11_00_01>(largest));
+    let (scale, inverse) = scale_of(f32::from_bits(_mm_cvtsi128_si32(largest) as u32));
+    let factor = _mm256_set1_ps(inverse);
+    // packing takes the halves of its operands in turn
+    let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    let mut sums = _mm256_setzero_si256();
+    for i in (0..N).step_by(4) {
+        let codes: [_; 4] = std::array::from_fn(|j| match inverse == 0.0 {
+            // zero times infinity is no number, whose bits must not become a code
+            true => _mm256_setzero_si256(),
+            // to the nearest, ties to even
+            false => _mm256_cvtps_epi32(_mm256_mul_ps(vector(i + j), factor)),
+        });
+        for codes in codes {
+            sums = _mm256_add_epi32(sums, codes);
+        }
+        let packed = _mm256_packs_epi16(_mm256_packs_epi32(codes[0], codes[1]), _mm256_packs_epi32(codes[2], codes[3]));
+        // SAFETY: N · 8 codes can be written behind the head.
+        unsafe {
+            let codes = out.add(HEAD + i * 8).cast();
+            _mm256_storeu_si256(codes, _mm256_permutevar8x32_epi32(packed, order));
+        }
+    }
+    let sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+    let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_00_11_10>(sum));
+    let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b10_11_00_01>(sum));
+    // SAFETY: the head can be written.
+    write_head(scale, _mm_cvtsi128_si32(sum), unsafe { &mut *out.cast() });
 }
 
 for_each_isa! {

@@ -27,4 +27,4 @@ pub use backend::{Activations, BackendKind};
 pub use config::ModelConfig;
 pub use decoder::{LoadOptions, load};
 pub use error::{Error, Result};
-pub use runner::{LogitsWanted, Runner, SequenceChunk};
+pub use runner::{LogitsWanted, Profile, Runner, SequenceChunk, StepPart};

@@ -3,6 +3,7 @@ use crate::{Result, spec::ModelSpec};
 use bytes::Bytes;
 use moesaic_types::{KvFormat, TokenId};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Index of a KV block in the replica's pool.
 pub type BlockIndex = u32;
@@ -38,6 +39,77 @@ pub type Waker = Arc<dyn Fn() + Send + Sync>;
 /// Grows while a computation gets on; read on any thread.
 pub type Advanced = Box<dyn Fn() -> u64 + Send + Sync>;
 
+/// A part of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StepPart {
+    /// Rows of the embedding and the positions' rotations.
+    Embed,
+    /// Norms, rotations and sums of the residual stream.
+    Elementwise,
+    /// Matrix products before attention: queries, keys and values.
+    Projections,
+    /// Writing keys and values, and attention over them.
+    Attention,
+    /// The matrix product after attention.
+    Output,
+    /// Choosing experts.
+    Router,
+    /// Experts, shared ones too, and dense feed-forward networks.
+    Experts,
+    /// The output matrix: logits.
+    Head,
+}
+
+impl StepPart {
+    /// All of them, in the order in which a step runs them.
+    pub const ALL: [Self; 8] = [
+        Self::Embed,
+        Self::Elementwise,
+        Self::Projections,
+        Self::Attention,
+        Self::Output,
+        Self::Router,
+        Self::Experts,
+        Self::Head,
+    ];
+
+    /// Its name in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embed => "embed",
+            Self::Elementwise => "elementwise",
+            Self::Projections => "projections",
+            Self::Attention => "attention",
+            Self::Output => "output",
+            Self::Router => "router",
+            Self::Experts => "experts",
+            Self::Head => "head",
+        }
+    }
+}
+
+/// How long the parts of some steps took, on the thread that drives the model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Profile([Duration; StepPart::ALL.len()]);
+
+impl Profile {
+    /// Adds to a part.
+    pub fn add(&mut self, part: StepPart, time: Duration) {
+        self.0[part as usize] += time;
+    }
+
+    /// The time of a part.
+    pub fn of(&self, part: StepPart) -> Duration {
+        self.0[part as usize]
+    }
+
+    /// What came after an earlier profile of the same model.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self(std::array::from_fn(|part| self.0[part] - earlier.0[part]))
+    }
+}
+
 /// A loaded model with its KV pool on one device. One thread drives it.
 pub trait Runner: Send {
     /// The model's architecture.
@@ -53,6 +125,10 @@ pub trait Runner: Send {
     }
     /// How far [`Self::forward`] is, or a wait for other processes that has an end; `None`: it does not tell.
     fn advanced(&self) -> Option<Advanced> {
+        None
+    }
+    /// The time of all steps so far by their parts; `None`: it is not measured.
+    fn profile(&self) -> Option<Profile> {
         None
     }
     /// Whether all parts of the model are there, as far as is known; does not wait. Call it between steps.

@@ -1,8 +1,10 @@
 //! One layer's weights on a backend, and how it runs.
+use super::laps::Laps;
 use super::weights::{Role, Weights};
 use crate::Result;
 use crate::backend::{AttentionCall, AttentionSequence, Backend, Loader};
 use crate::expert_pool::{ExpertPool, Ticket};
+use crate::runner::StepPart;
 use crate::spec::names::{QkvNames, at_layer};
 use crate::spec::{Attention, Ffn, Gqa, LayerSpec, Mla, Moe, Norm, NormKind, Position, QkNorm, Rope, alibi_slopes};
 use moesaic_types::Routing;
@@ -50,6 +52,7 @@ pub(super) struct Step<'a, B: Backend> {
     pub(super) kv: &'a mut B::Kv,
     /// Index of the layer whose keys and values are the first in `kv`.
     pub(super) first: usize,
+    pub(super) laps: &'a mut Laps,
 }
 
 pub(super) fn load_norm<B: Loader>(
@@ -128,6 +131,7 @@ impl<B: Backend> Layer<B> {
     ) -> Result<Begun<B>> {
         let backend = step.backend;
         let normed = backend.norm(&self.attention_norm, &x)?;
+        step.laps.end(StepPart::Elementwise);
         let attended = self.attend(step, index, spec, &normed)?;
         if let FfnWeights::Moe { gate, .. } = &self.ffn {
             backend.expect(gate);
@@ -135,6 +139,7 @@ impl<B: Backend> Layer<B> {
         let residual = if spec.residual_after_norm { normed } else { x };
         let x = backend.add(residual, &attended, spec.residual_scale)?;
         let normed = backend.norm(&self.ffn_norm, &x)?;
+        step.laps.end(StepPart::Elementwise);
         let output = self.feed_forward(step, index, &spec.ffn, &normed)?;
         let residual = if spec.residual_after_norm { normed } else { x };
         Ok(Begun { residual, output, scale: spec.residual_scale })
@@ -151,6 +156,7 @@ impl<B: Backend> Layer<B> {
             (Projections::Gqa { qkv, qk_norm, output }, Attention::Gqa(gqa)) => {
                 let [mut q, mut k, mut v] = backend.linears(qkv.each_ref(), x)?;
                 backend.expect(output);
+                step.laps.end(StepPart::Projections);
                 if let Some([q_norm, k_norm]) = qk_norm {
                     q = backend.norm(q_norm, &q)?;
                     k = backend.norm(k_norm, &k)?;
@@ -159,9 +165,13 @@ impl<B: Backend> Layer<B> {
                     [q, k, v] = [backend.clamp(q, limit)?, backend.clamp(k, limit)?, backend.clamp(v, limit)?];
                 }
                 let (q, k) = (rotate(q, gqa.head_dim)?, rotate(k, gqa.head_dim)?);
+                step.laps.end(StepPart::Elementwise);
                 let attended =
                     backend.attend(step.kv, index - step.first, &self.call, step.sequences, &q, &k, Some(&v))?;
-                backend.linear(output, &attended)
+                step.laps.end(StepPart::Attention);
+                let output = backend.linear(output, &attended);
+                step.laps.end(StepPart::Output);
+                output
             }
             (Projections::Mla(weights), Attention::Mla(mla)) => {
                 let q = match &weights.q_latent {
@@ -177,19 +187,24 @@ impl<B: Backend> Layer<B> {
                 let latent = backend.norm(&weights.kv_norm, &backend.columns(&kv, 1, 0, mla.kv_rank)?)?;
                 let k_rope = rotate(backend.columns(&kv, 1, mla.kv_rank, mla.rope_dim)?, mla.rope_dim)?;
                 let k = backend.join(&latent, &k_rope, 1)?;
+                step.laps.end(StepPart::Projections);
                 let attended = backend.attend(step.kv, index - step.first, &self.call, step.sequences, &q, &k, None)?;
-                backend.linear(&weights.output, &backend.linear_by_head(&weights.expand_v, &attended)?)
+                step.laps.end(StepPart::Attention);
+                let output = backend.linear(&weights.output, &backend.linear_by_head(&weights.expand_v, &attended)?);
+                step.laps.end(StepPart::Output);
+                output
             }
             _ => unreachable!("a layer is loaded from the spec that it runs with"),
         }
     }
 
-    fn feed_forward(&self, step: &Step<'_, B>, index: usize, spec: &Ffn, x: &B::Tensor) -> Result<Output<B>> {
+    fn feed_forward(&self, step: &mut Step<'_, B>, index: usize, spec: &Ffn, x: &B::Tensor) -> Result<Output<B>> {
         let backend = step.backend;
         match (&self.ffn, spec) {
             (FfnWeights::Moe { gate, choice_bias, shared }, Ffn::Moe(moe)) => {
                 let scores = backend.to_host(&backend.linear(gate, x)?)?;
                 let routing = moe.gate.route(&scores, moe.experts, choice_bias.as_deref());
+                step.laps.end(StepPart::Router);
                 let ticket = step.pool.dispatch(index, x, &routing)?;
                 // The shared expert runs while the others may be under way elsewhere.
                 let shared = match shared {
@@ -202,9 +217,14 @@ impl<B: Backend> Layer<B> {
                     }
                     None => None,
                 };
+                step.laps.end(StepPart::Experts);
                 Ok(Output::Experts { ticket, shared, routing })
             }
-            (FfnWeights::Dense(ffn), Ffn::Dense(_)) => Ok(Output::Dense(backend.ffn(ffn, x)?)),
+            (FfnWeights::Dense(ffn), Ffn::Dense(_)) => {
+                let output = backend.ffn(ffn, x)?;
+                step.laps.end(StepPart::Experts);
+                Ok(Output::Dense(output))
+            }
             _ => unreachable!("a layer is loaded from the spec that it runs with"),
         }
     }
@@ -224,11 +244,13 @@ enum Output<B: Backend> {
 
 impl<B: Backend> Begun<B> {
     /// Awaits the experts; the residual stream after the layer, and how it routed.
-    pub(super) fn end(self, backend: &B) -> Result<(B::Tensor, Option<Routing>)> {
+    pub(super) fn end(self, backend: &B, laps: &mut Laps) -> Result<(B::Tensor, Option<Routing>)> {
         let (output, routing) = match self.output {
             Output::Dense(output) => (output, None),
             Output::Experts { ticket, shared, routing } => {
+                laps.begin();
                 let output = ticket.combine()?;
+                laps.end(StepPart::Experts);
                 let output = match shared {
                     Some(shared) => backend.add(output, &shared, 1.0)?,
                     None => output,
@@ -236,7 +258,9 @@ impl<B: Backend> Begun<B> {
                 (output, Some(routing))
             }
         };
-        Ok((backend.add(self.residual, &output, self.scale)?, routing))
+        let x = backend.add(self.residual, &output, self.scale)?;
+        laps.end(StepPart::Elementwise);
+        Ok((x, routing))
     }
 }
 

@@ -1,4 +1,5 @@
 //! A step in parts: while one part's experts compute elsewhere, another is at its attention.
+use super::laps::Laps;
 use super::layer::Begun;
 use crate::Result;
 use crate::backend::{AttentionSequence, Backend};
@@ -28,11 +29,11 @@ pub(super) enum Stream<B: Backend> {
 impl<B: Backend> MicroBatch<'_, B> {
     /// Ends the layer that was begun, if one was; the residual stream. Routing goes to `recorder`, a list for each MoE
     /// layer, which all micro-batches extend.
-    pub(super) fn end(&mut self, backend: &B, recorder: Option<&mut Recorder>) -> Result<B::Tensor> {
+    pub(super) fn end(&mut self, backend: &B, recorder: Option<&mut Recorder>, laps: &mut Laps) -> Result<B::Tensor> {
         match std::mem::replace(&mut self.stream, Stream::Taken) {
             Stream::Between(x) => Ok(x),
             Stream::Begun(layer, begun) => {
-                let (x, routing) = begun.end(backend)?;
+                let (x, routing) = begun.end(backend, laps)?;
                 if let (Some(recorder), Some(routing)) = (recorder, routing) {
                     recorder.add(layer, &routing);
                 }

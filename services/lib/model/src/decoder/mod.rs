@@ -1,6 +1,7 @@
 //! The decoder: one forward pass over a batch, for every architecture that a [`ModelSpec`] can describe.
 mod body;
 mod experts;
+mod laps;
 mod layer;
 mod micro_batch;
 mod stack;
@@ -17,7 +18,7 @@ use crate::backend::native::NativeBackend;
 use crate::backend::{Activations, AttentionSequence, Backend, BackendKind};
 use crate::expert_pool::ExpertPool;
 use crate::pipeline::{LaterStages, StageInput, StageSequence};
-use crate::runner::{Advanced, BlockIndex, LogitsWanted, Runner, SequenceChunk, Waker};
+use crate::runner::{Advanced, BlockIndex, LogitsWanted, Profile, Runner, SequenceChunk, StepPart, Waker};
 use crate::source::{self, WeightSource};
 use crate::spec::{self, ModelSpec};
 use body::Body;
@@ -216,13 +217,14 @@ impl<B: Backend> Decoder<B> {
     /// All layers are here: micro-batches are at the same layer, so that their experts and attention overlap.
     fn run_layers(&mut self, parts: &[Vec<SequenceChunk<'_>>], logits: &mut Vec<f32>) -> Result<()> {
         let mut micro_batches = parts.iter().map(|part| self.embed(part)).collect::<Result<Vec<_>>>()?;
+        self.stack.laps.end(StepPart::Embed);
         let mut record = self.record_routing.then_some(&mut self.routing);
         self.stack.run(&mut micro_batches, record.as_deref_mut())?;
         if micro_batches.iter().any(|micro_batch| !micro_batch.wanted.is_empty()) {
             self.stack.backend.expect(&self.output);
         }
-        let ended =
-            micro_batches.iter_mut().map(|micro_batch| micro_batch.end(&self.stack.backend, record.as_deref_mut()));
+        let Stack { backend, laps, .. } = &mut self.stack;
+        let ended = micro_batches.iter_mut().map(|micro_batch| micro_batch.end(backend, record.as_deref_mut(), laps));
         let ended = ended.collect::<Result<Vec<_>>>()?;
         for (x, MicroBatch { rows, wanted, .. }) in ended.iter().zip(&micro_batches) {
             match wanted.len() {
@@ -231,6 +233,7 @@ impl<B: Backend> Decoder<B> {
                 _ => self.project(&self.backend().rows(x, wanted)?, logits)?,
             }
         }
+        self.stack.laps.end(StepPart::Head);
         Ok(())
     }
 
@@ -241,11 +244,13 @@ impl<B: Backend> Decoder<B> {
             let rows = part.iter().map(|chunk| chunk.tokens.len()).sum();
             let halves = micro_batch::cut(part, self.stack.pool.micro_batches(rows));
             let mut micro_batches = halves.iter().map(|half| self.embed(half)).collect::<Result<Vec<_>>>()?;
+            self.stack.laps.end(StepPart::Embed);
             let mut record = self.record_routing.then_some(&mut self.routing);
             self.stack.run(&mut micro_batches, record.as_deref_mut())?;
             let (mut x, mut wanted, mut first) = (Vec::new(), Vec::new(), 0);
             for mut micro_batch in micro_batches {
-                let ended = micro_batch.end(&self.stack.backend, record.as_deref_mut())?;
+                let Stack { backend, laps, .. } = &mut self.stack;
+                let ended = micro_batch.end(backend, record.as_deref_mut(), laps)?;
                 append(&mut x, self.stack.backend.to_host(&ended)?);
                 wanted.extend(micro_batch.wanted.iter().map(|row| first + row));
                 first += micro_batch.rows as u32;
@@ -261,9 +266,11 @@ impl<B: Backend> Decoder<B> {
         }
         for _ in parts {
             let rows = self.later().receive()?;
+            self.stack.laps.begin();
             if !rows.is_empty() {
                 let rows = self.backend().to_device(rows, self.spec.hidden)?;
                 self.project(&rows, logits)?;
+                self.stack.laps.end(StepPart::Head);
             }
         }
         Ok(())
@@ -308,6 +315,10 @@ impl<B: Backend> Runner for Decoder<B> {
         Some(Box::new(move || own().wrapping_add(later.as_ref().map_or(0, |later| later()))))
     }
 
+    fn profile(&self) -> Option<Profile> {
+        Some(self.stack.laps.profile())
+    }
+
     fn check_parts(&mut self) -> Result<()> {
         self.later.as_deref_mut().map_or(Ok(()), |later| later.check())
     }
@@ -323,6 +334,7 @@ impl<B: Backend> Runner for Decoder<B> {
         }
         self.check(batch)?;
         self.routing.clear();
+        self.stack.laps.begin();
         let rows: usize = batch.iter().map(|chunk| chunk.tokens.len()).sum();
         match &self.later {
             None => self.run_layers(&micro_batch::cut(batch, self.stack.pool.micro_batches(rows)), logits),

@@ -1,4 +1,5 @@
 //! Consecutive layers of a model, and their part of the KV pool.
+use super::laps::Laps;
 use super::layer::{Layer, Step};
 use super::micro_batch::{MicroBatch, Recorder, Stream};
 use super::weights::Weights;
@@ -24,6 +25,7 @@ pub(super) struct Stack<B: Backend> {
     ropes: Vec<Rope>,
     kv_format: KvFormat,
     kv: Option<(B::Kv, usize)>,
+    pub(super) laps: Laps,
     /// Layers that micro-batches went through.
     advanced: Arc<AtomicU64>,
 }
@@ -65,8 +67,8 @@ impl<B: Backend> Stack<B> {
         kv_format: KvFormat,
     ) -> Self {
         let specs = spec.layers[range.clone()].to_vec();
-        let advanced = Arc::default();
-        Self { backend, pool, first: range.start, specs, layers, ropes, kv_format, kv: None, advanced }
+        let (laps, advanced) = (Laps::new(), Arc::default());
+        Self { backend, pool, first: range.start, specs, layers, ropes, kv_format, kv: None, laps, advanced }
     }
 
     /// How far micro-batches are, by layers, kernels and waits for experts.
@@ -134,13 +136,13 @@ impl<B: Backend> Stack<B> {
         micro_batches: &mut [MicroBatch<'_, B>],
         mut record: Option<&mut Recorder>,
     ) -> Result<()> {
-        let (backend, pool, first) = (&*self.backend, &*self.pool, self.first);
+        let (backend, pool, first, laps) = (&*self.backend, &*self.pool, self.first, &mut self.laps);
         let (kv, _) = self.kv.as_mut().expect("the sequences' blocks are inside the pool, so there is one");
         for (at, (layer, spec)) in self.layers.iter().zip(&self.specs).enumerate() {
             for micro_batch in &mut *micro_batches {
-                let x = micro_batch.end(backend, record.as_deref_mut())?;
+                let x = micro_batch.end(backend, record.as_deref_mut(), laps)?;
                 let (sequences, rotations) = (&micro_batch.sequences, &micro_batch.rotations);
-                let mut step = Step { backend, pool, sequences, rotations, kv: &mut *kv, first };
+                let mut step = Step { backend, pool, sequences, rotations, kv: &mut *kv, first, laps: &mut *laps };
                 micro_batch.stream = Stream::Begun(first + at, layer.begin(&mut step, first + at, spec, x)?);
                 self.advanced.fetch_add(1, Ordering::Relaxed);
             }

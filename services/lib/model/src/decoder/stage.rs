@@ -90,6 +90,7 @@ impl<B: Backend> StageRunner for Stage<B> {
 
     fn run(&mut self, input: &StageInput) -> Result<Vec<f32>> {
         self.check(input)?;
+        self.stack.laps.begin();
         let sequences: Vec<_> = input.sequences.iter().map(attention).collect();
         sequences.iter().try_for_each(|sequence| self.stack.check(sequence))?;
         let backend = Arc::clone(&self.stack.backend);
@@ -107,7 +108,7 @@ impl<B: Backend> StageRunner for Stage<B> {
         self.stack.run(&mut micro_batches, None)?;
         let mut output = Vec::new();
         for mut micro_batch in micro_batches {
-            let x = micro_batch.end(&backend, None)?;
+            let x = micro_batch.end(&backend, None, &mut self.stack.laps)?;
             match micro_batch.wanted.len() {
                 count if !self.is_last || count == micro_batch.rows => append(&mut output, backend.to_host(&x)?),
                 0 => {}

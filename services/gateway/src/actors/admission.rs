@@ -4,7 +4,7 @@ use moesaic_actors::{Handle, Supervised};
 use moesaic_types::{Error, ErrorCode, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longest wait for the decision.
 const DEADLINE: Duration = Duration::from_secs(2);
@@ -48,12 +48,18 @@ impl Handler<Panic> for Control {
 #[derive(Debug)]
 pub struct Permit {
     in_flight: Arc<AtomicUsize>,
+    since: Instant,
 }
 
 impl Permit {
     fn new(in_flight: Arc<AtomicUsize>) -> Self {
         in_flight.fetch_add(1, Ordering::AcqRel);
-        Self { in_flight }
+        Self { in_flight, since: Instant::now() }
+    }
+
+    /// When the request was let in.
+    pub(crate) fn since(&self) -> Instant {
+        self.since
     }
 }
 

@@ -162,16 +162,6 @@ impl Core {
         }
     }
 
-    /// Lets a request in, and waits for a model.
-    ///
-    /// # Errors
-    /// What admission and [`Self::loaded`] say.
-    pub(crate) async fn enter(&self) -> Result<Permit> {
-        let permit = self.admission.enter().await?;
-        self.loaded().await?;
-        Ok(permit)
-    }
-
     /// The models that are served; none while they load.
     pub fn models(&self) -> Vec<Arc<ServedModel>> {
         self.backend().map_or_else(|_| Vec::new(), |backend| backend.models.clone())
@@ -236,7 +226,7 @@ impl Core {
     /// # Errors
     /// What admission, the router or the scheduler say.
     pub async fn answer(self: &Arc<Self>, job: Job) -> Result<PieceStream> {
-        let permit = Arc::new(self.enter().await?);
+        let permit = Arc::new(self.admission.enter().await?);
         self.start(job, permit).await
     }
 
@@ -245,7 +235,8 @@ impl Core {
     ///
     /// # Errors
     /// What the router or the scheduler say.
-    pub(crate) async fn start(&self, job: Job, permit: Arc<Permit>) -> Result<PieceStream> {
+    pub(crate) async fn start(&self, mut job: Job, permit: Arc<Permit>) -> Result<PieceStream> {
+        job.deadline = job.time.map(|time| permit.since() + time);
         let (job, backend) = (Arc::new(job), self.backend()?);
         let mut choices = Vec::with_capacity(job.n);
         for index in 0..job.n {

@@ -7,7 +7,7 @@ use super::tools::Tools;
 use crate::served::ServedModel;
 use moesaic_types::{Error, Grammar, Priority, RequestId, Result, SamplingParams, StopConditions, TokenId};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Longest stop text, in bytes.
 const MAX_STOP_BYTES: usize = 256;
@@ -101,7 +101,7 @@ impl SamplingInput {
             return Err(Error::invalid("priority", message));
         }
         let deadline_ms = whole("deadline_ms", self.deadline_ms.unwrap_or(0), 0, MAX_DEADLINE_MS)?;
-        let wait = Some(deadline_ms).filter(|ms| *ms > 0).map(Duration::from_millis).or(limits.default_deadline);
+        let time = Some(deadline_ms).filter(|ms| *ms > 0).map(Duration::from_millis).or(limits.default_deadline);
         Ok(Job {
             id,
             told: Arc::new(Told::of_current_span()),
@@ -117,7 +117,8 @@ impl SamplingInput {
             grammar: self.grammar,
             n: n as usize,
             priority: Priority(self.priority as i32),
-            deadline: wait.map(|wait| Instant::now() + wait),
+            time,
+            deadline: None,
             tenant,
             skip_special: true,
             continues: false,

@@ -58,7 +58,9 @@ pub struct Job {
     pub n: usize,
     /// Order of service.
     pub priority: Priority,
-    /// Answer by then.
+    /// How long it may take from when it was let in.
+    pub time: Option<Duration>,
+    /// Answer by then; set when it is started.
     pub deadline: Option<Instant>,
     /// Whose it is.
     pub tenant: Tenant,

@@ -34,9 +34,9 @@ impl Inference {
         bytes: usize,
         job: impl FnOnce(&Core) -> Result<(Job, C)> + Send + 'static,
     ) -> Result<BoxStream<'static, Result<T, Status>>> {
-        let permit = Arc::new(self.core.enter().await?);
+        let permit = Arc::new(self.core.admission.enter().await?);
         let core = self.core.clone();
-        let (job, convert) = self.core.workers.run(bytes, move || job(&core)).await?;
+        let (job, convert) = self.work(bytes, move || job(&core)).await?;
         Ok(self.stream(self.core.start(job, permit).await?, convert))
     }
 

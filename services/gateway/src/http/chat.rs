@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 use std::sync::Arc;
 
 pub(super) async fn chat(State(core): State<Arc<Core>>, headers: HeaderMap, body: Body) -> Result<Response, HttpError> {
-    let permit = Arc::new(core.enter().await?);
+    let permit = Arc::new(core.admission.enter().await?);
     let key = user_key(&headers);
     let Request { job, head, streaming } =
         read(&core, body, move |core, fields| request(core, fields, key.as_deref())).await?;

@@ -27,7 +27,7 @@ pub(super) async fn completions(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, HttpError> {
-    let permit = Arc::new(core.enter().await?);
+    let permit = Arc::new(core.admission.enter().await?);
     let key = user_key(&headers);
     let Request { jobs, answer, streaming } =
         read(&core, body, move |core, fields| request(core, fields, key.as_deref())).await?;

@@ -105,13 +105,14 @@ fn user_key(headers: &HeaderMap) -> Option<String> {
     key(headers).map(str::to_owned)
 }
 
-/// Reads a body; a long one on a worker.
+/// Reads a body once there is a model; a long one on a worker.
 async fn read<T: Send + 'static>(
     core: &Arc<Core>,
     Body(body): Body,
     read: impl FnOnce(&Core, Fields<'_>) -> Result<T, HttpError> + Send + 'static,
 ) -> Result<T, HttpError> {
     let body = body?;
+    core.loaded().await?;
     let for_work = core.clone();
     core.workers
         .run(body.bytes.len(), move || {

@@ -15,7 +15,6 @@ use std::sync::Arc;
 const NUMBER_BYTES: usize = 6;
 
 pub(super) async fn tokenize(State(core): State<Arc<Core>>, body: Body) -> Result<Response, HttpError> {
-    core.loaded().await?;
     let (ids, texts, context) = read(&core, body, |core, fields| {
         fields.only(&[known::TOKENIZE])?;
         let model = core.model(fields.text("model")?.unwrap_or_default())?;
@@ -46,7 +45,6 @@ pub(super) async fn tokenize(State(core): State<Arc<Core>>, body: Body) -> Resul
 }
 
 pub(super) async fn detokenize(State(core): State<Arc<Core>>, body: Body) -> Result<Response, HttpError> {
-    core.loaded().await?;
     let text = read(&core, body, |core, fields: Fields<'_>| {
         fields.only(&[known::DETOKENIZE])?;
         let model = core.model(fields.text("model")?.unwrap_or_default())?;

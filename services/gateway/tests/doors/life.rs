@@ -265,14 +265,25 @@ async fn a_request_that_comes_before_the_model_waits_for_it() {
         let mut client = doors.client().await;
         async move { client.tokenize(wire::TokenizeRequest { text: "Count:".into(), ..Default::default() }).await }
     });
+    let hurried = tokio::spawn({
+        let (http, body) = (doors.http, ask(json!({"deadline_ms": 5})).to_string());
+        async move { client::send(http, "POST", "/v1/completions", &[], body.as_bytes()).await }
+    });
     let admission = doors.core.admission.clone();
-    moesaic_testkit::until("it was let in", || async { admission.in_flight() == 1 }).await;
+    moesaic_testkit::until("both were let in", || async { admission.in_flight() == 2 }).await;
     doors.core.wait_for("no replica serves the model");
+    let too_long = vec![b' '; doors.core.config.body_limit.as_usize() + 1];
+    let refused = client::send(doors.http, "POST", "/v1/completions", &[], &too_long).await;
+    assert_eq!(refused.status, 413, "what no model would take does not wait");
+    // the deadline of the one in a hurry passes
+    tokio::time::sleep(Duration::from_millis(20)).await;
     assert_eq!(doors.get("/ready").await.status, 503, "readiness does not wait");
     assert!(!early.is_finished(), "it waits");
     doors.serve(model(), [vec![Act::Answer]]);
     let early = early.await.unwrap();
     assert_eq!(early.status, 200, "{}", early.text());
+    let hurried = hurried.await.unwrap();
+    assert_eq!(hurried.status, 504, "the wait counts: {}", hurried.text());
     assert!(!counted.await.unwrap().unwrap().into_inner().tokens.is_empty());
 }
 

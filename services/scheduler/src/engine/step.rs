@@ -48,7 +48,6 @@ impl Engine {
         }
         let started = Instant::now();
         let mut logits = std::mem::take(&mut self.logits);
-        logits.clear();
         let batch: Vec<SequenceChunk<'_>> = work
             .iter()
             .map(|work| {
@@ -90,6 +89,9 @@ impl Engine {
                 true
             }
         };
+        // a step with log-probabilities of a prompt has far more rows than others
+        logits.clear();
+        logits.shrink_to(self.parts.config.max_running * self.info.vocab);
         self.logits = logits;
         advanced
     }

@@ -249,6 +249,12 @@ impl<'a> Planner<'a> {
     }
 }
 
+/// Whether [`plan`] does the same whoever waits: the batch is full, and nobody of it is of a lower priority than
+/// `highest`, that of all who wait. Who is promoted is not pushed out by a priority.
+pub fn ignores_waiting(running: &[Running], highest: Option<Priority>, limits: &Limits) -> bool {
+    running.len() >= limits.max_running && running.iter().all(|s| s.promoted || Some(s.priority) >= highest)
+}
+
 /// Decides the next step. `waiting` need not be ordered.
 pub fn plan(running: &[Running], waiting: &[Waiting], limits: &Limits) -> Plan {
     let mut planner = Planner::new(running, limits);

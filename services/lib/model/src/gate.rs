@@ -67,72 +67,129 @@ impl GatePolicy {
 
     /// Routes every row of `logits` `[tokens, experts]`; `bias` `[experts]` enters the choice of [`Self::Sigmoid`].
     pub fn route(&self, logits: &[f32], experts: usize, bias: Option<&[f32]>) -> Routing {
-        let mut routing = Routing { offsets: vec![0], ..Routing::default() };
+        let (tokens, active) = (logits.len() / experts, self.max_active().min(experts));
+        let mut routing = Routing::new();
+        routing.offsets.reserve_exact(tokens);
+        routing.experts.reserve_exact(tokens * active);
+        routing.weights.reserve_exact(tokens * active);
+        let mut scratch = Scratch::default();
         for row in logits.chunks_exact(experts) {
-            for (expert, weight) in self.choose(row, bias) {
-                routing.experts.push(expert);
-                routing.weights.push(weight);
-            }
-            routing.offsets.push(routing.experts.len() as u32);
+            routing.push(self.choose_in(&mut scratch, row, bias));
         }
         routing
     }
 
     /// The experts of one token with their weights, best first.
     pub fn choose(&self, logits: &[f32], bias: Option<&[f32]>) -> Vec<(u32, f32)> {
+        self.choose_in(&mut Scratch::default(), logits, bias).collect()
+    }
+
+    fn choose_in<'a>(
+        &self,
+        scratch: &'a mut Scratch,
+        logits: &[f32],
+        bias: Option<&[f32]>,
+    ) -> impl Iterator<Item = (u32, f32)> + use<'a> {
+        let Scratch { scores, biased, grouping, chosen, weights } = scratch;
         match *self {
             // the divisor of a softmax over all would cancel
             Self::SoftmaxTopK { top_k, normalize: true, groups: None, scale } => {
-                let chosen = softmax_of_best(logits, top_k).into_iter();
-                chosen.map(|(expert, weight)| (expert, weight * scale)).collect()
+                softmax_of_best(logits, top_k, chosen, weights);
+                weights.iter_mut().for_each(|weight| *weight *= scale);
             }
             Self::SoftmaxTopK { top_k, normalize, groups, scale } => {
-                let scores = softmax(logits);
-                let eligible = groups.map(|groups| best_groups(&scores, groups, 1));
-                weigh(&best(&scores, eligible.as_deref(), top_k), &scores, normalize, scale)
+                refill(scores, logits.iter().copied());
+                softmax(scores);
+                let eligible = groups.map(|groups| grouping.eligible(scores, groups, 1));
+                best(scores, eligible, top_k, chosen);
+                weigh(chosen, scores, normalize, scale, weights);
             }
-            Self::TopKSoftmax { top_k } => softmax_of_best(logits, top_k),
+            Self::TopKSoftmax { top_k } => softmax_of_best(logits, top_k, chosen, weights),
             Self::Sigmoid { top_k, normalize, groups, scale } => {
-                let scores: Vec<f32> = logits.iter().map(|&logit| sigmoid(logit)).collect();
-                let ranked: Vec<f32> = match bias {
-                    Some(bias) => scores.iter().zip(bias).map(|(score, bias)| score + bias).collect(),
-                    None => scores.clone(),
+                refill(scores, logits.iter().map(|&logit| sigmoid(logit)));
+                let ranked = match bias {
+                    Some(bias) => {
+                        refill(biased, scores.iter().zip(bias).map(|(score, bias)| score + bias));
+                        biased
+                    }
+                    None => &*scores,
                 };
-                let eligible = groups.map(|groups| best_groups(&ranked, groups, 2));
-                weigh(&best(&ranked, eligible.as_deref(), top_k), &scores, normalize, scale)
+                let eligible = groups.map(|groups| grouping.eligible(ranked, groups, 2));
+                best(ranked, eligible, top_k, chosen);
+                weigh(chosen, scores, normalize, scale, weights);
             }
             Self::DynamicTopP { p, max_active } => {
-                let scores = softmax(logits);
-                let mut chosen = best(&scores, None, max_active.max(1));
+                refill(scores, logits.iter().copied());
+                softmax(scores);
+                best(scores, None, max_active.max(1), chosen);
                 let mut mass = 0.0;
                 let needed = chosen.iter().position(|&expert| {
                     mass += scores[expert as usize];
                     mass >= p
                 });
                 chosen.truncate(needed.map_or(chosen.len(), |last| last + 1));
-                weigh(&chosen, &scores, true, 1.0)
+                weigh(chosen, scores, true, 1.0, weights);
             }
         }
+        chosen.iter().copied().zip(weights.iter().copied())
     }
+}
+
+/// Memory that the rows of a batch use one after another.
+#[derive(Default)]
+struct Scratch {
+    scores: Vec<f32>,
+    biased: Vec<f32>,
+    grouping: Grouping,
+    /// The experts of a row, best first, and their weights.
+    chosen: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+#[derive(Default)]
+struct Grouping {
+    members: Vec<u32>,
+    sums: Vec<f32>,
+    eligible: Vec<bool>,
+}
+
+impl Grouping {
+    /// Which groups are eligible: those whose `members` best values have the largest sums.
+    fn eligible(&mut self, values: &[f32], groups: Groups, members: usize) -> &[bool] {
+        let Self { members: chosen, sums, eligible } = self;
+        let of_group = |group: &[f32]| {
+            best(group, None, members, chosen);
+            chosen.iter().map(|&id| group[id as usize]).sum()
+        };
+        refill(sums, values.chunks_exact(values.len() / groups.count).map(of_group));
+        best(sums, None, groups.keep, chosen);
+        refill(eligible, (0..groups.count).map(|group| chosen.contains(&(group as u32))));
+        eligible
+    }
+}
+
+fn refill<T>(values: &mut Vec<T>, with: impl Iterator<Item = T>) {
+    values.clear();
+    values.extend(with);
 }
 
 fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
 }
 
-fn softmax(logits: &[f32]) -> Vec<f32> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut scores: Vec<f32> = logits.iter().map(|&logit| (logit - max).exp()).collect();
-    let sum: f32 = scores.iter().sum();
-    scores.iter_mut().for_each(|score| *score /= sum);
-    scores
+/// In place.
+fn softmax(values: &mut [f32]) {
+    let max = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    values.iter_mut().for_each(|value| *value = (*value - max).exp());
+    let sum: f32 = values.iter().sum();
+    values.iter_mut().for_each(|value| *value /= sum);
 }
 
 /// The ids of the `count` best logits with the softmax over those alone, best first.
-fn softmax_of_best(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
-    let chosen = best(logits, None, count);
-    let kept: Vec<f32> = chosen.iter().map(|&expert| logits[expert as usize]).collect();
-    chosen.into_iter().zip(softmax(&kept)).collect()
+fn softmax_of_best(logits: &[f32], count: usize, chosen: &mut Vec<u32>, weights: &mut Vec<f32>) {
+    best(logits, None, count, chosen);
+    refill(weights, chosen.iter().map(|&expert| logits[expert as usize]));
+    softmax(weights);
 }
 
 /// Larger first, lower index first among equals, NaN last.
@@ -143,9 +200,9 @@ fn rank(values: &[f32], a: usize, b: usize) -> Ordering {
 
 /// The ids of the `count` best values, best first, among the groups that are eligible. Few of many: each value is
 /// compared with the worst of those that are kept, and seldom stays.
-fn best(values: &[f32], eligible: Option<&[bool]>, count: usize) -> Vec<u32> {
+fn best(values: &[f32], eligible: Option<&[bool]>, count: usize, kept: &mut Vec<u32>) {
     let size = values.len() / eligible.map_or(1, |eligible| eligible.len().max(1));
-    let mut kept: Vec<u32> = Vec::with_capacity(count.min(values.len()) + 1);
+    kept.clear();
     for id in 0..values.len() {
         if eligible.is_some_and(|eligible| !eligible[id / size]) {
             continue;
@@ -157,25 +214,12 @@ fn best(values: &[f32], eligible: Option<&[bool]>, count: usize) -> Vec<u32> {
             kept.truncate(count);
         }
     }
-    kept
 }
 
-/// Which groups are eligible: those whose `members` best values have the largest sums.
-fn best_groups(values: &[f32], groups: Groups, members: usize) -> Vec<bool> {
-    let size = values.len() / groups.count;
-    let sums: Vec<f32> = values
-        .chunks_exact(size)
-        .map(|group| best(group, None, members).iter().map(|&id| group[id as usize]).sum())
-        .collect();
-    let mut eligible = vec![false; groups.count];
-    best(&sums, None, groups.keep).iter().for_each(|&group| eligible[group as usize] = true);
-    eligible
-}
-
-fn weigh(chosen: &[u32], scores: &[f32], normalize: bool, scale: f32) -> Vec<(u32, f32)> {
+fn weigh(chosen: &[u32], scores: &[f32], normalize: bool, scale: f32, weights: &mut Vec<f32>) {
     let sum: f32 = chosen.iter().map(|&expert| scores[expert as usize]).sum();
     let divisor = if normalize { sum + 1e-20 } else { 1.0 };
-    chosen.iter().map(|&expert| (expert, scores[expert as usize] / divisor * scale)).collect()
+    refill(weights, chosen.iter().map(|&expert| scores[expert as usize] / divisor * scale));
 }
 
 #[cfg(test)]
@@ -258,9 +302,14 @@ mod tests {
             let sum: f32 = policies[4].choose(&logits, None).iter().map(|c| c.1).sum();
             prop_assert!((sum - 1.0).abs() < 1e-5);
             // A batch routes each row as that row alone.
-            let double: Vec<f32> = logits.iter().chain(&logits).copied().collect();
-            let routing = policies[0].route(&double, 12, None);
-            prop_assert_eq!(&routing.weights[..top_k], &routing.weights[top_k..]);
+            let batch: Vec<f32> = logits.iter().chain(logits.iter().rev()).chain(&logits).copied().collect();
+            for (policy, bias) in policies.iter().flat_map(|policy| [(policy, None), (policy, Some(&logits[..]))]) {
+                let routing = policy.route(&batch, 12, bias);
+                prop_assert_eq!(routing.tokens(), 3);
+                for (token, row) in batch.chunks_exact(12).enumerate() {
+                    prop_assert_eq!(routing.token(token).collect::<Vec<_>>(), policy.choose(row, bias));
+                }
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The end of a step: from rows of logits to tokens, and from tokens to the ends of sequences.
 use super::step::Work;
 use super::{Engine, Sequence};
-use crate::sampler::{self, Allowed};
+use crate::sampler::{self, Allowed, Scratch};
 use moesaic_model::LogitsWanted;
 use moesaic_types::{BLOCK_TOKENS, Error, FinishReason, Link, Result, SampledToken, TokenId};
 
@@ -37,9 +37,9 @@ impl Engine {
                 }
                 (LogitsWanted::All, true) => {
                     prompt_logprobs(sequence, start, own, vocab);
-                    choose(sequence, &self.parts.eos, &mut own[(count - 1) * vocab..])
+                    choose(sequence, &self.parts.eos, &mut own[(count - 1) * vocab..], &mut self.sampling)
                 }
-                (LogitsWanted::Last, _) => choose(sequence, &self.parts.eos, own),
+                (LogitsWanted::Last, _) => choose(sequence, &self.parts.eos, own, &mut self.sampling),
             };
             match outcome {
                 Err(error) => self.fail(work.key, error),
@@ -118,21 +118,29 @@ fn usable(rows: &[f32], vocab: usize) -> Result<(), (usize, &'static str)> {
 }
 
 /// Chooses the next token from its row; `None` if the grammar allows no further one.
-fn choose(sequence: &mut Sequence, eos: &[TokenId], row: &mut [f32]) -> Result<Option<SampledToken>> {
+fn choose(
+    sequence: &mut Sequence,
+    eos: &[TokenId],
+    row: &mut [f32],
+    scratch: &mut Scratch,
+) -> Result<Option<SampledToken>> {
     if sequence.grammar.as_ref().is_some_and(|grammar| grammar.is_complete()) {
         return Ok(None);
     }
     let mask = sequence.grammar.as_mut().map(|grammar| grammar.mask()).transpose()?;
     let held_back = sequence.held_back(eos);
     let allowed = Allowed { mask: mask.as_deref(), held_back: &held_back };
-    let raw = sequence.request.top_logprobs.map(|top| (top as usize, row.to_vec()));
+    let top_logprobs = sequence.request.top_logprobs;
+    if top_logprobs.is_some() {
+        row.clone_into(&mut scratch.raw);
+    }
     let position = sequence.tokens.len();
-    let id = sampler::sample(row, sequence.sampling(), sequence.seen.as_ref(), allowed, position)?;
+    let id = sampler::sample(row, sequence.sampling(), sequence.seen.as_ref(), allowed, position, scratch)?;
     if let Some(grammar) = &mut sequence.grammar {
         grammar.advance(id)?;
     }
-    Ok(Some(match raw {
-        Some((top, raw)) => sampler::log_probabilities(&raw, id, top),
+    Ok(Some(match top_logprobs {
+        Some(top) => sampler::log_probabilities(&scratch.raw, id, top as usize),
         None => SampledToken { id, logprob: None, top_logprobs: Vec::new() },
     }))
 }

@@ -18,6 +18,7 @@ use crate::config::{Config, OfferPolicy};
 use crate::health::{Bounds, Health, Pulse};
 use crate::metrics::Metrics;
 use crate::pool::{BlockIndex, BlockPool};
+use crate::sampler::Scratch;
 use moesaic_model::Runner;
 use moesaic_model::memory::Memory;
 use moesaic_types::boundary::{KvEvent, PrefixStore};
@@ -185,6 +186,7 @@ pub struct Engine {
     store_is_away: Arc<AtomicBool>,
     metrics: Metrics,
     logits: Vec<f32>,
+    sampling: Scratch,
     preemptions: u64,
     outage: Outage,
     /// Why this life cannot go on.
@@ -253,6 +255,7 @@ impl Engine {
             store_is_away: Arc::default(),
             metrics,
             logits: Vec::new(),
+            sampling: Scratch::default(),
             preemptions: 0,
             outage: Outage::default(),
             lost: None,

@@ -48,7 +48,6 @@ impl Engine {
         }
         let started = Instant::now();
         let mut logits = std::mem::take(&mut self.logits);
-        logits.clear();
         let batch: Vec<SequenceChunk<'_>> = work
             .iter()
             .map(|work| {
@@ -90,6 +89,9 @@ impl Engine {
                 true
             }
         };
+        // a step with log-probabilities of a prompt has far more rows than others
+        logits.clear();
+        logits.shrink_to(self.parts.config.max_running * self.info.vocab);
         self.logits = logits;
         advanced
     }
@@ -122,6 +124,11 @@ impl Engine {
             available: self.pool.available(),
         };
         let batch: Vec<Running> = self.in_phase(Phase::Running).map(|(key, s)| self.running(key, s)).collect();
+        let highest = self.in_phase(Phase::Waiting).map(|(_, s)| s.request.priority).max();
+        // those who wait may have something to fetch meanwhile
+        if !self.fetches() && planner::ignores_waiting(&batch, highest, &limits) {
+            return planner::plan(&batch, &[], &limits);
+        }
         let promote_after = Duration::from_millis(self.parts.config.promote_after_ms);
         for sequence in self.sequences.values_mut().filter(|s| s.phase == Phase::Waiting) {
             sequence.promoted |= sequence.waiting_since.elapsed() > promote_after;

@@ -27,7 +27,7 @@ impl Engine {
     /// Begins to fetch for sequences that are next, for so many at once; those that need not wait for that. Who is behind
     /// them is fetched for later: what is fetched takes memory until it is admitted.
     pub(super) fn fetch_for(&mut self, next: Vec<u64>, at_once: usize) -> Vec<u64> {
-        if self.parts.store.is_none() || !self.economy.asks() {
+        if !self.fetches() {
             return next;
         }
         let mut fetching = self.sequences.values().filter(|sequence| sequence.phase == Phase::Fetching).count();
@@ -37,6 +37,11 @@ impl Engine {
             !starts
         };
         next.into_iter().filter(waits).collect()
+    }
+
+    /// Whether the prefix store is asked for blocks.
+    pub(super) fn fetches(&self) -> bool {
+        self.parts.store.is_some() && self.economy.asks()
     }
 
     /// Asks the prefix store for the blocks that follow those that are here; whether it was asked now.

@@ -114,6 +114,40 @@ proptest! {
     }
 }
 
+#[test]
+fn a_full_batch_ignores_those_who_may_not_push_anybody_out() {
+    let full = Limits { max_running: 2, ..limits(9) };
+    let batch = [running(1, 3, 60, 59), Running { promoted: true, ..running(2, 0, 60, 59) }];
+    let ignores = |batch: &[Running], highest: Option<i32>| ignores_waiting(batch, highest.map(Priority), &full);
+    assert!(ignores(&batch, Some(3)) && ignores(&batch, None));
+    assert!(!ignores(&batch, Some(4)), "1 would be preempted");
+    assert!(!ignores(&batch[..1], Some(0)), "there is a place");
+}
+
+proptest! {
+    #[test]
+    fn waiting_sequences_that_are_ignored_change_nothing(
+        batch in prop::collection::vec((0i32..3, any::<bool>(), 1usize..400, 0usize..400), 0..8),
+        queue in prop::collection::vec((0i32..3, any::<bool>(), 1usize..400), 0..8),
+        max_running in 1usize..8,
+        available in 0usize..10,
+        token_budget in 1usize..100,
+    ) {
+        let batch: Vec<_> = batch.iter().enumerate()
+            .map(|(key, &(priority, promoted, tokens, computed))| {
+                Running { promoted, ..running(key as u64, priority, tokens, computed.min(tokens - 1)) }
+            })
+            .collect();
+        let queue: Vec<_> = queue.iter().enumerate()
+            .map(|(key, &(priority, promoted, tokens))| Waiting { promoted, ..waiting(100 + key as u64, priority, tokens) })
+            .collect();
+        let limits = Limits { token_budget, max_chunk: 64, max_running, available };
+        if ignores_waiting(&batch, queue.iter().map(|s| s.priority).max(), &limits) {
+            prop_assert_eq!(plan(&batch, &queue, &limits), plan(&batch, &[], &limits));
+        }
+    }
+}
+
 /// A request in the simulation.
 #[derive(Clone, Debug)]
 struct Job {

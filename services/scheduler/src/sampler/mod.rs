@@ -2,9 +2,11 @@
 //! must not come yet, temperature, top-k, top-p, min-p, draw. Everything is a function of the row, the parameters, the tokens so far
 //! and the position, so that neither batching nor preemption can change a draw. Ties go to the lowest id.
 mod best;
+mod candidates;
 mod rng;
 
-use best::{best, by_logit, nucleus};
+use best::{best, extremes, likeliest};
+use candidates::Candidates;
 use moesaic_types::{Error, Result, SampledToken, SamplingParams, TokenId};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -37,10 +39,11 @@ impl Seen {
 
 /// Checks that a row is usable: no NaN, no +infinity, something above -infinity. Says what is wrong otherwise.
 pub fn check(logits: &[f32]) -> Result<(), &'static str> {
-    if logits.iter().any(|l| l.is_nan() || *l == f32::INFINITY) {
+    let (least, largest) = extremes(logits);
+    if least.is_nan() || largest.is_nan() || largest == f32::INFINITY {
         return Err("NaN or infinity");
     }
-    if logits.iter().all(|l| *l == f32::NEG_INFINITY) {
+    if largest == f32::NEG_INFINITY {
         return Err("no finite number");
     }
     Ok(())
@@ -48,14 +51,24 @@ pub fn check(logits: &[f32]) -> Result<(), &'static str> {
 
 /// A token with its log-probability and the `top` likeliest tokens, under the raw logits.
 pub fn log_probabilities(logits: &[f32], token: TokenId, top: usize) -> SampledToken {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+    let largest = f64::from(extremes(logits).1);
     let total = logits.iter().map(|&l| (l as f64 - largest).exp()).sum::<f64>().ln() + largest;
     let logprob = |id: TokenId| (logits[id as usize] as f64 - total) as f32;
+    let mut likeliest = Vec::with_capacity(top + 1);
+    best(logits, top, &mut likeliest);
     SampledToken {
         id: token,
         logprob: Some(logprob(token)),
-        top_logprobs: best(logits, top).into_iter().map(|id| (id, logprob(id))).collect(),
+        top_logprobs: likeliest.into_iter().map(|id| (id, logprob(id))).collect(),
     }
+}
+
+/// Memory that is kept from one token to the next.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// A row before [`sample`] changed it, for whoever needs it afterwards.
+    pub raw: Vec<f32>,
+    candidates: Candidates,
 }
 
 /// What may come next.
@@ -74,6 +87,7 @@ pub fn sample(
     seen: Option<&Seen>,
     allowed: Allowed<'_>,
     position: usize,
+    scratch: &mut Scratch,
 ) -> Result<TokenId> {
     for (&token, &bias) in &params.logit_bias {
         if let Some(logit) = logits.get_mut(token as usize) {
@@ -84,35 +98,21 @@ pub fn sample(
         penalize(logits, params, seen);
     }
     if let Some(mask) = allowed.mask {
-        for (id, logit) in logits.iter_mut().enumerate() {
-            if mask.get(id / 32).is_none_or(|word| word >> (id % 32) & 1 == 0) {
-                *logit = f32::NEG_INFINITY;
-            }
+        let words = mask.iter().copied().chain(std::iter::repeat(0));
+        for (run, word) in logits.chunks_mut(32).zip(words).filter(|(_, word)| *word != u32::MAX) {
+            let forbidden = run.iter_mut().enumerate().filter(|(bit, _)| word >> bit & 1 == 0);
+            forbidden.for_each(|(_, logit)| *logit = f32::NEG_INFINITY);
         }
     }
     hold_back(logits, allowed.held_back);
-    let greedy = (0..logits.len() as TokenId)
-        .min_by(|a, b| by_logit(logits, *a, *b))
+    let greedy = likeliest(logits)
         .filter(|&id| logits[id as usize] > f32::NEG_INFINITY)
         .ok_or_else(|| Error::internal("no token is allowed here by the grammar and the model"))?;
     if params.temperature == 0.0 {
         return Ok(greedy);
     }
-    let largest = logits[greedy as usize] as f64;
-    let temperature = params.temperature as f64;
-    let weight = |id: TokenId| ((logits[id as usize] as f64 - largest) / temperature).exp();
-    let candidates = candidates(logits, params, weight);
-    let total: f64 = candidates.iter().map(|&id| weight(id)).sum();
-    let mut left = rng::uniform(params.seed, position as u64) * total;
-    for &id in &candidates {
-        let w = weight(id);
-        if w > 0.0 && left < w {
-            return Ok(id);
-        }
-        left -= w;
-    }
-    // Rounding can leave a rest after the last candidate.
-    Ok(candidates.iter().rev().copied().find(|&id| weight(id) > 0.0).unwrap_or(greedy))
+    let share = rng::uniform(params.seed, position as u64);
+    Ok(scratch.candidates.draw(logits, params, greedy, share))
 }
 
 fn hold_back(logits: &mut [f32], tokens: &[TokenId]) {
@@ -140,28 +140,6 @@ fn penalize(logits: &mut [f32], params: &SamplingParams, seen: &Seen) {
             *logit -= params.presence_penalty + params.frequency_penalty * count as f32;
         }
     }
-}
-
-/// The tokens left by top-k, top-p and min-p; best first if one of them cuts, else by id.
-fn candidates(logits: &[f32], params: &SamplingParams, weight: impl Fn(TokenId) -> f64) -> Vec<TokenId> {
-    let mut ids: Vec<TokenId> =
-        (0..logits.len() as TokenId).filter(|&id| logits[id as usize] > f32::NEG_INFINITY).collect();
-    let order = |a: &TokenId, b: &TokenId| by_logit(logits, *a, *b);
-    let top_k = params.top_k.map_or(ids.len(), |k| k as usize).max(1);
-    if top_k < ids.len() {
-        ids.select_nth_unstable_by(top_k - 1, order);
-        ids.truncate(top_k);
-        ids.sort_unstable_by(order);
-    }
-    if params.top_p < 1.0 {
-        let mass = params.top_p as f64 * ids.iter().map(|&id| weight(id)).sum::<f64>();
-        nucleus(&mut ids, mass, &weight, order);
-    }
-    if params.min_p > 0.0 {
-        // The likeliest token's weight is 1.
-        ids.retain(|&id| weight(id) >= params.min_p as f64);
-    }
-    ids
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use crate::spec::Norm;
 use crate::{Error, Result};
 use moesaic_types::{KvFormat, Routing};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// Threads of the maths at most.
@@ -164,6 +165,10 @@ pub trait Backend: Loader + Send + Sync + Sized + 'static {
     fn to_device(&self, values: Vec<f32>, cols: usize) -> Result<Self::Tensor>;
     /// Moves values to the host.
     fn to_host(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+    /// Values to read on the host: without a copy where they are there already.
+    fn on_host<'a>(&self, x: &'a Self::Tensor) -> Result<Cow<'a, [f32]>> {
+        Ok(Cow::Owned(self.to_host(x)?))
+    }
     /// Rows of the embedding.
     fn embed(&self, embedding: &Self::Embedding, tokens: &[u32]) -> Result<Self::Tensor>;
     /// Normalizes each run of columns that is as long as the norm's weight.

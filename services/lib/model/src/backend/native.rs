@@ -10,6 +10,7 @@ use crate::spec::{Activation, Norm, NormKind};
 use buffers::Values;
 use moesaic_kernels::{self as kernels, ExpertWeights, Kernels, KvLayer, KvShape, PackedMatrix, Product, elementwise};
 use moesaic_types::{BLOCK_TOKENS, KvFormat, Routing};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// The native backend with its threads.
@@ -194,6 +195,10 @@ impl Backend for NativeBackend {
 
     fn to_host(&self, x: &Rows) -> Result<Vec<f32>> {
         Ok(x.values.to_vec())
+    }
+
+    fn on_host<'a>(&self, x: &'a Rows) -> Result<Cow<'a, [f32]>> {
+        Ok(Cow::Borrowed(&x.values[..]))
     }
 
     fn embed(&self, embedding: &Self::Embedding, tokens: &[u32]) -> Result<Rows> {

@@ -202,8 +202,8 @@ impl<B: Backend> Layer<B> {
         let backend = step.backend;
         match (&self.ffn, spec) {
             (FfnWeights::Moe { gate, choice_bias, shared }, Ffn::Moe(moe)) => {
-                let scores = backend.to_host(&backend.linear(gate, x)?)?;
-                let routing = moe.gate.route(&scores, moe.experts, choice_bias.as_deref());
+                let scores = backend.linear(gate, x)?;
+                let routing = moe.gate.route(&backend.on_host(&scores)?, moe.experts, choice_bias.as_deref());
                 step.laps.end(StepPart::Router);
                 let ticket = step.pool.dispatch(index, x, &routing)?;
                 // The shared expert runs while the others may be under way elsewhere.

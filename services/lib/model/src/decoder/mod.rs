@@ -208,15 +208,18 @@ impl<B: Backend> Decoder<B> {
     fn project(&self, x: &B::Tensor, logits: &mut Vec<f32>) -> Result<()> {
         let backend = self.backend();
         let x = backend.norm(&self.final_norm, x)?;
-        let rows = backend.to_host(&backend.linear(&self.output, &x)?)?;
-        let scale = self.spec.logits_scale;
-        logits.extend(rows.into_iter().map(|logit| if scale == 1.0 { logit } else { logit * scale }));
+        let rows = backend.linear(&self.output, &x)?;
+        let rows = backend.on_host(&rows)?;
+        match self.spec.logits_scale {
+            1.0 => logits.extend_from_slice(&rows),
+            scale => logits.extend(rows.iter().map(|logit| logit * scale)),
+        }
         Ok(())
     }
 
     /// All layers are here: micro-batches are at the same layer, so that their experts and attention overlap.
-    fn run_layers(&mut self, parts: &[Vec<SequenceChunk<'_>>], logits: &mut Vec<f32>) -> Result<()> {
-        let mut micro_batches = parts.iter().map(|part| self.embed(part)).collect::<Result<Vec<_>>>()?;
+    fn run_layers<'a>(&mut self, parts: &[impl AsRef<[SequenceChunk<'a>]>], logits: &mut Vec<f32>) -> Result<()> {
+        let mut micro_batches = parts.iter().map(|part| self.embed(part.as_ref())).collect::<Result<Vec<_>>>()?;
         self.stack.laps.end(StepPart::Embed);
         let mut record = self.record_routing.then_some(&mut self.routing);
         self.stack.run(&mut micro_batches, record.as_deref_mut())?;
@@ -337,7 +340,10 @@ impl<B: Backend> Runner for Decoder<B> {
         self.stack.laps.begin();
         let rows: usize = batch.iter().map(|chunk| chunk.tokens.len()).sum();
         match &self.later {
-            None => self.run_layers(&micro_batch::cut(batch, self.stack.pool.micro_batches(rows)), logits),
+            None => match self.stack.pool.micro_batches(rows) {
+                0 | 1 => self.run_layers(&[batch], logits),
+                count => self.run_layers(&micro_batch::cut(batch, count), logits),
+            },
             Some(later) => {
                 let count = (later.stages() + 1).max(rows.div_ceil(later.max_rows()));
                 let parts = micro_batch::cut(batch, count);

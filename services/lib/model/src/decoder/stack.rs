@@ -21,8 +21,8 @@ pub(super) struct Stack<B: Backend> {
     first: usize,
     specs: Vec<LayerSpec>,
     layers: Vec<Layer<B>>,
-    /// The layers' distinct rotations.
-    ropes: Vec<Rope>,
+    /// The layers' distinct rotations with their frequencies.
+    ropes: Vec<(Rope, Vec<f32>)>,
     kv_format: KvFormat,
     kv: Option<(B::Kv, usize)>,
     pub(super) laps: Laps,
@@ -68,6 +68,11 @@ impl<B: Backend> Stack<B> {
     ) -> Self {
         let specs = spec.layers[range.clone()].to_vec();
         let (laps, advanced) = (Laps::new(), Arc::default());
+        let with_frequencies = |rope: Rope| {
+            let frequencies = rope.frequencies();
+            (rope, frequencies)
+        };
+        let ropes = ropes.into_iter().map(with_frequencies).collect();
         Self { backend, pool, first: range.start, specs, layers, ropes, kv_format, kv: None, laps, advanced }
     }
 
@@ -121,8 +126,8 @@ impl<B: Backend> Stack<B> {
             (0..sequence.rows).map(move |row| (start + row) as u32)
         };
         let positions: Vec<u32> = sequences.iter().flat_map(position).collect();
-        let rotation = |rope: &Rope| {
-            let (cos, sin) = rope.table(&positions);
+        let rotation = |(rope, frequencies): &(Rope, Vec<f32>)| {
+            let (cos, sin) = rope.table(frequencies, &positions);
             self.backend.rotation(cos, sin, rope.dims / 2, rope.interleaved)
         };
         let rotations = self.ropes.iter().map(rotation).collect::<Result<Vec<_>>>()?;

@@ -133,14 +133,13 @@ impl Rope {
         }
     }
 
-    /// Cosines and sines `[positions, dims / 2]` each.
-    pub fn table(&self, positions: &[u32]) -> (Vec<f32>, Vec<f32>) {
-        let frequencies = self.frequencies();
+    /// Cosines and sines `[positions, dims / 2]` each, of [`Self::frequencies`], which a caller computes once.
+    pub fn table(&self, frequencies: &[f32], positions: &[u32]) -> (Vec<f32>, Vec<f32>) {
         let factor = self.attention_factor();
         let mut cos = Vec::with_capacity(positions.len() * frequencies.len());
         let mut sin = Vec::with_capacity(positions.len() * frequencies.len());
         for &position in positions {
-            for &frequency in &frequencies {
+            for &frequency in frequencies {
                 // The reference rounds the angle to f32; so do we.
                 let (s, c) = f64::from(position as f32 * frequency).sin_cos();
                 cos.push(c as f32 * factor);

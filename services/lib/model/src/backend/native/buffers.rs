@@ -5,6 +5,8 @@ use std::ops::{Deref, DerefMut};
 
 /// Buffers that a thread keeps at most: a layer has fewer at once.
 const KEPT: usize = 32;
+/// Values that a thread keeps at most, over all buffers: 64 MiB.
+const KEPT_VALUES: usize = 16 << 20;
 /// Values more than are asked for that a buffer may have: it is not there for what is far smaller.
 const SPARE: usize = 4096;
 
@@ -57,13 +59,17 @@ impl DerefMut for Values {
 impl Drop for Values {
     fn drop(&mut self) {
         let buffer = std::mem::take(&mut self.buffer);
+        if buffer.capacity() > KEPT_VALUES {
+            return;
+        }
         // a thread that ends keeps nothing
         let _ = FREE.try_with(|free| {
             let mut free = free.borrow_mut();
-            if free.len() == KEPT {
-                free.remove(0);
-            }
             free.push(buffer);
+            let mut values: usize = free.iter().map(Vec::capacity).sum();
+            while free.len() > KEPT || values > KEPT_VALUES {
+                values -= free.remove(0).capacity();
+            }
         });
     }
 }
@@ -86,5 +92,18 @@ mod tests {
         assert!(many.iter().enumerate().all(|(len, values)| values.len() == len));
         drop(many);
         assert_eq!(FREE.with_borrow(Vec::len), KEPT);
+    }
+
+    #[test]
+    fn no_more_memory_is_kept_than_the_bound() {
+        let kept = || FREE.with_borrow(|free| free.iter().map(Vec::capacity).sum::<usize>());
+        let small = Values::new(1000);
+        let address = small.as_ptr();
+        drop((0..8).map(|_| Values::new(KEPT_VALUES / 4)).collect::<Vec<_>>());
+        assert_eq!(kept(), KEPT_VALUES);
+        drop(small);
+        assert!((1000..=KEPT_VALUES).contains(&kept()));
+        drop(Values::new(KEPT_VALUES + 1));
+        assert_eq!(Values::new(1000).as_ptr(), address, "what is too large to be kept pushes nothing out");
     }
 }

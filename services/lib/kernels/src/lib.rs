@@ -55,6 +55,12 @@ pub enum Error {
         /// Where it starts.
         offset: usize,
     },
+    /// A 4-bit format has groups of a length that no kernel reads.
+    #[error("groups of {group} 4-bit values are not supported: use 32, 64 or 128")]
+    Group {
+        /// Values of a group.
+        group: u16,
+    },
     /// A token is routed to an expert that is not held here.
     #[error("expert {expert} is not held here")]
     Expert {

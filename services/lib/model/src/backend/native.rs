@@ -9,7 +9,7 @@ use crate::Result;
 use crate::spec::{Activation, Norm, NormKind};
 use buffers::Values;
 use moesaic_kernels::{self as kernels, ExpertWeights, Kernels, KvLayer, KvShape, PackedMatrix, Product, elementwise};
-use moesaic_types::{BLOCK_TOKENS, KvFormat, Routing};
+use moesaic_types::{KvFormat, Routing};
 use std::sync::Arc;
 
 /// The native backend with its threads.
@@ -382,16 +382,6 @@ impl Backend for NativeBackend {
     ) -> Result<Rows> {
         let layout = kv.layouts[layer];
         let cache = &mut kv.layers[layer];
-        let mut row = 0;
-        for sequence in sequences {
-            for position in sequence.start..sequence.start + sequence.rows {
-                let block = sequence.blocks[position / BLOCK_TOKENS];
-                let key = &k.values[row * k.cols..][..k.cols];
-                let value = v.map_or(&[][..], |v| &v.values[row * v.cols..][..v.cols]);
-                cache.write(block, position % BLOCK_TOKENS, key, value);
-                row += 1;
-            }
-        }
         let call = kernels::AttentionCall {
             heads: call.heads,
             scale: call.scale,
@@ -403,6 +393,7 @@ impl Backend for NativeBackend {
             .iter()
             .map(|s| kernels::AttentionSequence { blocks: s.blocks, start: s.start, queries: s.rows })
             .collect();
+        self.kernels.write_kv(cache, &sequences, &k.values, v.map_or(&[][..], |v| &v.values));
         let mut out = Rows::new(q.count(), call.heads * layout.v_dim);
         self.kernels.attention(cache, &call, &sequences, &q.values, &mut out.values);
         Ok(out)

@@ -13,6 +13,7 @@
 mod activation;
 mod activations;
 pub mod attention;
+mod by_head;
 pub mod elementwise;
 #[cfg(target_arch = "x86_64")]
 mod fused;

@@ -242,16 +242,10 @@ impl Backend for NativeBackend {
     }
 
     fn linear_by_head(&self, linears: &[Linear], x: &Rows) -> Result<Rows> {
-        let width = x.cols / linears.len();
-        let out = linears.first().map_or(0, |linear| linear.weight.rows());
-        let mut all = Rows::new(x.count(), out * linears.len());
-        for (head, linear) in linears.iter().enumerate() {
-            let part = self.linear(linear, &self.columns(x, 1, head * width, width)?)?;
-            for (row, part) in all.values.chunks_exact_mut(all.cols).zip(part.values.chunks_exact(out)) {
-                row[head * out..][..out].copy_from_slice(part);
-            }
-        }
-        Ok(all)
+        let mut out = Rows::new(x.count(), linears.iter().map(|linear| linear.weight.rows()).sum());
+        let heads: Vec<_> = linears.iter().map(|Linear { weight, bias }| (&**weight, bias.as_deref())).collect();
+        self.kernels.linear_by_head(&heads, &x.values, x.count(), &mut out.values);
+        Ok(out)
     }
 
     fn rotation(&self, cos: Vec<f32>, sin: Vec<f32>, pairs: usize, interleaved: bool) -> Result<Rotation> {

@@ -296,12 +296,14 @@ impl Backend for NativeBackend {
     }
 
     fn scale(&self, mut x: Rows, factor: f32) -> Result<Rows> {
-        x.values.iter_mut().for_each(|x| *x *= factor);
+        let cols = x.cols;
+        self.kernels.by_rows(&mut x.values, cols, &|_, rows| rows.iter_mut().for_each(|x| *x *= factor));
         Ok(x)
     }
 
     fn clamp(&self, mut x: Rows, limit: f32) -> Result<Rows> {
-        x.values.iter_mut().for_each(|x| *x = x.clamp(-limit, limit));
+        let cols = x.cols;
+        self.kernels.by_rows(&mut x.values, cols, &|_, rows| rows.iter_mut().for_each(|x| *x = x.clamp(-limit, limit)));
         Ok(x)
     }
 
@@ -314,10 +316,13 @@ impl Backend for NativeBackend {
     }
 
     fn gate_rows(&self, mut x: Rows, gate: &Rows) -> Result<Rows> {
-        for (row, gate) in x.values.chunks_exact_mut(x.cols).zip(gate.values.iter()) {
-            let factor = 1.0 / (1.0 + (-gate).exp());
-            row.iter_mut().for_each(|x| *x *= factor);
-        }
+        let cols = x.cols;
+        self.kernels.by_rows(&mut x.values, cols, &|first, rows| {
+            for (row, gate) in rows.chunks_exact_mut(cols).zip(&gate.values[first..]) {
+                let factor = 1.0 / (1.0 + (-gate).exp());
+                row.iter_mut().for_each(|x| *x *= factor);
+            }
+        });
         Ok(x)
     }
 
@@ -330,7 +335,10 @@ impl Backend for NativeBackend {
             }
             Ffn::Plain { up, down, activation } => {
                 let mut inner = self.linear(up, x)?;
-                inner.values.iter_mut().for_each(|x| *x = kernel_activation(*activation).apply(*x));
+                let (cols, activation) = (inner.cols, kernel_activation(*activation));
+                self.kernels.by_rows(&mut inner.values, cols, &|_, rows| {
+                    rows.iter_mut().for_each(|x| *x = activation.apply(*x));
+                });
                 self.linear(down, &inner)
             }
         }

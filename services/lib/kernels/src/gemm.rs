@@ -138,9 +138,15 @@ impl Kernels {
         self.pool.advanced()
     }
 
-    /// Says which matrix the next product begins with, most likely: threads that wait meanwhile read ahead.
+    /// Says which matrix the next product begins with, most likely: threads that wait meanwhile read ahead. What the
+    /// caller's own first task reads is left out.
     pub fn expect(&self, w: &PackedMatrix) {
-        self.pool.expect(w.storage().bytes());
+        self.expect_from(w, Runs::new(w.panels(), self.pool.threads()).fair());
+    }
+
+    /// As [`Self::expect`], from a panel on.
+    pub(crate) fn expect_from(&self, w: &PackedMatrix, panel: usize) {
+        self.pool.expect(w.panels_from(panel.min(w.panels())));
     }
 
     /// `out[m, n] = x[m, k] · Wᵀ + bias[n]`.

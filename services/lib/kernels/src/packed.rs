@@ -189,6 +189,11 @@ impl PackedMatrix<Storage> {
         &self.storage.bytes()[index * len..][..len]
     }
 
+    /// The bytes of a panel and all that follow.
+    pub(crate) fn panels_from(&self, index: usize) -> &[u8] {
+        &self.storage.bytes()[index * Self::panel_len(self.format, self.cols)..]
+    }
+
     /// Some rows and columns, exactly as they are packed here: a slice for tensor parallelism. Whole panels of all
     /// columns of a mapped file stay in the file.
     ///

@@ -97,13 +97,6 @@ fn add_body(x: &mut [f32], y: &[f32], factor: f32) {
     }
 }
 
-/// Multiplies in place.
-pub fn scale(x: &mut [f32], factor: f32) {
-    for x in x {
-        *x *= factor;
-    }
-}
-
 /// The index of the largest value, the first of equals; `None` for an empty slice or where all are NaN.
 pub fn argmax(x: &[f32]) -> Option<usize> {
     let mut best: Option<usize> = None;

@@ -38,7 +38,7 @@ impl Tile {
 
 thread_local! {
     /// The caller's quantized rows.
-    static ROWS: Cell<Buffers> = Cell::default();
+    pub(crate) static ROWS: Cell<Buffers> = Cell::default();
     /// The caller's tasks: a product's index, and which of its panels.
     static TASKS: Cell<Vec<(usize, Range<usize>)>> = Cell::default();
     /// A task's expanded panel.
@@ -93,15 +93,21 @@ pub struct Product<'a> {
     pub out: &'a mut [f32],
 }
 
-/// A product, ready to run.
+/// A product, ready to run. The parts of a region write to places of their own.
 #[derive(Clone, Copy)]
-struct Part<'a> {
-    weight: &'a PackedMatrix,
-    bias: Option<&'a [f32]>,
-    x: Rows<'a>,
-    form: Form,
-    m: usize,
-    out: Shared<'a>,
+pub(crate) struct Part<'a> {
+    pub(crate) weight: &'a PackedMatrix,
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) x: Rows<'a>,
+    pub(crate) form: Form,
+    pub(crate) m: usize,
+    /// Row i of the product is that of row `i · heads + head` of x.
+    pub(crate) heads: usize,
+    pub(crate) head: usize,
+    /// `[m, width]`; the product's columns start at `column`.
+    pub(crate) out: Shared<'a>,
+    pub(crate) width: usize,
+    pub(crate) column: usize,
 }
 
 impl Kernels {
@@ -132,9 +138,15 @@ impl Kernels {
         self.pool.advanced()
     }
 
-    /// Says which matrix the next product begins with, most likely: threads that wait meanwhile read ahead.
+    /// Says which matrix the next product begins with, most likely: threads that wait meanwhile read ahead. What the
+    /// caller's own first task reads is left out.
     pub fn expect(&self, w: &PackedMatrix) {
-        self.pool.expect(w.storage().bytes());
+        self.expect_from(w, Runs::new(w.panels(), self.pool.threads()).fair());
+    }
+
+    /// As [`Self::expect`], from a panel on.
+    pub(crate) fn expect_from(&self, w: &PackedMatrix, panel: usize) {
+        self.pool.expect(w.panels_from(panel.min(w.panels())));
     }
 
     /// `out[m, n] = x[m, k] · Wᵀ + bias[n]`.
@@ -162,32 +174,38 @@ impl Kernels {
             let inputs = Inputs::new(self, x, k, buffers, products.iter().map(|product| product.weight));
             let parts = products.map(|Product { weight, bias, out }| {
                 let form = Form::new(self.activations, weight.format());
-                Part { weight, bias, x: inputs.of(form), form, m, out: Shared::new(out) }
+                let (x, out, width) = (inputs.of(form), Shared::new(out), weight.rows());
+                Part { weight, bias, x, form, m, heads: 1, head: 0, out, width, column: 0 }
             });
-            with(&TASKS, |tasks| {
-                tasks.clear();
-                let total = parts.iter().map(|part| part.weight.panels()).sum();
-                let mut runs = Runs::new(total, self.pool.threads());
-                for (index, part) in parts.iter().enumerate() {
-                    let panels = part.weight.panels();
-                    // each worth its dispatch; and where rows are many, panels that stay in a cache
-                    let worth = PackedMatrix::packed_len(part.weight.format(), PANEL, k) * m;
-                    let least = (16_384 / worth.max(1)).max(1);
-                    let most = if m > TILE { 16.max(least) } else { panels };
-                    runs.cut(panels, least, most, |run| tasks.push((index, run)));
-                }
-                let tasks = &*tasks;
-                self.pool.run(tasks.len(), &|task| {
-                    let (part, panels) = &tasks[task];
-                    with(&LINES, |lines| self.multiply(&parts[*part], panels.clone(), lines));
-                });
+            self.run_parts(&parts);
+        });
+    }
+
+    /// Runs products in one region.
+    pub(crate) fn run_parts(&self, parts: &[Part<'_>]) {
+        with(&TASKS, |tasks| {
+            tasks.clear();
+            let total = parts.iter().map(|part| part.weight.panels()).sum();
+            let mut runs = Runs::new(total, self.pool.threads());
+            for (index, Part { weight, m, .. }) in parts.iter().enumerate() {
+                let panels = weight.panels();
+                // each worth its dispatch; and where rows are many, panels that stay in a cache
+                let worth = PackedMatrix::packed_len(weight.format(), PANEL, weight.cols()) * m;
+                let least = (16_384 / worth.max(1)).max(1);
+                let most = if *m > TILE { 16.max(least) } else { panels };
+                runs.cut(panels, least, most, |run| tasks.push((index, run)));
+            }
+            let tasks = &*tasks;
+            self.pool.run(tasks.len(), &|task| {
+                let (part, panels) = &tasks[task];
+                with(&LINES, |lines| self.multiply(&parts[*part], panels.clone(), lines));
             });
         });
     }
 
     /// One task of a product: some panels over all rows.
     fn multiply(&self, part: &Part<'_>, panels: Range<usize>, lines: &mut Buffer) {
-        let Part { weight: w, bias, x, form, m, out } = *part;
+        let Part { weight: w, bias, x, form, m, heads, head, out, width: out_width, column } = *part;
         let (n, k) = (w.rows(), w.cols());
         let block = match form {
             Form::Int8 { .. } => (BLOCK / form.row_bytes(k).max(1)).max(4 * TILE),
@@ -204,10 +222,10 @@ impl Kernels {
                 let bias = bias.map(|bias| &bias[first..first + width]);
                 panel.for_each_tile(
                     &x,
-                    |row| first_row + row,
+                    |row| (first_row + row) * heads + head,
                     |row, values| {
                         // SAFETY: a panel's task writes that panel's columns only.
-                        let out = unsafe { out.slice((first_row + row) * n + first, width) };
+                        let out = unsafe { out.slice((first_row + row) * out_width + column + first, width) };
                         out.copy_from_slice(&values[..width]);
                         if let Some(bias) = bias {
                             out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);

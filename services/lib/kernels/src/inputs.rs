@@ -35,7 +35,12 @@ impl<'a> Inputs<'a> {
     }
 
     fn place(group: usize) -> usize {
-        (group / 64).min(2)
+        match group {
+            32 => 0,
+            64 => 1,
+            128 => 2,
+            _ => unreachable!("no matrix is packed in groups of {group}"),
+        }
     }
 
     /// The rows for one of the matrices.

@@ -58,7 +58,7 @@ impl Isa {
     }
 
     /// Which it is.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "there is one only"))]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "there is one only"))]
     pub(crate) fn kind(self) -> Kind {
         self.0
     }

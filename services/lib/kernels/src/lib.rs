@@ -4,12 +4,16 @@
 //! own inputs only, never on the batch, the tile or the thread: a row's result is the same bits alone and in a batch.
 //! The bodies are portable loops over fixed lanes with fused multiply-add, compiled once for each instruction set and
 //! chosen at run time; those written for one instruction set do the same operations in the same order (or exact ones of
-//! integers in any), so that all instruction sets agree to the bit.
+//! integers in any), so that all instruction sets agree to the bit. Two exceptions: attention over bf16 and int8 keys and
+//! values with `avx512-bf16`, whose products take denormals for zeros (`attention`); and which of its bit patterns a NaN
+//! has. That a row does not see the others holds in attention for finite keys and values (`attention` says what else
+//! may happen).
 #![allow(unsafe_code)]
 
 mod activation;
 mod activations;
 pub mod attention;
+mod by_head;
 pub mod elementwise;
 #[cfg(target_arch = "x86_64")]
 mod fused;
@@ -55,6 +59,12 @@ pub enum Error {
         /// Where it starts.
         offset: usize,
     },
+    /// A 4-bit format has groups of a length that no kernel reads.
+    #[error("groups of {group} 4-bit values are not supported: use 32, 64 or 128")]
+    Group {
+        /// Values of a group.
+        group: u16,
+    },
     /// A token is routed to an expert that is not held here.
     #[error("expert {expert} is not held here")]
     Expert {
@@ -77,4 +87,7 @@ pub enum Error {
         /// Bytes that are there.
         actual: usize,
     },
+    /// A KV block has an int8 number that no writer makes.
+    #[error("a kv block has an int8 number of -128")]
+    Code,
 }

@@ -197,8 +197,10 @@ impl Kernels {
                 parts.push(Part { group: index as u32, first: first as u32, panels: (end - first) as u32 });
             });
         }
-        if let Some(group) = groups.first() {
-            self.expect(&weights_of(group.expert).gate);
+        // the first part is the caller's
+        if let Some(part) = parts.get(1) {
+            let w = weights_of(groups[part.group as usize].expert);
+            self.expect_from(&w.gate, part.first as usize);
         }
         let matrices = groups.iter().flat_map(|group| {
             let w = weights_of(group.expert);

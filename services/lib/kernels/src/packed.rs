@@ -15,7 +15,7 @@
 //! Codes that a file holds already are taken as they are ([`PackedMatrix::pack_codes`]): there a q8 code may be -128 and
 //! a scale negative or subnormal. A weight is `code as f32 * scale as f32`, whatever it came from.
 use crate::storage::{AlignedBytes, Storage};
-use crate::{Error, isa::Isa, isa::for_each_isa};
+use crate::{Error, isa::for_each_isa};
 use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
@@ -55,6 +55,14 @@ impl Format {
         }
     }
 
+    /// The kernels read groups of these lengths only, without a look at what lies behind them.
+    fn check(self) -> Result<(), Error> {
+        match self {
+            Self::Q4 { group } if !matches!(group, 32 | 64 | 128) => Err(Error::Group { group }),
+            _ => Ok(()),
+        }
+    }
+
     /// Bytes of one group of one panel.
     pub(crate) fn group_bytes(self) -> usize {
         match self {
@@ -86,7 +94,11 @@ impl PackedMatrix<Storage> {
     }
 
     /// Packs a matrix, row by row: `fill(row, out)` writes a row's `cols` values.
+    ///
+    /// # Panics
+    /// When a q4 group is not of 32, 64 or 128 values.
     pub fn pack(format: Format, rows: usize, cols: usize, fill: &mut dyn FnMut(usize, &mut [f32])) -> Self {
+        assert_eq!(format.check(), Ok(()), "{format:?} cannot be packed");
         let mut bytes = AlignedBytes::from_zeroed(Self::packed_len(format, rows, cols));
         let panel_len = Self::panel_len(format, cols);
         let mut row = vec![0.0; cols.next_multiple_of(format.group())];
@@ -105,13 +117,15 @@ impl PackedMatrix<Storage> {
     /// What `fill` says; the first error ends the packing.
     ///
     /// # Panics
-    /// When the format has no codes, when `cols` are no whole groups, or when a q4 code does not fit 4 bits.
+    /// When the format has no codes, when a q4 group is not of 32, 64 or 128 values, when `cols` are no whole groups, or
+    /// when a q4 code does not fit 4 bits.
     pub fn pack_codes<E, F>(format: Format, rows: usize, cols: usize, mut fill: F) -> Result<Self, E>
     where
         F: FnMut(usize, &mut [f16], &mut [i8]) -> Result<(), E>,
     {
         let group = format.group();
         assert!(matches!(format, Format::Q8 | Format::Q4 { .. }), "{format:?} has no codes");
+        assert_eq!(format.check(), Ok(()), "{format:?} cannot be packed");
         assert!(cols.is_multiple_of(group), "{cols} columns are no whole groups of {group}");
         let mut bytes = AlignedBytes::from_zeroed(Self::packed_len(format, rows, cols));
         let panel_len = Self::panel_len(format, cols);
@@ -130,8 +144,9 @@ impl PackedMatrix<Storage> {
     /// Takes bytes that are packed already.
     ///
     /// # Errors
-    /// `Length` and `Alignment`, when the bytes cannot be such a matrix.
+    /// `Group`, `Length` and `Alignment`, when the bytes cannot be such a matrix.
     pub fn from_storage(format: Format, rows: usize, cols: usize, storage: Storage) -> Result<Self, Error> {
+        format.check()?;
         let (expected, actual) = (Self::packed_len(format, rows, cols), storage.bytes().len());
         if expected != actual {
             return Err(Error::Length { rows, cols, expected, actual });
@@ -172,6 +187,11 @@ impl PackedMatrix<Storage> {
     pub(crate) fn panel(&self, index: usize) -> &[u8] {
         let len = Self::panel_len(self.format, self.cols);
         &self.storage.bytes()[index * len..][..len]
+    }
+
+    /// The bytes of a panel and all that follow.
+    pub(crate) fn panels_from(&self, index: usize) -> &[u8] {
+        &self.storage.bytes()[index * Self::panel_len(self.format, self.cols)..]
     }
 
     /// Some rows and columns, exactly as they are packed here: a slice for tensor parallelism. Whole panels of all
@@ -364,9 +384,4 @@ fn expand_body(format: Format, panel: &[u8], cols: usize, out: &mut [f32]) {
             }
         }
     }
-}
-
-/// Expands with the best instruction set (for callers outside a kernel).
-pub fn expand(matrix: &PackedMatrix, panel: usize, out: &mut [f32]) {
-    expand_panel(Isa::best(), matrix.format, matrix.panel(panel), matrix.cols, out);
 }

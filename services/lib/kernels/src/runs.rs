@@ -19,13 +19,18 @@ impl Runs {
         Self { left: pieces, threads }
     }
 
+    /// Pieces of the next run, but for the bounds that [`Self::cut`] is given.
+    pub(crate) fn fair(&self) -> usize {
+        let fair = if self.threads > 1 { self.left / (self.threads * RUNS) } else { self.left };
+        fair.max(1)
+    }
+
     /// Cuts the next `pieces` of them into runs of at most `most`, and of `least` where there are as many; `put` takes
     /// them in order.
     pub(crate) fn cut(&mut self, pieces: usize, least: usize, most: usize, mut put: impl FnMut(Range<usize>)) {
         let mut first = 0;
         while first < pieces {
-            let fair = if self.threads > 1 { self.left / (self.threads * RUNS) } else { self.left };
-            let count = fair.max(least).min(most).clamp(1, pieces - first);
+            let count = self.fair().max(least).min(most).clamp(1, pieces - first);
             put(first..first + count);
             first += count;
             self.left = self.left.saturating_sub(count);
@@ -59,5 +64,12 @@ mod tests {
         assert_eq!(all(&[48], 1, 1, 48), [48]);
         assert_eq!(all(&[3], 8, 1, 3), [1, 1, 1]);
         assert_eq!(all(&[0], 2, 1, 3), [0; 0]);
+    }
+
+    #[test]
+    fn the_first_run_is_known_before_it_is_cut() {
+        for (pieces, threads) in [(48, 2), (48, 1), (3, 8), (1, 1), (1000, 7)] {
+            assert_eq!(all(&[pieces], threads, 1, pieces)[0], Runs::new(pieces, threads).fair());
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Attention: what its bits may depend on, what stale memory may do, and how near it is to the definition.
 //!
 //! Contexts are longer than a chunk, and cases take odd dimensions, windows, sinks, ALiBi and the latent form.
-use moesaic_kernels::{AttentionCall, AttentionSequence, Isa, Kernels, KvFormat, KvLayer, KvShape};
+use moesaic_kernels::{AttentionCall, AttentionSequence, Error, Isa, Kernels, KvFormat, KvLayer, KvShape};
 
 #[allow(dead_code, reason = "the other tests need the matrices")]
 mod common;
@@ -188,4 +188,82 @@ fn long_contexts_equal_the_definition_on_every_instruction_set() {
             });
         }
     }
+}
+
+/// A value of one token's first KV head, or of its key, is no number.
+fn poisoned(shape: (usize, usize, usize, usize, bool), in_key: bool, value: f32, token: usize) -> Cache {
+    let (kv_heads, _, k_dim, v_dim, _) = shape;
+    let mut cache = Cache::new(shape, KvFormat::Int8, 0);
+    let (rows, dim) = if in_key { (&mut cache.k, k_dim) } else { (&mut cache.v, v_dim) };
+    rows[token * kv_heads * dim + dim / 2] = value;
+    cache.write(token, token + 1);
+    cache
+}
+
+#[test]
+fn int8_tokens_that_are_no_numbers_give_nan_where_they_are_seen_and_nothing_elsewhere() {
+    const TOKEN: usize = 100;
+    for shape in SHAPES {
+        let (kv_heads, heads, _, v_dim, v_in_k) = shape;
+        let clean = Cache::new(shape, KvFormat::Int8, 0);
+        let steep = vec![5.0; heads];
+        let calls = [
+            AttentionCall { heads, scale: SCALE, window: None, sinks: None, alibi: None },
+            AttentionCall { heads, scale: SCALE, window: Some(77), sinks: None, alibi: None },
+            // older tokens have a weight of 0, and are seen all the same
+            AttentionCall { heads, scale: SCALE, window: None, sinks: None, alibi: Some(&steep) },
+        ];
+        for (in_key, value) in [(true, f32::NAN), (true, f32::INFINITY), (false, f32::NAN), (false, f32::NEG_INFINITY)]
+        {
+            if !in_key && v_in_k {
+                continue;
+            }
+            let cache = poisoned(shape, in_key, value, TOKEN);
+            for isa in Isa::available() {
+                let kernels = Kernels::with_isa(2, isa);
+                for call in &calls {
+                    // queries before and after the token share a tile
+                    let pieces = [(TOKEN - 5, 12), (TOKEN + 60, 30), (LEN - 1, 1)];
+                    let (want, got) = (clean.run(&kernels, call, &pieces), cache.run(&kernels, call, &pieces));
+                    let positions = pieces.iter().flat_map(|(start, n)| *start..start + n);
+                    let lines = positions.flat_map(|position| (0..heads).map(move |head| (position, head)));
+                    let outs = want.chunks_exact(v_dim).zip(got.chunks_exact(v_dim));
+                    for ((position, head), (want, got)) in lines.zip(outs) {
+                        let what = format!("{shape:?} {in_key} {value} {isa} {call:?} {position}/{head}: {got:?}");
+                        let from = call.window.map_or(0, |w| (position + 1).saturating_sub(w));
+                        if (from..=position).contains(&TOKEN) && head < heads / kv_heads {
+                            assert!(got.iter().all(|v| v.is_nan()), "{what}");
+                        } else {
+                            assert!(want.iter().all(|v| v.is_finite()) && bits(want) == bits(got), "{what}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_block_with_a_code_that_instruction_sets_disagree_on_is_refused() {
+    for v_in_k in [false, true] {
+        let shape = KvShape { kv_heads: 2, k_dim: 5, v_dim: 5, v_in_k, format: KvFormat::Int8 };
+        let mut kv = KvLayer::new(shape, 1).expect("a block fits in memory");
+        let len = shape.block_len();
+        // keys' and values' heads are 256 bytes of scales, which may have any bits, and their codes
+        let (key, value) = (256 + 64 * 6, 256 + 64 * 16);
+        let heads = if v_in_k { vec![0, key] } else { vec![0, key, 2 * key, 2 * key + value] };
+        for (index, start) in heads.iter().enumerate() {
+            let end = heads.get(index + 1).copied().unwrap_or(len);
+            for (at, refused) in [(*start, false), (start + 255, false), (start + 256, true), (end - 1, true)] {
+                let mut bytes = vec![0; len];
+                bytes[at] = 0x80;
+                let error = kv.import(0, &bytes).err();
+                assert_eq!(error, refused.then_some(Error::Code), "{v_in_k} byte {at} of {len}");
+            }
+        }
+    }
+    // other formats have no codes
+    let shape = KvShape { kv_heads: 1, k_dim: 4, v_dim: 4, v_in_k: false, format: KvFormat::Bf16 };
+    let mut kv = KvLayer::new(shape, 1).expect("a block fits in memory");
+    assert_eq!(kv.import(0, &vec![0x80; shape.block_len()]), Ok(()));
 }

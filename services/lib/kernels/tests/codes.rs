@@ -1,7 +1,8 @@
 //! Codes that were quantized elsewhere stay what they are, on every instruction set.
 use half::f16;
-use moesaic_kernels::{ActivationFormat, Format, Isa, Kernels, PackedMatrix};
+use moesaic_kernels::{ActivationFormat, AlignedBytes, Error, Format, Isa, Kernels, PackedMatrix, Storage};
 use std::convert::Infallible;
+use std::sync::Arc;
 
 const ROWS: usize = 37;
 const COLS: usize = 256;
@@ -101,4 +102,22 @@ fn a_code_beyond_four_bits_is_refused() {
         codes[3] = 8;
         Ok::<_, Infallible>(())
     });
+}
+
+/// Lengths that no kernel reads: a kernel for another length would read beyond the matrix, or in it at wrong places.
+const WRONG_GROUPS: [u16; 7] = [0, 1, 16, 48, 96, 256, u16::MAX];
+
+#[test]
+fn groups_of_other_lengths_are_refused() {
+    let panics = |work: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err();
+    for group in WRONG_GROUPS {
+        let format = Format::Q4 { group };
+        let storage = Storage::Owned(Arc::new(AlignedBytes::from_zeroed(64)));
+        let error = PackedMatrix::from_storage(format, 32, usize::from(group), storage).err();
+        assert_eq!(error, Some(Error::Group { group }));
+        assert!(panics(&|| drop(PackedMatrix::pack(format, 1, 768, &mut |_, _| {}))), "{group}");
+        let fill = |_: usize, _: &mut [f16], _: &mut [i8]| Ok::<_, Infallible>(());
+        assert!(panics(&|| drop(PackedMatrix::pack_codes(format, 1, 0, fill))), "{group}");
+        assert!(panics(&|| drop(PackedMatrix::pack_codes(format, 1, 768, fill))), "{group}");
+    }
 }

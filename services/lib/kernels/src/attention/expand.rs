@@ -1,5 +1,5 @@
 //! Keys and values that are not stored as the products take them: int8 is widened to pairs of bf16 (exactly: 7 bits of
-//! a number fit), and with `v_in_k` the values are turned out of the keys.
+//! a number fit, -128 not being among them: see `layout`), and with `v_in_k` the values are turned out of the keys.
 use super::layout::{LANES, Line};
 use crate::isa::{Isa, for_each_isa};
 
@@ -26,8 +26,8 @@ for_each_isa! {
     fn widen_portable(bytes: &[u8], lines: &mut [Line]) => widen_body
 }
 
-/// As [`widen`], by tables of the bytes of the numbers 0 to 127 in bf16; returns how many lines are done: all but an odd
-/// one.
+/// As [`widen`], by tables of the bytes of the numbers 0 to 127 in bf16 (-128 would become -0); returns how many lines
+/// are done: all but an odd one.
 ///
 /// # Safety
 /// The CPU must have AVX-512 F, BW and VBMI; there are 32 bytes for each line.

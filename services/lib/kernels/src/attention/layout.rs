@@ -14,10 +14,14 @@
 //! with one weight (or pair of weights) to 16 dimensions of the output. An odd `k_dim` is filled up with a zero; the
 //! dimensions that fill up the last tile of values are never read into a result. Slots that are not written may hold
 //! anything: attention does not let them into a result either.
+//!
+//! int8: a number is scale times code, the code from -127 to 127; -128 never stands there, also not in a slot that is
+//! not written ([`KvLayer::import`] refuses it). The scale is max|x| / 127, and NaN where a value is infinite or no
+//! number: codes cannot say so, and the attention that sees the token must not give a plausible result.
 use crate::Error;
 use crate::storage::map_zeroed;
-use half::bf16;
 use memmap2::MmapMut;
+use std::ops::Range;
 
 /// Tokens of a block.
 pub const BLOCK: usize = 64;
@@ -75,45 +79,45 @@ impl KvShape {
         if self.format == KvFormat::F32 { BLOCK } else { BLOCK / 2 }
     }
 
-    /// Bytes of so many lines of a head in a block, scales included.
-    fn bytes_of(&self, lines: usize) -> usize {
-        match self.format {
-            KvFormat::F32 | KvFormat::Bf16 => lines * size_of::<Line>(),
-            KvFormat::Int8 => BLOCK * 4 + lines * size_of::<Line>() / 2,
-        }
+    /// Where some lines stand among the bytes of a head in a block, behind the scales.
+    fn bytes_of(&self, lines: Range<usize>) -> Range<usize> {
+        let at = |line: usize| match self.format {
+            KvFormat::F32 | KvFormat::Bf16 => line * size_of::<Line>(),
+            KvFormat::Int8 => BLOCK * 4 + line * size_of::<Line>() / 2,
+        };
+        at(lines.start)..at(lines.end)
+    }
+
+    /// Where a run's keys of dimensions 16 · `dims` and on, 16 of them at most, stand among a head's.
+    pub(super) fn key_square(&self, run: usize, dims: usize) -> Range<usize> {
+        let (all, lines) = (self.key_lines(), self.square_lines());
+        self.bytes_of(run * all + dims * lines..run * all + ((dims + 1) * lines).min(all))
+    }
+
+    /// Where a run's values of one tile stand among a head's.
+    pub(super) fn value_square(&self, run: usize, tile: usize) -> Range<usize> {
+        let first = tile * self.tile_lines() + run * self.square_lines();
+        self.bytes_of(first..first + self.square_lines())
+    }
+
+    /// Lines of 16 tokens' 16 dimensions.
+    fn square_lines(&self) -> usize {
+        self.tile_lines() * LANES / BLOCK
     }
 
     /// Bytes of one head's keys in a block.
     pub(super) fn key_bytes(&self) -> usize {
-        self.bytes_of(BLOCK / LANES * self.key_lines())
+        self.bytes_of(0..BLOCK / LANES * self.key_lines()).end
     }
 
     /// Bytes of one head's values in a block.
     pub(super) fn value_bytes(&self) -> usize {
-        if self.v_in_k { 0 } else { self.bytes_of(self.tiles() * self.tile_lines()) }
+        if self.v_in_k { 0 } else { self.bytes_of(0..self.tiles() * self.tile_lines()).end }
     }
 
     /// Bytes of one block of this layer.
     pub fn block_len(&self) -> usize {
         self.kv_heads * (self.key_bytes() + self.value_bytes())
-    }
-
-    /// Where dimension `d` of the key of `slot` stands among its head's numbers.
-    fn key_place(&self, slot: usize, d: usize) -> usize {
-        let (run, lane) = (slot / LANES, slot % LANES);
-        match self.format {
-            KvFormat::F32 => (run * self.k_dim + d) * LANES + lane,
-            KvFormat::Bf16 | KvFormat::Int8 => ((run * self.key_lines() + d / 2) * LANES + lane) * 2 + d % 2,
-        }
-    }
-
-    /// Where dimension `d` of the value of `slot` stands among its head's numbers.
-    fn value_place(&self, slot: usize, d: usize) -> usize {
-        let (tile, lane) = (d / LANES, d % LANES);
-        match self.format {
-            KvFormat::F32 => (tile * BLOCK + slot) * LANES + lane,
-            KvFormat::Bf16 | KvFormat::Int8 => ((tile * BLOCK / 2 + slot / 2) * LANES + lane) * 2 + slot % 2,
-        }
     }
 }
 
@@ -152,6 +156,11 @@ impl KvLayer {
         self.blocks
     }
 
+    /// All blocks.
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+
     fn block(&self, block: u32) -> &[u8] {
         let len = self.block_len();
         &self.bytes[block as usize * len..][..len]
@@ -169,37 +178,6 @@ impl KvLayer {
         &self.block(block)[self.shape.kv_heads * self.shape.key_bytes() + head * len..][..len]
     }
 
-    /// Writes one token's keys `[kv_heads, k_dim]` and values `[kv_heads, v_dim]` (empty with `v_in_k`).
-    ///
-    /// # Panics
-    /// When the block or slot does not exist or a length is wrong.
-    pub fn write(&mut self, block: u32, slot: usize, k: &[f32], v: &[f32]) {
-        let shape = self.shape;
-        assert!((block as usize) < self.blocks && slot < BLOCK, "block {block}, slot {slot} of {}", self.blocks);
-        assert_eq!(k.len(), shape.kv_heads * shape.k_dim, "k is [kv_heads, k_dim]");
-        let len = shape.block_len();
-        let bytes = &mut self.bytes[block as usize * len..][..len];
-        let (keys, values) = bytes.split_at_mut(shape.kv_heads * shape.key_bytes());
-        for (bytes, k) in keys.chunks_exact_mut(shape.key_bytes()).zip(k.chunks_exact(shape.k_dim)) {
-            let place = |d| shape.key_place(slot, d);
-            write_token(shape.format, bytes, slot, k, place);
-            if shape.format != KvFormat::F32 && !shape.k_dim.is_multiple_of(2) {
-                // the pair's other half: the query has a zero there, which must not meet a NaN
-                let zero = place(shape.k_dim);
-                match shape.format {
-                    KvFormat::Int8 => bytes[BLOCK * 4 + zero] = 0,
-                    _ => bytes[zero * 2..][..2].fill(0),
-                }
-            }
-        }
-        if !shape.v_in_k {
-            assert_eq!(v.len(), shape.kv_heads * shape.v_dim, "v is [kv_heads, v_dim]");
-            for (bytes, v) in values.chunks_exact_mut(shape.value_bytes()).zip(v.chunks_exact(shape.v_dim)) {
-                write_token(shape.format, bytes, slot, v, |d| shape.value_place(slot, d));
-            }
-        }
-    }
-
     /// Appends one block's bytes.
     pub fn export(&self, block: u32, out: &mut Vec<u8>) {
         out.extend_from_slice(self.block(block));
@@ -208,39 +186,25 @@ impl KvLayer {
     /// Fills one block.
     ///
     /// # Errors
-    /// `Block` when the length is wrong.
+    /// `Block` when the length is wrong; `Code` when an int8 number is -128, which no writer makes and which instruction
+    /// sets would widen to different numbers.
     pub fn import(&mut self, block: u32, bytes: &[u8]) -> Result<(), Error> {
         let len = self.block_len();
         if bytes.len() != len {
             return Err(Error::Block { expected: len, actual: bytes.len() });
         }
+        if self.codes(bytes).any(|codes| codes.contains(&0x80)) {
+            return Err(Error::Code);
+        }
         self.bytes[block as usize * len..][..len].copy_from_slice(bytes);
         Ok(())
     }
-}
 
-/// Writes one token's key or value of one head; dimension d goes to number `place(d)`.
-fn write_token(format: KvFormat, bytes: &mut [u8], slot: usize, values: &[f32], place: impl Fn(usize) -> usize) {
-    match format {
-        KvFormat::F32 => {
-            let numbers = bytes.as_chunks_mut::<4>().0;
-            values.iter().enumerate().for_each(|(d, v)| numbers[place(d)] = v.to_le_bytes());
-        }
-        KvFormat::Bf16 => {
-            let numbers = bytes.as_chunks_mut::<2>().0;
-            values.iter().enumerate().for_each(|(d, v)| numbers[place(d)] = bf16::from_f32(*v).to_le_bytes());
-        }
-        KvFormat::Int8 => {
-            let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
-            let scale = largest / 127.0;
-            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-            // the inverse of a denormal overflows
-            let quantize = |v: f32| if inverse.is_finite() { v * inverse } else { v / scale };
-            let (scales, numbers) = bytes.split_at_mut(BLOCK * 4);
-            scales[slot * 4..][..4].copy_from_slice(&scale.to_le_bytes());
-            for (d, v) in values.iter().enumerate() {
-                numbers[place(d)] = quantize(*v).round().clamp(-127.0, 127.0) as i8 as u8;
-            }
-        }
+    /// The int8 numbers in a block's bytes, without their scales.
+    fn codes<'a>(&self, bytes: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
+        let shape = self.shape;
+        let (keys, values) = bytes.split_at(shape.kv_heads * shape.key_bytes());
+        let heads = keys.chunks_exact(shape.key_bytes()).chain(values.chunks_exact(shape.value_bytes().max(1)));
+        heads.take_while(move |_| shape.format == KvFormat::Int8).map(|head| &head[BLOCK * 4..])
     }
 }

@@ -8,6 +8,13 @@
 //! position only, so its bits do not depend on chunking of the prompt, batch, tile or threads, nor on whether its chunks
 //! were computed on one thread or on several.
 //!
+//! That is so for finite keys and values. With f32 and bf16 a value (with `v_in_k` one of the key's) that is not finite
+//! may also reach a line that does not see its token, where another line of the tile sees it (a later query, or an
+//! earlier one that has it in its window) or it is the other of a seen token's pair: the line weighs it with 0, and 0
+//! times an infinity or NaN is NaN. Keys on their own reach nobody who does not see them. With int8 neither does: codes
+//! are finite, a token that is not finite has a scale of NaN, and a scale is left out by who does not see it; who sees it
+//! gives NaN.
+//!
 //! Numbers: scores, weights and sums are f32. With f32 keys and values all else is too (`{isa}-f32`), and all
 //! instruction sets agree to the bit. With bf16 and int8 the queries and the weights are rounded to bf16, and products
 //! run on pairs: by `vdpbf16ps` where the CPU has it (`avx512-bf16-pairs`), which takes denormals for zero, otherwise by
@@ -24,6 +31,7 @@ mod layout;
 mod plan;
 mod softmax;
 mod tile;
+mod write;
 
 pub use layout::{BLOCK, KvFormat, KvLayer, KvShape};
 

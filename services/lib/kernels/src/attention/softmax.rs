@@ -45,7 +45,7 @@ pub(super) fn round(x: f32) -> u32 {
     if x.is_nan() { bits | 0x0040_0000 } else { rounded }
 }
 
-/// `2^x` for x up to 0.
+/// `2^x` for x up to 0. A NaN stays one where its 9 lowest bits are 0, as in all that arithmetic or bf16 makes.
 #[inline(always)]
 pub(super) fn exp2(x: f32) -> f32 {
     // adding it leaves no bits for a fraction: they are rounded away
@@ -131,11 +131,12 @@ fn soften_body(
         }
         let mut rounded = [0u32; LANES];
         if let Some((_, values)) = scales {
-            for ((sum, power), scale) in sums.iter_mut().zip(&mut powers).zip(&values[run * LANES..][..LANES]) {
+            let tokens = scores[run].iter().zip(&values[run * LANES..][..LANES]);
+            for ((sum, power), (score, scale)) in sums.iter_mut().zip(&mut powers).zip(tokens) {
                 *sum += *power;
-                // a token that is not seen may have any scale, even NaN
+                // a token that is not seen may have any scale, even NaN; one that is seen has it whatever its weight
                 let scaled = *power * scale;
-                *power = if *power == 0.0 { 0.0 } else { scaled };
+                *power = if *score == f32::NEG_INFINITY { 0.0 } else { scaled };
             }
             rounded.iter_mut().zip(powers).for_each(|(rounded, power)| *rounded = round(power));
         } else {

@@ -20,18 +20,20 @@ pub(super) unsafe fn multiply(format: Format, call: Call<'_>, ahead: Ahead, out:
         row.fill(0.0);
     }
     macro_rules! run {
-        ($($rows:literal)*) => {
+        ($kernel:ident: $($rows:literal)*) => {
             match call.rows.len() {
                 0 => {}
                 // SAFETY: what is asked for is what the caller says.
-                $($rows if format == Format::Q8 => unsafe { q8::<$rows>(call, ahead, out) },
-                // SAFETY: as above.
-                $rows => unsafe { q4::<$rows>(call, ahead, out) },)*
+                $($rows => unsafe { $kernel::<$rows>(call, ahead, out) },)*
                 rows => unreachable!("{rows} rows"),
             }
         };
     }
-    run!(1 2 3 4)
+    match format {
+        Format::Q8 => run!(q8: 1 2 3 4),
+        Format::Q4 { group: 32 | 64 | 128 } => run!(q4: 1 2 3 4),
+        format => unreachable!("no matrix with codes is packed as {format:?}"),
+    }
 }
 
 /// Four bytes of a row, as an integer.

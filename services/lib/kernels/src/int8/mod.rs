@@ -23,7 +23,7 @@ use half::f16;
 /// Memory that will be read next: each line of the panel that is read asks for `step` bytes of it. None of it is ever
 /// read through these pointers, so they may lie anywhere.
 #[derive(Clone, Copy)]
-#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "portable code leaves it to the processor"))]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "portable code leaves it to the processor"))]
 pub(crate) struct Ahead {
     /// Where it begins.
     pub(crate) from: *const u8,

@@ -28,7 +28,8 @@ pub(super) unsafe fn multiply(format: Format, call: Call<'_>, ahead: Ahead, out:
         Format::Q8 => run!(1, true: 1 2 3 4 5 6),
         Format::Q4 { group: 32 } => run!(1, false: 1 2 3 4 5 6),
         Format::Q4 { group: 64 } => run!(2, false: 1 2 3 4 5 6 7 8),
-        _ => run!(4, false: 1 2 3 4 5 6 7 8),
+        Format::Q4 { group: 128 } => run!(4, false: 1 2 3 4 5 6 7 8),
+        format => unreachable!("no matrix with codes is packed as {format:?}"),
     }
 }
 

@@ -1,7 +1,8 @@
 //! What waiting threads read ahead: memory that the next region will most likely begin with.
 //!
 //! A decoder's products are as fast as memory is read, and between two of them the caller does small things alone.
-//! Meanwhile the others need not leave the memory idle.
+//! Meanwhile the others need not leave the memory idle. Each reads into its own second-level cache, and the first task is
+//! always the caller's: what is expected is best what the second one begins with.
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Bytes of a line of the cache.

@@ -74,8 +74,8 @@ impl Gate {
         // SAFETY: the last region is over, so nobody is signed in, and nobody can sign in before the store below: the
         // job is this thread's alone. What others read of the last job happened before `is_over` saw them sign out.
         unsafe { *self.job.get() = Job { task, tasks } };
-        // SeqCst for the sleepers' sake, see `Shared::park`; release, so that who signs in sees the job. Nothing is lost
-        // by overwriting: while no task is left nobody else changes the word.
+        // SeqCst for the sleepers' sake, see `Sleepers::sleep`; release, so that who signs in sees the job. Nothing is
+        // lost by overwriting: while no task is left nobody else changes the word.
         self.word.store((invited as u64) << INVITED_SHIFT | (tasks - 1) as u64, Ordering::SeqCst);
     }
 

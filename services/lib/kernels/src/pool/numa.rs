@@ -1,4 +1,9 @@
 //! Which CPUs a pool's threads run on where a machine has several NUMA nodes.
+//!
+//! That is all that is done. Memory is not placed: weights lie where the thread that loaded them first touched them (or
+//! where the system keeps the mapped file), not with the workers that read them. Any worker takes any task. The engine's
+//! own thread, the caller, is not bound. So a pool over several nodes reads weights across them; a process for each
+//! node, bound from outside, does not.
 use std::path::Path;
 
 /// For each of `threads` threads the CPUs of its node: the threads stand in one row, and each node gets a contiguous

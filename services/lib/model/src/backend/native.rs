@@ -9,7 +9,7 @@ use crate::Result;
 use crate::spec::{Activation, Norm, NormKind};
 use buffers::Values;
 use moesaic_kernels::{self as kernels, ExpertWeights, Kernels, KvLayer, KvShape, PackedMatrix, Product, elementwise};
-use moesaic_types::{BLOCK_TOKENS, KvFormat, Routing};
+use moesaic_types::{KvFormat, Routing};
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -247,16 +247,10 @@ impl Backend for NativeBackend {
     }
 
     fn linear_by_head(&self, linears: &[Linear], x: &Rows) -> Result<Rows> {
-        let width = x.cols / linears.len();
-        let out = linears.first().map_or(0, |linear| linear.weight.rows());
-        let mut all = Rows::new(x.count(), out * linears.len());
-        for (head, linear) in linears.iter().enumerate() {
-            let part = self.linear(linear, &self.columns(x, 1, head * width, width)?)?;
-            for (row, part) in all.values.chunks_exact_mut(all.cols).zip(part.values.chunks_exact(out)) {
-                row[head * out..][..out].copy_from_slice(part);
-            }
-        }
-        Ok(all)
+        let mut out = Rows::new(x.count(), linears.iter().map(|linear| linear.weight.rows()).sum());
+        let heads: Vec<_> = linears.iter().map(|Linear { weight, bias }| (&**weight, bias.as_deref())).collect();
+        self.kernels.linear_by_head(&heads, &x.values, x.count(), &mut out.values);
+        Ok(out)
     }
 
     fn rotation(&self, cos: Vec<f32>, sin: Vec<f32>, pairs: usize, interleaved: bool) -> Result<Rotation> {
@@ -307,12 +301,14 @@ impl Backend for NativeBackend {
     }
 
     fn scale(&self, mut x: Rows, factor: f32) -> Result<Rows> {
-        x.values.iter_mut().for_each(|x| *x *= factor);
+        let cols = x.cols;
+        self.kernels.by_rows(&mut x.values, cols, &|_, rows| rows.iter_mut().for_each(|x| *x *= factor));
         Ok(x)
     }
 
     fn clamp(&self, mut x: Rows, limit: f32) -> Result<Rows> {
-        x.values.iter_mut().for_each(|x| *x = x.clamp(-limit, limit));
+        let cols = x.cols;
+        self.kernels.by_rows(&mut x.values, cols, &|_, rows| rows.iter_mut().for_each(|x| *x = x.clamp(-limit, limit)));
         Ok(x)
     }
 
@@ -325,10 +321,13 @@ impl Backend for NativeBackend {
     }
 
     fn gate_rows(&self, mut x: Rows, gate: &Rows) -> Result<Rows> {
-        for (row, gate) in x.values.chunks_exact_mut(x.cols).zip(gate.values.iter()) {
-            let factor = 1.0 / (1.0 + (-gate).exp());
-            row.iter_mut().for_each(|x| *x *= factor);
-        }
+        let cols = x.cols;
+        self.kernels.by_rows(&mut x.values, cols, &|first, rows| {
+            for (row, gate) in rows.chunks_exact_mut(cols).zip(&gate.values[first..]) {
+                let factor = 1.0 / (1.0 + (-gate).exp());
+                row.iter_mut().for_each(|x| *x *= factor);
+            }
+        });
         Ok(x)
     }
 
@@ -341,7 +340,10 @@ impl Backend for NativeBackend {
             }
             Ffn::Plain { up, down, activation } => {
                 let mut inner = self.linear(up, x)?;
-                inner.values.iter_mut().for_each(|x| *x = kernel_activation(*activation).apply(*x));
+                let (cols, activation) = (inner.cols, kernel_activation(*activation));
+                self.kernels.by_rows(&mut inner.values, cols, &|_, rows| {
+                    rows.iter_mut().for_each(|x| *x = activation.apply(*x));
+                });
                 self.linear(down, &inner)
             }
         }
@@ -387,16 +389,6 @@ impl Backend for NativeBackend {
     ) -> Result<Rows> {
         let layout = kv.layouts[layer];
         let cache = &mut kv.layers[layer];
-        let mut row = 0;
-        for sequence in sequences {
-            for position in sequence.start..sequence.start + sequence.rows {
-                let block = sequence.blocks[position / BLOCK_TOKENS];
-                let key = &k.values[row * k.cols..][..k.cols];
-                let value = v.map_or(&[][..], |v| &v.values[row * v.cols..][..v.cols]);
-                cache.write(block, position % BLOCK_TOKENS, key, value);
-                row += 1;
-            }
-        }
         let call = kernels::AttentionCall {
             heads: call.heads,
             scale: call.scale,
@@ -408,6 +400,7 @@ impl Backend for NativeBackend {
             .iter()
             .map(|s| kernels::AttentionSequence { blocks: s.blocks, start: s.start, queries: s.rows })
             .collect();
+        self.kernels.write_kv(cache, &sequences, &k.values, v.map_or(&[][..], |v| &v.values));
         let mut out = Rows::new(q.count(), call.heads * layout.v_dim);
         self.kernels.attention(cache, &call, &sequences, &q.values, &mut out.values);
         Ok(out)

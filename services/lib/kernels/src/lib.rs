@@ -10,6 +10,7 @@
 mod activation;
 mod activations;
 pub mod attention;
+pub mod ceilings;
 pub mod elementwise;
 #[cfg(target_arch = "x86_64")]
 mod fused;

@@ -155,6 +155,15 @@ impl Connection {
         Ok(Self { origin, sender, used: false })
     }
 
+    /// The same, given up after `patience`.
+    ///
+    /// # Errors
+    /// When nobody listens there, or nobody says so for that long.
+    pub async fn open_within(origin: impl Into<Origin>, patience: Duration) -> Result<Self, Failure> {
+        let opened = tokio::time::timeout(patience, Self::open(origin)).await;
+        opened.map_err(|_| Failure::Timeout(patience))?.map_err(|error| Failure::Connect(format!("{error:#}")))
+    }
+
     async fn dial(origin: &Origin) -> Result<SendRequest<Full<Bytes>>> {
         let (sender, connection) = handshake(TokioIo::new(origin.connect().await?)).await?;
         // ends with the sender; what goes wrong is seen by who waits for an answer

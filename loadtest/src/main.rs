@@ -10,7 +10,7 @@ use moesaic_loadtest::machine::{self, Machine};
 use moesaic_loadtest::mock::{self, MockReplica};
 use moesaic_loadtest::model::{self, Preset, SEED, Shape};
 use moesaic_loadtest::peers::{self, Peers};
-use moesaic_loadtest::report::{Record, Section};
+use moesaic_loadtest::report::{self, Record, Section};
 use moesaic_loadtest::scenarios::ablation::{self, Ablation};
 use moesaic_loadtest::scenarios::distribution::{self, Distribution};
 use moesaic_loadtest::scenarios::gateway::{self, GatewayCost};
@@ -171,7 +171,17 @@ fn run(arguments: &Arguments) -> Result<()> {
     })
 }
 
+/// Where what is measured goes.
+fn files(arguments: &Arguments) -> Vec<PathBuf> {
+    match &arguments.command {
+        Command::Peers(args) if arguments.record.is_empty() => args.records(),
+        _ => arguments.record.clone(),
+    }
+}
+
 async fn measure(arguments: &Arguments) -> Result<()> {
+    let files = files(arguments);
+    files.iter().try_for_each(|file| report::check_writable(file)).context("the record")?;
     let mut machine = Machine::look();
     let sections: Vec<Section> = match &arguments.command {
         Command::MakeModel(make) => return make.run(),
@@ -191,10 +201,6 @@ async fn measure(arguments: &Arguments) -> Result<()> {
     machine.load_after = machine::load();
     let record = Record { date: machine::today(), command: command(), machine, sections };
     print!("{}", record.text());
-    let files = match &arguments.command {
-        Command::Peers(args) if arguments.record.is_empty() => args.records(),
-        _ => arguments.record.clone(),
-    };
     for file in &files {
         record.write(&arguments.title, file)?;
     }

@@ -3,6 +3,7 @@ use crate::machine::Machine;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use std::fmt::Write;
+use std::fs::OpenOptions;
 use std::path::Path;
 
 /// A table of a result.
@@ -137,6 +138,20 @@ impl Record {
     }
 }
 
+/// Checks that a file can be written, so that nothing is measured for one that cannot. What is in it stays.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn check_writable(path: &Path) -> Result<()> {
+    let is_new = !path.exists();
+    let opened = OpenOptions::new().create(true).append(true).open(path);
+    opened.with_context(|| format!("write {}", path.display()))?;
+    if is_new {
+        std::fs::remove_file(path).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
 /// A number with as many digits as say something.
 pub fn number(value: f64) -> String {
     match value.abs() {
@@ -191,6 +206,17 @@ mod tests {
         {
             assert!(page.contains(part), "{part}: {page}");
         }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_known_before_and_one_that_can_is_left_as_it_was() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let [new, old, nowhere] = ["new.md", "old.md", "no/where.md"].map(|name| folder.path().join(name));
+        std::fs::write(&old, "x").expect("a file");
+        assert!(check_writable(&new).is_ok() && !new.exists());
+        assert!(check_writable(&old).is_ok() && std::fs::read(&old).is_ok_and(|text| text == b"x"));
+        assert!(check_writable(&nowhere).is_err_and(|error| error.to_string().contains("where.md")));
+        assert!(check_writable(folder.path()).is_err());
     }
 
     #[test]

@@ -242,6 +242,7 @@ async fn errors_are_counted_by_kind_and_the_rest_is_measured() {
     assert_eq!(values["errors"], json!({"broken stream": 10, "http 429": 5}), "{values}");
     assert_eq!((&values["answered"], &values["goodput"]["share"]), (&json!(5), &json!(0.25)));
     assert!(section.tables.iter().any(|table| table.title == "Errors" && table.rows.len() == 2));
+    assert!(section.notes.iter().any(|note| note.contains("15 of 20 counted requests failed")), "{:?}", section.notes);
 }
 
 #[tokio::test]
@@ -316,19 +317,22 @@ async fn what_cannot_be_run_is_said_by_its_flag() {
     assert!(said("--clients 3 --requests 1 --api chat --prompts tokens").await.contains("--prompts tokens"));
     assert!(said("--clients 1 --requests 1 --api-key-env MOESAIC_NO_SUCH_KEY").await.contains("MOESAIC_NO_SUCH_KEY"));
     assert!(said("--trace /nowhere/trace").await.contains("/nowhere/trace"));
+    assert!(said("--clients 1 --requests 1 --plot /nowhere/p.svg").await.contains("--plot: write /nowhere/p.svg"));
+    assert!(server.bodies().is_empty(), "nothing is sent before all this is known");
     let refused = |flags: &str| {
         let words = ["load", "--url", "http://h"].into_iter().chain(flags.split_whitespace());
         Command::try_parse_from(words).err().map(|error| error.to_string()).unwrap_or_default()
     };
     for (flags, flag, limit) in [
         ("--clients 0", "--clients", "1..=60000"),
-        ("--rate 0", "--rate", "above 0"),
+        ("--rate 0", "--rate", "from 0.000001"),
         ("--rate 1e9", "--rate", "100000"),
         ("--prompt-lengths 0", "--prompt-lengths", "1 to"),
         ("--slo ttft=0s", "--slo", "longer"),
         ("--vocab 9..3", "--vocab", "FROM below TO"),
         ("--duration 0", "--duration", "above 0"),
         ("--body [1]", "--body", "object"),
+        ("--body {\"stream\":false}", "--body", "'stream' is what is measured by"),
         ("--group-exponent 11", "--group-exponent", "0 to 10"),
     ] {
         let error = refused(flags);

@@ -38,7 +38,8 @@ pub struct Load {
     /// The environment variable that has the API key.
     #[arg(long, value_name = "NAME")]
     pub api_key_env: Option<String>,
-    /// Members that are added to each request's body, or stand in the place of usual ones: '{"cache_prompt": false}'.
+    /// Members that are added to each request's body, or stand in the place of usual ones: '{"cache_prompt": false}'. Not
+    /// stream and stream_options, without which nothing can be measured.
     #[arg(long, value_name = "JSON", value_parser = object, default_value = "{}")]
     pub body: Body,
     /// How prompts are sent.
@@ -51,7 +52,7 @@ pub struct Load {
     #[arg(long, value_name = "FROM..TO", value_parser = vocabulary)]
     pub vocab: Option<Vocabulary>,
 
-    /// Open loop: so many requests a second on average, above 0 and at most 100000.
+    /// Open loop: so many requests a second on average, 0.000001 to 100000.
     #[arg(long, value_name = "PER_SECOND", value_parser = rate, conflicts_with = "clients")]
     pub rate: Option<f64>,
     /// Open loop: poisson, constant, or gamma:SHAPE, which comes in bursts below a shape of 1.
@@ -123,9 +124,15 @@ pub struct Load {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Body(pub Map<String, Value>);
 
+/// Members of a request's body that make the server tell when tokens come, and how many.
+const MEASURED_BY: [&str; 2] = ["stream", "stream_options"];
+
 fn object(text: &str) -> Result<Body, String> {
     match serde_json::from_str(text) {
-        Ok(Value::Object(members)) => Ok(Body(members)),
+        Ok(Value::Object(members)) => match MEASURED_BY.iter().find(|name| members.contains_key(**name)) {
+            Some(name) => Err(format!("'{name}' is what is measured by and cannot be replaced")),
+            None => Ok(Body(members)),
+        },
         Ok(other) => Err(format!("'{other}' is no object of JSON")),
         Err(error) => Err(error.to_string()),
     }
@@ -138,17 +145,15 @@ fn vocabulary(text: &str) -> Result<Vocabulary, String> {
         .ok_or_else(|| format!("use FROM..TO with FROM below TO, which is at most {}", 1 << 24))
 }
 
-fn within(text: &str, most: f64) -> Result<f64, String> {
-    let value = text.parse().ok().filter(|value| *value > 0.0 && *value <= most);
-    value.ok_or_else(|| format!("use a number above 0 and at most {most}"))
-}
-
 fn rate(text: &str) -> Result<f64, String> {
-    within(text, 100_000.0)
+    // with less the gaps between arrivals are more than a time can hold
+    let value = text.parse().ok().filter(|value| (1e-6..=100_000.0).contains(value));
+    value.ok_or_else(|| "use a number from 0.000001 to 100000".into())
 }
 
 fn factor(text: &str) -> Result<f64, String> {
-    within(text, 1000.0)
+    let value = text.parse().ok().filter(|value| *value > 0.0 && *value <= 1000.0);
+    value.ok_or_else(|| "use a number above 0 and at most 1000".into())
 }
 
 fn exponent(text: &str) -> Result<f64, String> {
@@ -252,12 +257,12 @@ impl Load {
     /// What is asked.
     ///
     /// # Errors
-    /// When the trace cannot be read.
+    /// When the trace cannot be read, or is too long with the factor of its lengths.
     pub fn workload(&self, vocabulary: Vocabulary) -> Result<Workload> {
         let source = match &self.trace {
             Some(path) => {
                 let scale = Scale { time: self.time_scale, length: self.length_scale };
-                let entries = scale.apply(&mooncake::read(path).context("--trace")?);
+                let entries = scale.apply(&mooncake::read(path).context("--trace")?).context("--length-scale")?;
                 Source::Trace { entries: entries.into(), block: scale.block() }
             }
             None => {

@@ -46,6 +46,8 @@ pub struct Sample {
     pub scheduled: Duration,
     /// When it was begun to be sent.
     pub sent: Duration,
+    /// When its answer ended, or it failed.
+    pub ended: Duration,
     /// Tokens of the prompt that was made.
     pub prompt_tokens: usize,
     /// Tokens of the answer that was asked for.
@@ -88,11 +90,7 @@ impl Shared {
     async fn ask(&self, body: Bytes) -> Result<Answer, Failure> {
         let mut connection = match self.idle() {
             Some(connection) => connection,
-            None => {
-                let opened = tokio::time::timeout(self.target.patience, Connection::open(self.target.origin.clone()));
-                let opened = opened.await.map_err(|_| Failure::Timeout(self.target.patience))?;
-                opened.map_err(|error| Failure::Connect(format!("{error:#}")))?
-            }
+            None => Connection::open_within(self.target.origin.clone(), self.target.patience).await?,
         };
         let outcome = connection.ask(&self.path, body, self.target.patience).await;
         self.put(connection);
@@ -102,13 +100,13 @@ impl Shared {
     async fn sample(&self, index: usize, scheduled: Duration, wanted: &Wanted, body: Bytes) -> Sample {
         let sent = self.begun.elapsed();
         let outcome = self.ask(body).await;
-        let failed = match &outcome {
-            Ok(_) => self.failed.load(Ordering::Relaxed),
-            Err(_) => self.failed.fetch_add(1, Ordering::Relaxed) + 1,
+        let (ended, failed) = match &outcome {
+            Ok(answer) => (answer.ended.saturating_duration_since(self.begun), self.failed.load(Ordering::Relaxed)),
+            Err(_) => (self.begun.elapsed(), self.failed.fetch_add(1, Ordering::Relaxed) + 1),
         };
         (self.progress)(self.done.fetch_add(1, Ordering::Relaxed) + 1, failed);
         let (prompt_tokens, answer_tokens) = (wanted.tokens.len(), wanted.answer_tokens);
-        Sample { index, scheduled, sent, prompt_tokens, answer_tokens, outcome }
+        Sample { index, scheduled, sent, ended, prompt_tokens, answer_tokens, outcome }
     }
 }
 

@@ -34,7 +34,8 @@ pub struct Goodput {
     pub good: usize,
     /// Of all that were counted, those that failed among them.
     pub share: f64,
-    /// Good requests a second.
+    /// Good requests a second: in an open loop their share of those that were offered, in a closed one those whose
+    /// answers ended in the window, as rates are.
     pub requests_s: f64,
     /// Answers that missed each.
     pub missed: BTreeMap<Objective, usize>,
@@ -107,23 +108,43 @@ fn prompt_tokens(sample: &Sample, answer: &Answer) -> f64 {
     if answer.told_usage { answer.prompt_tokens as f64 } else { sample.prompt_tokens as f64 }
 }
 
-/// Requests that had been scheduled by then and had no end.
+/// Requests that had been scheduled by then and had no end; one that failed until it did.
 fn in_flight(run: &Run, at: Duration) -> usize {
-    let is_open = |sample: &&Sample| {
-        let ended = sample.outcome.as_ref().map(|answer| answer.ended.saturating_duration_since(run.begun));
-        // when a failure came is not known: it holds nothing up
-        sample.scheduled <= at && ended.is_ok_and(|ended| ended > at)
-    };
-    run.samples.iter().filter(is_open).count()
+    run.samples.iter().filter(|sample| sample.scheduled <= at && sample.ended > at).count()
+}
+
+/// What rates are over: from the first counted request to the last answer, or to the run's end in time.
+#[derive(Clone, Copy)]
+struct Window {
+    from: Instant,
+    to: Instant,
+}
+
+impl Window {
+    fn of(run: &Run, first: Duration, last: Duration, duration: Option<Duration>) -> Self {
+        let from = run.begun + first;
+        let ended = |sample: &Sample| sample.outcome.as_ref().ok().map(|answer| answer.ended);
+        let last_answer = run.samples.iter().filter_map(ended).max().unwrap_or(from);
+        let to = duration.map_or(last_answer, |duration| (run.begun + duration).min(last_answer));
+        Self { from, to: to.max(run.begun + last) }
+    }
+
+    fn has(&self, at: Instant) -> bool {
+        (self.from..=self.to).contains(&at)
+    }
+
+    fn seconds(&self) -> f64 {
+        (self.to - self.from).as_secs_f64().max(1e-9)
+    }
 }
 
 /// Tokens of an answer that came in a time: an event has more than one where several came at once.
-fn tokens_in(answer: &Answer, from: Instant, to: Instant) -> f64 {
+fn tokens_in(answer: &Answer, window: Window) -> f64 {
     let tokens = answer.completion_tokens as f64;
     if answer.events.is_empty() {
-        return if (from..=to).contains(&answer.ended) { tokens } else { 0.0 };
+        return if window.has(answer.ended) { tokens } else { 0.0 };
     }
-    let within = answer.events.iter().filter(|event| (from..=to).contains(*event)).count();
+    let within = answer.events.iter().filter(|event| window.has(**event)).count();
     within as f64 * tokens / answer.events.len() as f64
 }
 
@@ -147,20 +168,21 @@ impl Measured {
             *measured.errors.entry(failure.kind()).or_default() += 1;
             measured.first_errors.entry(failure.kind()).or_insert_with(|| failure.to_string());
         }
-        let Some(first) = counted.iter().map(|sample| sample.scheduled).min() else { return measured };
+        let scheduled = || counted.iter().map(|sample| sample.scheduled);
+        let Some((first, last)) = scheduled().min().zip(scheduled().max()) else { return measured };
+        let window = Window::of(run, first, last, duration);
         measured.times(run.begun, &answers);
-        measured.rates(run, first, duration, &counted);
+        measured.rates(run, window, last - first);
         let late = counted.iter().map(|sample| sample.sent.saturating_sub(sample.scheduled).as_secs_f64());
         measured.late_s = Summary::of(late);
         if open {
             measured.kept_schedule = measured.late_s.p99 <= LATE.as_secs_f64();
-            let last = counted.iter().map(|sample| sample.scheduled).max().unwrap_or(first);
             measured.in_flight = [first + (last - first) / 2, last].map(|at| in_flight(run, at));
             let [half, end] = measured.in_flight.map(|count| count as f64);
             measured.kept_up = end <= half * GROWTH + SPREAD * half.sqrt().max(1.0);
         }
         if !slo.0.is_empty() {
-            measured.goodput = Some(measured.good(run.begun, slo, &answers));
+            measured.goodput = Some(measured.good(run, slo, &answers, if open { None } else { Some(window) }));
         }
         measured
     }
@@ -182,42 +204,46 @@ impl Measured {
     }
 
     /// Rates over the window: what all requests got in it, also those that are not counted, which took their part of the
-    /// server.
-    fn rates(&mut self, run: &Run, first: Duration, duration: Option<Duration>, counted: &[&Sample]) {
-        let from = run.begun + first;
-        let ended = |sample: &Sample| sample.outcome.as_ref().ok().map(|answer| answer.ended);
-        let last = run.samples.iter().filter_map(ended).max().unwrap_or(from);
-        let last_sent = counted.iter().map(|sample| run.begun + sample.scheduled).max().unwrap_or(from);
-        let to = duration.map_or(last, |duration| (run.begun + duration).min(last)).max(last_sent);
-        let window = (to - from).as_secs_f64().max(1e-9);
+    /// server. `sent_for`: from the first counted request to the last.
+    fn rates(&mut self, run: &Run, window: Window, sent_for: Duration) {
+        let seconds = window.seconds();
         let rate = |of: &dyn Fn(&Sample, &Answer) -> f64| {
             let of = |sample: &Sample| sample.outcome.as_ref().map_or(0.0, |answer| of(sample, answer));
-            run.samples.iter().map(of).sum::<f64>() / window
+            run.samples.iter().map(of).sum::<f64>() / seconds
         };
-        let within = |at: Instant, amount: f64| if (from..=to).contains(&at) { amount } else { 0.0 };
-        self.window_s = window;
+        let within = |at: Instant, amount: f64| if window.has(at) { amount } else { 0.0 };
+        self.window_s = seconds;
         // the gap before the first request belongs to it, as that before each other one does
-        let sent_for = (last_sent - from).as_secs_f64();
-        self.offered_requests_s = match counted.len() {
-            0 | 1 => counted.len() as f64 / window,
-            _ if sent_for > 0.0 => (counted.len() - 1) as f64 / sent_for,
-            more => more as f64 / window,
+        self.offered_requests_s = match self.requests {
+            0 | 1 => self.requests as f64 / seconds,
+            _ if !sent_for.is_zero() => (self.requests - 1) as f64 / sent_for.as_secs_f64(),
+            more => more as f64 / seconds,
         };
         self.answered_requests_s = rate(&|_, answer| within(answer.ended, 1.0));
         self.prompt_tok_s = rate(&|sample, answer| within(answer.first(), prompt_tokens(sample, answer)));
-        self.generation_tok_s = rate(&|_, answer| tokens_in(answer, from, to));
+        self.generation_tok_s = rate(&|_, answer| tokens_in(answer, window));
     }
 
-    fn good(&self, begun: Instant, slo: &Slo, answers: &[(&Sample, &Answer)]) -> Goodput {
+    /// `window`: that of a closed loop, whose clients offer only what is answered; what all requests got in it counts, as
+    /// for rates.
+    fn good(&self, run: &Run, slo: &Slo, answers: &[(&Sample, &Answer)], window: Option<Window>) -> Goodput {
+        let missed_by = |sample: &Sample, answer: &Answer| slo.missed(run.begun + sample.scheduled, answer);
         let mut missed: BTreeMap<Objective, usize> = slo.0.iter().map(|(objective, _)| (*objective, 0)).collect();
         let mut good = 0;
         for (sample, answer) in answers {
-            let of_answer = slo.missed(begun + sample.scheduled, answer);
+            let of_answer = missed_by(sample, answer);
             good += usize::from(of_answer.is_empty());
             of_answer.into_iter().for_each(|objective| *missed.entry(objective).or_default() += 1);
         }
         let share = good as f64 / self.requests.max(1) as f64;
-        Goodput { slo: slo.to_string(), good, share, requests_s: good as f64 / self.window_s, missed }
+        let requests_s = window.map_or(share * self.offered_requests_s, |window| {
+            let is_good = |sample: &&Sample| {
+                let answer = sample.outcome.as_ref().ok().filter(|answer| window.has(answer.ended));
+                answer.is_some_and(|answer| missed_by(sample, answer).is_empty())
+            };
+            run.samples.iter().filter(is_good).count() as f64 / window.seconds()
+        });
+        Goodput { slo: slo.to_string(), good, share, requests_s, missed }
     }
 }
 
@@ -242,8 +268,10 @@ mod tests {
                 told_usage: true,
             }),
         };
-        let [scheduled, sent] = [scheduled, sent].map(Duration::from_millis);
-        Sample { index, scheduled, sent, prompt_tokens: 90, answer_tokens: 3, outcome }
+        // what fails does so 700 ms after it was sent
+        let ended = events.last().copied().unwrap_or(sent + 700);
+        let [scheduled, sent, ended] = [scheduled, sent, ended].map(Duration::from_millis);
+        Sample { index, scheduled, sent, ended, prompt_tokens: 90, answer_tokens: 3, outcome }
     }
 
     fn run() -> Run {
@@ -277,8 +305,31 @@ mod tests {
             let goodput = measured.goodput.unwrap();
             assert_eq!((goodput.good, goodput.missed[&Objective::Ttft], goodput.missed[&Objective::Itl]), (1, 1, 0));
             assert!(close(goodput.share, 1.0 / 3.0), "what failed is not good");
-            assert!(close(goodput.requests_s, 1.0 / 1.5));
+            assert!(close(goodput.requests_s, 2.0 / 3.0), "a third of two a second that were offered");
         }
+    }
+
+    #[test]
+    fn goodput_of_a_closed_loop_is_what_ended_well_in_the_window() {
+        let slo: Slo = "e2e=700ms".parse().unwrap();
+        let good = |until: Option<u64>| {
+            let until = until.map(Duration::from_millis);
+            let measured = Measured::of(&run(), WarmUp::Requests(1), until, &slo, false);
+            let goodput = measured.goodput.unwrap();
+            (goodput.good, goodput.requests_s * measured.window_s)
+        };
+        let all = good(None);
+        assert!(all.0 == 2 && close(all.1, 2.0), "{all:?}");
+        // the second good answer ends after it
+        let cut = good(Some(2400));
+        assert!(cut.0 == 2 && close(cut.1, 1.0), "{cut:?}");
+    }
+
+    #[test]
+    fn a_request_is_in_flight_until_it_failed() {
+        let at = |ms: u64| in_flight(&run(), Duration::from_millis(ms));
+        // the third is sent at 1500 and refused at 2200, the fourth is sent at 2000
+        assert_eq!([1400, 1500, 2100, 2200, 2500].map(at), [0, 1, 2, 1, 0]);
     }
 
     #[test]

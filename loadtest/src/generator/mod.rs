@@ -12,7 +12,7 @@ pub mod workload;
 
 pub use args::Load;
 
-use crate::report::{Section, Table, ms, number, percent};
+use crate::report::{self, Section, Table, ms, number, percent};
 use anyhow::{Context, Result, ensure};
 use drive::{Progress, Run};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -22,6 +22,9 @@ use std::time::{Duration, Instant};
 
 /// Between two lines of progress where there is no terminal.
 const TELL_EVERY: Duration = Duration::from_secs(10);
+
+/// The share of failed requests above which percentiles of the others say too little.
+const NOTED_FAILURES: f64 = 0.01;
 
 /// Progress on stderr: a bar, or a line now and then where nobody looks at it as it changes.
 fn progress(requests: Option<usize>) -> Result<(ProgressBar, Box<Progress>)> {
@@ -48,9 +51,12 @@ fn progress(requests: Option<usize>) -> Result<(ProgressBar, Box<Progress>)> {
 /// Loads the server and measures.
 ///
 /// # Errors
-/// When flags do not fit together, the server takes no request at all, or no request was answered.
+/// When flags do not fit together, the plot cannot be written, the server takes no request at all, or no request was answered.
 pub async fn run(args: &Load) -> Result<Section> {
     args.validate()?;
+    if let Some(path) = &args.plot {
+        report::check_writable(path).context("--plot")?;
+    }
     let (vocabulary, writer) = args.words()?;
     let mut target = args.target(writer.clone())?;
     let workload = args.workload(vocabulary)?;
@@ -139,6 +145,13 @@ pub fn notes(measured: &Measured, as_text: bool) -> Vec<String> {
             measured.in_flight[0], measured.in_flight[1]
         ));
     }
+    let failed = measured.requests - measured.answered;
+    if failed as f64 > measured.requests as f64 * NOTED_FAILURES {
+        notes.push(format!(
+            "**{failed} of {} counted requests failed**: times are of those that were answered.",
+            measured.requests
+        ));
+    }
     if !measured.told_usage {
         notes.push(
             "The server did not tell the numbers of tokens of every answer: tokens are counted as events of the stream, \
@@ -171,5 +184,27 @@ fn section(args: &Load, run: &Run, measured: &Measured, as_text: bool) -> Sectio
         tables: tables(measured),
         notes: notes(measured, as_text),
         values,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_than_one_failure_in_a_hundred_is_noted() {
+        let note = |answered: usize| {
+            let measured = Measured {
+                requests: 1000,
+                answered,
+                kept_schedule: true,
+                kept_up: true,
+                told_usage: true,
+                ..Measured::default()
+            };
+            notes(&measured, false)
+        };
+        assert!(note(990).is_empty(), "{:?}", note(990));
+        assert!(note(989)[0].contains("11 of 1000 counted requests failed"), "{:?}", note(989));
     }
 }

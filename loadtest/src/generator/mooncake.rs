@@ -57,12 +57,24 @@ impl Scale {
     }
 
     /// A trace's requests after that, and when they come after the first.
-    pub fn apply(self, entries: &[Entry]) -> Vec<(Duration, Entry)> {
+    ///
+    /// # Errors
+    /// Names the length that becomes too long.
+    pub fn apply(self, entries: &[Entry]) -> Result<Vec<(Duration, Entry)>> {
         let first = entries.first().map_or(0.0, |entry| entry.timestamp);
         let scaled = |entry: &Entry| {
             let after = Duration::from_secs_f64((entry.timestamp - first) * self.time / 1e3);
-            let (input_length, output_length) = (self.tokens(entry.input_length), self.tokens(entry.output_length));
-            (after, Entry { input_length, output_length, ..entry.clone() })
+            let [input_length, output_length] =
+                [("input_length", entry.input_length), ("output_length", entry.output_length)].map(|(name, length)| {
+                    let scaled = self.tokens(length);
+                    let (factor, at) = (self.length, entry.timestamp);
+                    ensure!(
+                        scaled <= LONGEST,
+                        "{name} {length} of the request at {at} ms, times {factor}, is {scaled}; {LONGEST} is the most"
+                    );
+                    Ok(scaled)
+                });
+            Ok((after, Entry { input_length: input_length?, output_length: output_length?, ..entry.clone() }))
         };
         entries.iter().map(scaled).collect()
     }
@@ -142,11 +154,19 @@ mod tests {
     fn times_and_lengths_are_scaled_and_begin_at_the_first() {
         let entries = parse(TRACE.as_bytes()).unwrap();
         let scale = Scale { time: 0.5, length: 0.01 };
-        let scaled = scale.apply(&entries[1..]);
+        let scaled = scale.apply(&entries[1..]).unwrap();
         assert_eq!(scaled.iter().map(|(after, _)| after.as_millis()).collect::<Vec<_>>(), [0, 500]);
         assert_eq!((scaled[0].1.input_length, scaled[1].1.input_length, scaled[1].1.output_length), (1, 73, 5));
         assert_eq!((scale.block(), Scale::NONE.block()), (5, 512));
-        assert_eq!(Scale::NONE.apply(&entries)[2].1, entries[2]);
+        assert_eq!(Scale::NONE.apply(&entries).unwrap()[2].1, entries[2]);
+    }
+
+    #[test]
+    fn a_length_that_becomes_too_long_is_named() {
+        let entries = parse(TRACE.as_bytes()).unwrap();
+        let error = Scale { time: 1.0, length: 150.0 }.apply(&entries).unwrap_err().to_string();
+        // 6758 times 150 is below it
+        assert!(error.contains("input_length 7322 of the request at 3000 ms") && error.contains("1048576"), "{error}");
     }
 
     #[test]

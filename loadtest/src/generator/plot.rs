@@ -110,23 +110,14 @@ fn curves(run: &Run, slo: &Slo) -> Vec<Curve> {
             limit: None,
             as_dots: false,
         },
-        Curve {
-            title: "Requests in flight",
-            across: "s",
-            points: in_flight(run, &answers),
-            limit: None,
-            as_dots: false,
-        },
+        Curve { title: "Requests in flight", across: "s", points: in_flight(run), limit: None, as_dots: false },
     ]
 }
 
-/// Requests that were scheduled and not answered, at each change, as steps.
-fn in_flight(run: &Run, answers: &[(&Sample, &Answer)]) -> Vec<(f64, f64)> {
-    let mut changes: Vec<(f64, f64)> = Vec::with_capacity(answers.len() * 2);
-    for (sample, answer) in answers {
-        changes.push((sample.scheduled.as_secs_f64(), 1.0));
-        changes.push((answer.ended.saturating_duration_since(run.begun).as_secs_f64(), -1.0));
-    }
+/// Requests that were scheduled and had neither an answer nor failed, at each change, as steps.
+fn in_flight(run: &Run) -> Vec<(f64, f64)> {
+    let changes_of = |sample: &Sample| [(sample.scheduled.as_secs_f64(), 1.0), (sample.ended.as_secs_f64(), -1.0)];
+    let mut changes: Vec<(f64, f64)> = run.samples.iter().flat_map(changes_of).collect();
     changes.sort_by(|a, b| a.0.total_cmp(&b.0));
     let (mut count, every) = (0.0, changes.len().div_ceil(MOST_DOTS).max(1));
     let mut points = Vec::new();
@@ -249,7 +240,8 @@ mod tests {
             };
             let scheduled = Duration::from_millis(n * 100);
             let index = n as usize;
-            Sample { index, scheduled, sent: scheduled, prompt_tokens: 9, answer_tokens: 3, outcome: Ok(answer) }
+            let (sent, ended) = (scheduled, scheduled + Duration::from_millis(70));
+            Sample { index, scheduled, sent, ended, prompt_tokens: 9, answer_tokens: 3, outcome: Ok(answer) }
         };
         Run { begun, samples: (0..count).map(sample).collect() }
     }
@@ -290,6 +282,15 @@ mod tests {
         assert!(close(tokens, 30.0), "the area under the rate is all tokens: {tokens}");
         let most = curves[5].points.iter().map(|point| point.1).fold(0.0, f64::max);
         assert!(close(most, 1.0) && close(curves[5].points.last().unwrap().1, 0.0));
+    }
+
+    #[test]
+    fn what_failed_is_in_flight_until_then() {
+        let mut run = run(2);
+        run.samples[0].outcome = Err(crate::client::Failure::Empty);
+        run.samples[0].ended = Duration::from_millis(150);
+        let most = in_flight(&run).iter().map(|point| point.1).fold(0.0, f64::max);
+        assert!((most - 2.0).abs() < 1e-9, "the second is sent at 100 ms: {most}");
     }
 
     #[test]

@@ -116,9 +116,19 @@ impl Target {
     }
 
     /// The first model of the server's list; `None` where it has no list.
+    ///
+    /// # Errors
+    /// When it cannot be reached, or says nothing for too long.
     pub async fn served_model(&self) -> Result<Option<String>> {
-        let mut connection = Connection::open(self.origin.clone()).await?;
-        let Ok(text) = connection.get(&self.origin.path("models")).await else { return Ok(None) };
+        let asked = async {
+            let mut connection = Connection::open(self.origin.clone()).await?;
+            anyhow::Ok(connection.get(&self.origin.path("models")).await.ok())
+        };
+        let text = tokio::time::timeout(self.patience, asked).await.with_context(|| {
+            let patience = self.patience.as_secs_f64();
+            format!("ask for the server's models: nothing came for {patience:.1} s; --model names one without asking")
+        })?;
+        let Some(text) = text? else { return Ok(None) };
         let list: Value = serde_json::from_str(&text).unwrap_or_default();
         Ok(list["data"][0]["id"].as_str().map(str::to_owned))
     }
@@ -131,7 +141,7 @@ impl Target {
         let connect = |error: anyhow::Error| Failure::Connect(format!("{error:#}"));
         let tokens = (vocabulary.from..vocabulary.to).rev().take(TRIAL_TOKENS).collect();
         let body = self.request(&Wanted { tokens, answer_tokens: 1 }).map_err(connect)?;
-        let mut connection = Connection::open(self.origin.clone()).await.map_err(connect)?;
+        let mut connection = Connection::open_within(self.origin.clone(), self.patience).await?;
         match connection.ask(&self.path(), body, self.patience).await {
             // a first token that has no text is no reason not to go on
             Ok(_) | Err(Failure::Empty) => Ok(()),
@@ -186,6 +196,19 @@ mod tests {
         assert_eq!(body(&chat)["messages"], json!([{"role": "user", "content": "the of and"}]));
         assert_eq!(chat.path(), "/x/v1/chat/completions");
         assert!(target(Api::Chat, None).request(&Wanted { tokens: vec![1], answer_tokens: 1 }).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_server_that_says_nothing_is_not_waited_for() {
+        // connections are taken by the kernel, and nobody reads them
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut silent = target(Api::Completions, None);
+        silent.origin = listener.local_addr().unwrap().into();
+        silent.patience = Duration::from_millis(20);
+        let error = format!("{:#}", silent.served_model().await.unwrap_err());
+        assert!(error.contains("nothing came for 0.0 s") && error.contains("--model"), "{error}");
+        let failure = silent.trial(Vocabulary { from: 0, to: 9 }).await.unwrap_err();
+        assert_eq!(failure, Failure::Timeout(silent.patience));
     }
 
     #[test]

@@ -191,7 +191,7 @@ mod tests {
         let lines = r#"{"timestamp":0,"input_length":1100,"output_length":2,"hash_ids":[7,8,9]}
             {"timestamp":10,"input_length":1200,"output_length":3,"hash_ids":[7,8,10]}
             {"timestamp":20,"input_length":600,"output_length":1,"hash_ids":[7]}"#;
-        let entries = Scale::NONE.apply(&parse(lines.as_bytes()).unwrap());
+        let entries = Scale::NONE.apply(&parse(lines.as_bytes()).unwrap()).unwrap();
         let load = Workload::new(Source::Trace { entries: entries.into(), block: 512 }, VOCABULARY, 1);
         let prompt = |index| load.request(index).unwrap().tokens;
         assert_eq!([prompt(0).len(), prompt(1).len(), prompt(2).len()], [1100, 1200, 600]);

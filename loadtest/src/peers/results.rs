@@ -25,11 +25,6 @@ pub enum Case {
         /// Beside a process that uses a core.
         busy: bool,
     },
-    /// Times to the first token with a shared prefix: cold over warm, so that more is better as everywhere.
-    Prefix {
-        /// Tokens of the prefix.
-        tokens: usize,
-    },
 }
 
 impl Case {
@@ -45,7 +40,6 @@ impl Case {
             Self::Alone { test, .. } => test.name(),
             Self::Serve { clients, busy: false } => format!("server, {clients} client(s)"),
             Self::Serve { clients, busy: true } => format!("server, {clients} client(s), one core busy"),
-            Self::Prefix { tokens } => format!("TTFT, prefix of {tokens}: cold / warm"),
         }
     }
 
@@ -61,25 +55,27 @@ impl Case {
             Self::Serve { clients: 1, busy: false } => Some(1.2),
             Self::Serve { clients: 2..=4, busy: false } => Some(1.6),
             Self::Serve { clients: 16, busy: false } => Some(2.0),
-            Self::Serve { .. } | Self::Prefix { .. } => None,
+            Self::Serve { .. } => None,
         }
     }
 
-    /// The share of the machine's limit that a rate is: of what memory can be read, or of the operations.
-    fn share(self, rate: f64, shape: &Shape, ceilings: &Ceilings) -> Option<f64> {
+    /// The share of the machine's limit that an engine's rate is: of what memory can be read, or of the operations. With
+    /// a context a peer has none: which of its formats was the better one is not kept.
+    fn share(self, kind: Kind, rate: f64, shape: &Shape, ceilings: &Ceilings) -> Option<f64> {
         match self {
             Self::Alone { test: Test::Prompt { .. }, .. } => {
                 ceilings.int8_ops_s.map(|limit| rate * shape.operations_a_token() as f64 / limit)
             }
+            Self::Alone { test: Test::Generation { depth: 1.., .. }, .. } if kind != Kind::Moesaic => None,
             Self::Alone { test: Test::Generation { tokens, depth }, kv } => {
                 let values = 2 * shape.layers * shape.kv_heads * shape.head_dim;
-                // int8 has an f16 scale for 32 values or more
-                let bytes = if kv == Kv::Bf16 { 2.0 } else { 1.0 };
+                // int8 has an f32 scale for each token and head
+                let bytes = if kv == Kv::Bf16 { 2.0 } else { 1.0 + 4.0 / shape.head_dim as f64 };
                 let context = depth as f64 + tokens as f64 / 2.0;
                 let read = shape.bytes_a_token() as f64 + values as f64 * bytes * context;
                 Some(rate * read / ceilings.read_bytes_s)
             }
-            Self::Serve { .. } | Self::Prefix { .. } => None,
+            Self::Serve { .. } => None,
         }
     }
 }
@@ -93,6 +89,8 @@ pub struct Results {
     cases: BTreeMap<Case, Rounds>,
     /// What failed, in words.
     pub failures: Vec<String>,
+    /// What failed once and was tried again, in words.
+    pub tried_again: Vec<String>,
 }
 
 /// The median of the rounds that did not fail.
@@ -101,16 +99,30 @@ fn middle(rounds: &[Option<f64>]) -> Option<f64> {
     (!values.is_empty()).then(|| median(&values))
 }
 
-/// Moesaic over a peer or the better one, round by round.
+/// Moesaic over a peer or the better one, round by round. A peer that was measured in other rounds must be in this one
+/// too: without it the better one is not known.
 fn ratio(rounds: &Rounds, of_peers: &[Kind]) -> Option<Ratio> {
     let own = rounds.get(&Kind::Moesaic)?;
+    let was_measured = |values: &&Vec<Option<f64>>| values.iter().any(Option::is_some);
+    let peers: Vec<_> = of_peers.iter().filter_map(|kind| rounds.get(kind)).filter(was_measured).collect();
     let pair = |(at, own): (usize, &Option<f64>)| {
-        let peer = |kind: &Kind| rounds.get(kind).and_then(|values| values.get(at).copied().flatten());
-        let better = of_peers.iter().filter_map(peer).fold(0.0, f64::max);
+        let of_round: Option<Vec<f64>> = peers.iter().map(|values| values.get(at).copied().flatten()).collect();
+        let better = of_round?.into_iter().reduce(f64::max)?;
         (*own).map(|own| (own, better)).filter(|_| better > 0.0)
     };
     let pairs: Vec<(f64, f64)> = own.iter().enumerate().filter_map(pair).collect();
     (!pairs.is_empty()).then(|| Ratio::of(pairs))
+}
+
+/// An engine's cell: its rate, and in parentheses what must be known to read it.
+fn cell(case: Case, kind: Kind, rounds: &Rounds, shape: &Shape, ceilings: &Ceilings) -> String {
+    let values = rounds.get(&kind).map_or(&[][..], Vec::as_slice);
+    let Some(rate) = middle(values) else { return "-".to_owned() };
+    let (measured, all) = (values.iter().flatten().count(), rounds.values().map(Vec::len).max().unwrap_or(0));
+    let share = case.share(kind, rate, shape, ceilings).map(percent);
+    let holes = (measured < all).then(|| format!("{measured} of {all} rounds"));
+    let remarks: Vec<String> = [share, holes].into_iter().flatten().collect();
+    if remarks.is_empty() { number(rate) } else { format!("{} ({})", number(rate), remarks.join(", ")) }
 }
 
 const PEERS: [Kind; 2] = [Kind::LlamaCpp, Kind::Ik];
@@ -121,12 +133,21 @@ impl Results {
         self.cases.values().flat_map(BTreeMap::values).flatten().all(Option::is_none)
     }
 
-    /// Adds a round's value; of several ways in one round the better one stays.
+    /// Adds a round's value.
     pub fn add(&mut self, case: Case, kind: Kind, round: usize, value: Option<f64>) {
         let values = self.cases.entry(case).or_default().entry(kind).or_default();
         values.resize(values.len().max(round + 1), None);
-        let better = [values[round], value].into_iter().flatten().reduce(f64::max);
-        values[round] = better;
+        values[round] = value;
+    }
+
+    /// What a case's ratio is held against: its target, or beside a busy process the ratio without it.
+    fn target(&self, case: Case, large: bool) -> String {
+        if let Case::Serve { clients, busy: true } = case {
+            let without = self.cases.get(&Case::Serve { clients, busy: false });
+            let without = without.and_then(|rounds| ratio(rounds, &PEERS));
+            return without.map_or_else(String::new, |ratio| format!("{} (without)", number(ratio.median)));
+        }
+        case.target(large).map_or_else(String::new, |target| format!("{target}"))
     }
 
     /// The table of ratios and shares.
@@ -143,15 +164,8 @@ impl Results {
         ];
         let mut table = Table::new(title, &columns);
         for (case, rounds) in &self.cases {
-            let cell = |kind: Kind| {
-                let Some(rate) = rounds.get(&kind).and_then(|values| middle(values)) else { return "-".to_owned() };
-                match case.share(rate, shape, ceilings) {
-                    Some(share) => format!("{} ({})", number(rate), percent(share)),
-                    None => number(rate),
-                }
-            };
+            let cell = |kind: Kind| cell(*case, kind, rounds, shape, ceilings);
             let ratios = ratio(rounds, &PEERS);
-            let target = case.target(large).map_or_else(String::new, |target| format!("{target}"));
             table.row([
                 case.name(),
                 cell(Kind::Moesaic),
@@ -160,7 +174,7 @@ impl Results {
                 ratios.map_or_else(|| "-".into(), |ratio| number(ratio.median)),
                 ratios.map_or_else(|| "-".into(), |ratio| format!("{} to {}", number(ratio.min), number(ratio.max))),
                 ratio(rounds, &PEERS[..1]).map_or_else(|| "-".into(), |ratio| number(ratio.median)),
-                target,
+                self.target(*case, large),
             ]);
         }
         table
@@ -171,7 +185,7 @@ impl Results {
         let of_case = |(case, rounds): (&Case, &Rounds)| {
             let engine = |(kind, values): (&Kind, &Vec<Option<f64>>)| {
                 let rate = middle(values);
-                let share = rate.and_then(|rate| case.share(rate, shape, ceilings));
+                let share = rate.and_then(|rate| case.share(*kind, rate, shape, ceilings));
                 (format!("{kind:?}"), serde_json::json!({"rounds": values, "median": rate, "share": share}))
             };
             let engines: serde_json::Map<String, serde_json::Value> = rounds.iter().map(engine).collect();
@@ -182,6 +196,7 @@ impl Results {
         };
         serde_json::json!({
             "cases": self.cases.iter().map(of_case).collect::<Vec<_>>(), "failures": self.failures,
+            "tried_again": self.tried_again,
             "bytes_a_token": shape.bytes_a_token(), "operations_a_token": shape.operations_a_token(),
         })
     }
@@ -226,22 +241,60 @@ mod tests {
         assert_eq!(row[..2], ["tg128", "150 (57.6%)"]);
         assert_eq!(row[4..], ["1.11", "1.11 to 1.11", "1.33", "1.05"]);
         let prompt = Case::Alone { test: Test::Prompt { tokens: 512 }, kv: Kv::Bf16 };
-        assert!((prompt.share(1000.0, &shape, &ceilings).unwrap() - 390.07e9 / 900e9).abs() < 1e-3);
-        assert_eq!(prompt.share(1.0, &shape, &Ceilings { int8_ops_s: None, ..ceilings }), None);
+        assert!((prompt.share(Kind::Ik, 1000.0, &shape, &ceilings).unwrap() - 390.07e9 / 900e9).abs() < 1e-3);
+        assert_eq!(prompt.share(Kind::Ik, 1.0, &shape, &Ceilings { int8_ops_s: None, ..ceilings }), None);
     }
 
     #[test]
     fn a_failed_round_and_a_missing_engine_leave_holes_and_no_ratio() {
         let mut results = Results::default();
         results.add(GENERATION, Kind::LlamaCpp, 1, Some(5.0));
-        results.add(GENERATION, Kind::LlamaCpp, 1, Some(4.0));
         results.add(GENERATION, Kind::Moesaic, 0, Some(9.0));
         results.add(GENERATION, Kind::Moesaic, 1, None);
         let rounds = &results.cases[&GENERATION];
-        assert_eq!(rounds[&Kind::LlamaCpp], [None, Some(5.0)], "the better of two ways stays");
+        assert_eq!(rounds[&Kind::LlamaCpp], [None, Some(5.0)]);
         assert_eq!(ratio(rounds, &PEERS), None);
         let table = results.table("t", &Preset::Moe2b.shape(), &Ceilings::default(), false);
         assert_eq!((table.rows[0][3].as_str(), table.rows[0][4].as_str()), ("-", "-"));
+        assert_eq!(table.rows[0][1..3], ["9.00 (1 of 2 rounds)", "5.00 (1 of 2 rounds)"]);
+    }
+
+    #[test]
+    fn a_round_without_the_better_peer_gives_no_ratio_to_the_weaker_one() {
+        let mut holed = results();
+        holed.add(GENERATION, Kind::Ik, 1, None);
+        holed.add(GENERATION, Kind::LlamaCpp, 1, Some(10.0));
+        let better = ratio(&holed.cases[&GENERATION], &PEERS).unwrap();
+        assert!((better.max - 200.0 / 180.0).abs() < 1e-9, "the second round would be 10: {better:?}");
+        assert!((ratio(&holed.cases[&GENERATION], &PEERS[..1]).unwrap().max - 10.0).abs() < 1e-9);
+        // one that was never measured is no peer
+        holed.add(GENERATION, Kind::Ik, 0, None);
+        assert!((ratio(&holed.cases[&GENERATION], &PEERS).unwrap().max - 10.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn with_a_context_only_moesaic_has_a_share_and_scales_are_read_too() {
+        let (shape, ceilings) = (Preset::Moe2b.shape(), Ceilings { read_bytes_s: 40e9, int8_ops_s: None });
+        let deep = |kv| Case::Alone { test: Test::Generation { tokens: 128, depth: 4096 }, kv };
+        assert_eq!(deep(Kv::Bf16).share(Kind::Ik, 50.0, &shape, &ceilings), None);
+        // 16 layers of 4 heads of 64 keys and as many values, after 4096 tokens and half of the 128
+        let bytes = |of_head: f64| shape.bytes_a_token() as f64 + 16.0 * 4.0 * 2.0 * of_head * 4160.0;
+        for (kv, of_head) in [(Kv::Bf16, 128.0), (Kv::Int8, 68.0)] {
+            let share = deep(kv).share(Kind::Moesaic, 50.0, &shape, &ceilings).unwrap();
+            assert!((share - 50.0 * bytes(of_head) / 40e9).abs() < 1e-9, "{kv:?}: {share}");
+        }
+    }
+
+    #[test]
+    fn a_busy_row_is_held_against_the_ratio_without() {
+        let mut results = Results::default();
+        for (busy, own) in [(false, 131.0), (true, 120.0)] {
+            results.add(Case::Serve { clients: 1, busy }, Kind::Moesaic, 0, Some(own));
+            results.add(Case::Serve { clients: 1, busy }, Kind::Ik, 0, Some(100.0));
+        }
+        let of_row = |busy| results.target(Case::Serve { clients: 1, busy }, false);
+        assert_eq!((of_row(false), of_row(true)), ("1.2".into(), "1.31 (without)".into()));
+        assert_eq!(results.target(Case::Serve { clients: 4, busy: true }, false), "");
     }
 
     #[test]

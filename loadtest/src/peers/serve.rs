@@ -20,6 +20,8 @@ use tempfile::TempDir;
 
 /// How long a server may take to load its model.
 const START_DEADLINE: Duration = Duration::from_secs(600);
+/// A look that takes so long found a server that is not ready.
+const LOOK_PATIENCE: Duration = Duration::from_secs(10);
 /// Between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// An answer of which nothing comes for so long is given up: 16 long prompts may stand before it.
@@ -55,8 +57,9 @@ impl Server {
         let mut server = Self { address: SocketAddr::from(([127, 0, 0, 1], http)), process, log, _folder: folder };
         let deadline = Instant::now() + START_DEADLINE;
         loop {
-            let ready = async { Connection::open(server.address).await?.get(engine.ready_path()).await };
-            match ready.await {
+            let look = async { Connection::open(server.address).await?.get(engine.ready_path()).await };
+            let ready = tokio::time::timeout(LOOK_PATIENCE, look).await;
+            match ready.unwrap_or_else(|_| Err(anyhow!("nothing came for {} s", LOOK_PATIENCE.as_secs()))) {
                 Ok(_) => return Ok(server),
                 Err(reason) if server.process.has_ended() || Instant::now() > deadline => {
                     bail!("the server of {} is not ready: {reason:#}; its log ends:\n{}", engine.name, server.log());
@@ -121,7 +124,7 @@ pub async fn load(server: &Server, load: Loop, vocabulary: Vocabulary) -> Result
 /// # Errors
 /// When a request fails.
 pub async fn prefix(server: &Server, tokens: usize, vocabulary: Vocabulary, seed: u64) -> Result<(f64, f64)> {
-    let mut connection = Connection::open(server.address).await?;
+    let mut connection = Connection::open_within(server.address, PATIENCE).await?;
     let draw = |name: &str, count: usize| -> Vec<u32> {
         let width = (vocabulary.to - vocabulary.from) as usize;
         let drawn = Random::named(seed, name).tokens(count, width);

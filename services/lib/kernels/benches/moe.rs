@@ -3,11 +3,9 @@
 //!
 //!     cargo bench -p moesaic-kernels --bench moe [-- THREADS [ceilings|products|layers ...]]
 #![allow(clippy::print_stdout, reason = "a bench prints")]
-mod ceilings;
-
 use half::f16;
 use moesaic_kernels::{
-    Activation, ActivationFormat, AlignedBytes, ExpertWeights, Format, Isa, Kernels, PackedMatrix, Storage,
+    Activation, ActivationFormat, AlignedBytes, ExpertWeights, Format, Isa, Kernels, PackedMatrix, Storage, ceilings,
 };
 use std::convert::Infallible;
 use std::hint::black_box;

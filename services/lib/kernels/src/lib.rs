@@ -14,6 +14,7 @@ mod activation;
 mod activations;
 pub mod attention;
 mod by_head;
+pub mod ceilings;
 pub mod elementwise;
 #[cfg(target_arch = "x86_64")]
 mod fused;

@@ -2,7 +2,8 @@
 use crate::{args, commands::load_runner};
 use anyhow::{Context, Result, ensure};
 use moesaic_model::{LogitsWanted, Profile, Runner, SequenceChunk, StepPart};
-use moesaic_types::BLOCK_TOKENS;
+use moesaic_scheduler::sampler;
+use moesaic_types::{BLOCK_TOKENS, SamplingParams};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -23,6 +24,8 @@ struct Row {
     tok_s_max: f64,
     /// Milliseconds of a step by its parts, on average; `other` is what belongs to none.
     step_ms: BTreeMap<&'static str, f64>,
+    /// Milliseconds that a server adds to a step for choosing its tokens: greedily, and by drawing at temperature 1.
+    sampling_ms: [f64; 2],
     peak_rss_bytes: u64,
     load_s: f64,
 }
@@ -65,7 +68,7 @@ pub fn run(args: args::Bench) -> Result<ExitCode> {
             args.batch.iter().flat_map(|&batch| args.tg.iter().map(move |&length| ("tg", length, batch, 1)));
         for (name, length, batch, step) in prompts.chain(generated).filter(|&(_, length, ..)| length > 0) {
             let sequences = &sequences[..batch];
-            run_once(runner.as_mut(), sequences, length, depth, step)?;
+            let logits = run_once(runner.as_mut(), sequences, length, depth, step)?;
             let (before, began) = (runner.profile(), Instant::now());
             let mut rates = Vec::with_capacity(args.runs);
             for _ in 0..args.runs {
@@ -85,6 +88,7 @@ pub fn run(args: args::Bench) -> Result<ExitCode> {
                 tok_s_min: rates[0],
                 tok_s_max: rates[rates.len() - 1],
                 step_ms: profile.map(|profile| step_ms(&profile, began.elapsed(), steps)).unwrap_or_default(),
+                sampling_ms: sampling_ms(&logits, runner.spec().vocab)?,
                 peak_rss_bytes: peak_rss_bytes().context("read the peak memory")?,
                 load_s,
             });
@@ -114,8 +118,15 @@ fn sequences(count: usize, length: usize, vocab: u32) -> Vec<Sequence> {
     (0..count as u32).map(sequence).collect()
 }
 
-/// Runs `length` tokens of each sequence from position `start` in steps of `step` tokens, with logits after each step.
-fn run_once(runner: &mut dyn Runner, sequences: &[Sequence], length: usize, start: usize, step: usize) -> Result<()> {
+/// Runs `length` tokens of each sequence from position `start` in steps of `step` tokens, with logits after each step;
+/// those of the last.
+fn run_once(
+    runner: &mut dyn Runner,
+    sequences: &[Sequence],
+    length: usize,
+    start: usize,
+    step: usize,
+) -> Result<Vec<f32>> {
     let mut logits = Vec::new();
     for done in (0..length).step_by(step) {
         logits.clear();
@@ -123,7 +134,27 @@ fn run_once(runner: &mut dyn Runner, sequences: &[Sequence], length: usize, star
         let batch: Vec<_> = sequences.iter().map(|sequence| sequence.chunk(start + done, len)).collect();
         runner.forward(&batch, &mut logits)?;
     }
-    Ok(())
+    Ok(logits)
+}
+
+/// Choosing a token of each row, the mean of some times.
+fn sampling_ms(logits: &[f32], vocab: usize) -> Result<[f64; 2]> {
+    const TIMES: usize = 16;
+    let (mut row, mut scratch) = (Vec::new(), sampler::Scratch::default());
+    let mut means = [0.0; 2];
+    for (mean, params) in means.iter_mut().zip([SamplingParams::greedy(), SamplingParams::default()]) {
+        let started = Instant::now();
+        for position in 0..TIMES {
+            for logits in logits.chunks_exact(vocab) {
+                row.clear();
+                row.extend_from_slice(logits);
+                sampler::check(&row).map_err(anyhow::Error::msg)?;
+                sampler::sample(&mut row, &params, None, sampler::Allowed::default(), position, &mut scratch)?;
+            }
+        }
+        *mean = started.elapsed().as_secs_f64() * 1e3 / TIMES as f64;
+    }
+    Ok(means)
 }
 
 /// The parts of an average step.
@@ -179,4 +210,12 @@ fn print_profile(rows: &[Row]) {
         }
         println!();
     }
+    for (way, name) in ["greedy", "drawn"].into_iter().enumerate() {
+        print!("{:<12}", format!("+ {name}"));
+        for row in rows {
+            print!(" {:>20}", format!("{:.3}", row.sampling_ms[way]));
+        }
+        println!();
+    }
+    println!("+ greedy, + drawn: what a server adds for choosing a step's tokens");
 }

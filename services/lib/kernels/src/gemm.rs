@@ -215,23 +215,24 @@ impl Kernels {
         // rows of x that stay in a cache while the task's panels run over them
         for first_row in (0..m).step_by(block) {
             let rows = block.min(m - first_row);
+            let row_of = |row| (first_row + row) * heads + head;
+            let put = |index: usize, row: usize, values: &[f32; PANEL]| {
+                let (first, width) = (index * PANEL, PANEL.min(n - index * PANEL));
+                // SAFETY: a panel's task writes that panel's columns only.
+                let out = unsafe { out.slice((first_row + row) * out_width + column + first, width) };
+                out.copy_from_slice(&values[..width]);
+                if let Some(bias) = bias {
+                    out.iter_mut().zip(&bias[first..first + width]).for_each(|(out, bias)| *out += bias);
+                }
+            };
+            if self.is_few(w.format(), rows) {
+                self.few(w, panels.clone(), &x, rows, row_of, put);
+                continue;
+            }
             for index in panels.clone() {
                 let next = (index + 1 < panels.end).then(|| w.panel(index + 1));
                 let panel = Panel::new(self, w, index, rows, next, lines);
-                let (first, width) = (index * PANEL, PANEL.min(n - index * PANEL));
-                let bias = bias.map(|bias| &bias[first..first + width]);
-                panel.for_each_tile(
-                    &x,
-                    |row| (first_row + row) * heads + head,
-                    |row, values| {
-                        // SAFETY: a panel's task writes that panel's columns only.
-                        let out = unsafe { out.slice((first_row + row) * out_width + column + first, width) };
-                        out.copy_from_slice(&values[..width]);
-                        if let Some(bias) = bias {
-                            out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
-                        }
-                    },
-                );
+                panel.for_each_tile(&x, row_of, |row, values| put(index, row, values));
             }
         }
     }
@@ -332,7 +333,8 @@ impl<'a> Panel<'a> {
     pub(crate) fn multiply(&self, rows: &[&[u8]], pass: usize, passes: usize, out: &mut Tile) {
         match self.source {
             Source::Int8(format, bytes) => {
-                int8::multiply(self.isa, format, bytes, rows, self.k, self.ahead(bytes, pass, passes), out);
+                let ahead = self.ahead(bytes, pass, passes);
+                int8::multiply(self.isa, format, &[bytes], rows, self.k, ahead, std::slice::from_mut(out));
             }
             #[cfg(target_arch = "x86_64")]
             // SAFETY: such a source is made only for tokens of kinds with these parts of AVX-512.

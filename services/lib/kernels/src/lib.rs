@@ -17,6 +17,7 @@ mod by_head;
 pub mod ceilings;
 pub mod elementwise;
 #[cfg(target_arch = "x86_64")]
+mod few;
 mod fused;
 pub mod gemm;
 mod inputs;

@@ -274,12 +274,21 @@ impl Kernels {
                 let up = Panel::new(self, &w.up, index, group.rows, up_next, &mut scratch.up);
                 let columns_here = index * PANEL..((index + 1) * PANEL).min(inter);
                 let passes = group.rows.div_ceil(gate.most().min(up.most()));
-                let (mut gates, mut ups) = (Tile::new(), Tile::new());
+                let is_few = w.gate.format() == w.up.format() && self.is_few(w.gate.format(), group.rows);
+                let mut tiles = [Tile::new(), Tile::new()];
                 for pass in 0..passes {
                     let rows = group.rows * pass / passes..group.rows * (pass + 1) / passes;
-                    tile(&gate, &gate_rows, &row_of, rows.clone(), (pass, passes), &mut gates);
-                    tile(&up, &up_rows, &row_of, rows.clone(), (pass, passes), &mut ups);
-                    for (tile, bias) in [(&mut gates, &w.gate_bias), (&mut ups, &w.up_bias)] {
+                    if is_few {
+                        let slices = slices(&gate_rows, &row_of, rows.clone());
+                        let panels = [w.gate.panel(index), w.up.panel(index)];
+                        self.few_of(w.gate.format(), &panels, &slices[..rows.len()], w.gate.cols(), &mut tiles);
+                    } else {
+                        let [gates, ups] = &mut tiles;
+                        tile(&gate, &gate_rows, &row_of, rows.clone(), (pass, passes), gates);
+                        tile(&up, &up_rows, &row_of, rows.clone(), (pass, passes), ups);
+                    }
+                    let [gates, ups] = &mut tiles;
+                    for (tile, bias) in [(&mut *gates, &w.gate_bias), (&mut *ups, &w.up_bias)] {
                         if let Some(bias) = bias {
                             add_bias(&mut tile.0[..rows.len()], &bias[columns_here.clone()]);
                         }
@@ -338,6 +347,32 @@ impl Kernels {
                     let (form, inter) = (self.down_form(w), w.down.cols());
                     let bytes = &inner[group.inner..][..group.rows * form.row_bytes(inter)];
                     let rows = Rows::new(form, inter, bytes);
+                    let mut put = |index: usize, row: usize, values: &[f32; PANEL]| {
+                        let first = index * PANEL;
+                        let here = PANEL.min(width - first);
+                        let mut values = *values;
+                        if let Some(bias) = &w.down_bias {
+                            values.iter_mut().zip(&bias[first..first + here]).for_each(|(value, bias)| *value += bias);
+                        }
+                        let row = group.first + row;
+                        match sink {
+                            Sink::Rows => {
+                                // SAFETY: a task writes its own columns only.
+                                let out = unsafe { out.slice(row * width + first, here) };
+                                out.copy_from_slice(&values[..here]);
+                            }
+                            Sink::Tokens { tokens, weights } => {
+                                let at = tokens[row] as usize * columns.len() + first - columns.start;
+                                let sums = &mut sums[at..at + here];
+                                let weight = weights[row];
+                                sums.iter_mut().zip(&values).for_each(|(sum, value)| *sum += weight * value);
+                            }
+                        }
+                    };
+                    if self.is_few(w.down.format(), group.rows) {
+                        self.few(&w.down, range.clone(), &rows, group.rows, |row| row, put);
+                        continue;
+                    }
                     for index in range.clone() {
                         let next = if index + 1 < range.end {
                             Some(w.down.panel(index + 1))
@@ -345,30 +380,7 @@ impl Kernels {
                             groups.get(i + 1).map(|group| weights_of(group.expert).down.panel(range.start))
                         };
                         let panel = Panel::new(self, &w.down, index, group.rows, next, &mut scratch.gate);
-                        let first = index * PANEL;
-                        let here = PANEL.min(width - first);
-                        let bias = w.down_bias.as_ref().map(|bias| &bias[first..first + here]);
-                        let row_of = |row| row;
-                        panel.for_each_tile(&rows, row_of, |row, values| {
-                            let mut values = *values;
-                            if let Some(bias) = bias {
-                                values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
-                            }
-                            let row = group.first + row;
-                            match sink {
-                                Sink::Rows => {
-                                    // SAFETY: a task writes its own columns only.
-                                    let out = unsafe { out.slice(row * width + first, here) };
-                                    out.copy_from_slice(&values[..here]);
-                                }
-                                Sink::Tokens { tokens, weights } => {
-                                    let at = tokens[row] as usize * columns.len() + first - columns.start;
-                                    let sums = &mut sums[at..at + here];
-                                    let weight = weights[row];
-                                    sums.iter_mut().zip(&values).for_each(|(sum, value)| *sum += weight * value);
-                                }
-                            }
-                        });
+                        panel.for_each_tile(&rows, |row| row, |row, values| put(index, row, values));
                     }
                 }
                 for (row, sums) in sums.chunks_exact(columns.len()).enumerate() {
@@ -389,11 +401,16 @@ fn tile(
     (pass, passes): (usize, usize),
     out: &mut Tile,
 ) {
+    panel.multiply(&slices(x, row_of, rows.clone())[..rows.len()], pass, passes, out);
+}
+
+/// One tile's rows.
+fn slices<'a>(x: &Rows<'a>, row_of: &impl Fn(usize) -> usize, rows: Range<usize>) -> [&'a [u8]; TILE] {
     let mut slices: [&[u8]; TILE] = [&[]; TILE];
-    for (slice, row) in slices.iter_mut().zip(rows.clone()) {
+    for (slice, row) in slices.iter_mut().zip(rows) {
         *slice = x.row(row_of(row));
     }
-    panel.multiply(&slices[..rows.len()], pass, passes, out);
+    slices
 }
 
 fn add_bias(rows: &mut [[f32; PANEL]], bias: &[f32]) {

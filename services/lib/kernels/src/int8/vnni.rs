@@ -40,7 +40,7 @@ fn tile<const M: usize, const PARTS: usize, const Q8: bool>(call: Call<'_>, ahea
     let rows: [*const u8; M] = std::array::from_fn(|m| call.rows[m].as_ptr());
     let mask = _mm512_set1_epi8(0x0f);
     let high_factor = _mm512_set1_ps(if Q8 { 1.0 } else { 0.0625 });
-    let mut weights = call.panel.as_ptr();
+    let mut weights = call.panels[0].as_ptr();
     let mut next = ahead.from;
     let mut offset = 0;
     let mut accumulators = [[_mm512_setzero_ps(); 2]; M];

@@ -5,11 +5,13 @@
 //! max|x| / 127, code = x · 127 / max|x| to the nearest integer, ties to even; so the error is at most half a scale.
 //! Where max|x| is below 127 times the least normal number, the group counts as zeros; where a value is infinite or no
 //! number, the scale is NaN, and so is every product of this row. Columns beyond the last are zeros.
+use crate::gemm::TILE;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Kind;
 use crate::isa::{Isa, for_each_isa};
 use crate::packed::Format;
 use std::cell::Cell;
+use std::ops::Range;
 
 /// How a product with q8 or q4 weights takes its activations. Products with f32 and bf16 weights take f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -75,6 +77,15 @@ impl<'a> Rows<'a> {
 
     pub(crate) fn row(&self, index: usize) -> &'a [u8] {
         &self.bytes[index * self.stride..][..self.stride]
+    }
+
+    /// One tile's rows, those behind them empty: row i is number `index(i)`.
+    pub(crate) fn tile(&self, rows: Range<usize>, index: impl Fn(usize) -> usize) -> [&'a [u8]; TILE] {
+        let mut slices: [&[u8]; TILE] = [&[]; TILE];
+        for (slice, row) in slices.iter_mut().zip(rows) {
+            *slice = self.row(index(row));
+        }
+        slices
     }
 }
 

@@ -1,7 +1,7 @@
 //! A few rows with several panels at once: what is bound by the memory is read in several streams (see
-//! [`int8::streams`]). Bits are those of one panel after another.
+//! [`int8::has_streams`]). Bits are those of one panel after another.
 use crate::activations::{ActivationFormat, Rows};
-use crate::gemm::{Kernels, TILE, Tile};
+use crate::gemm::{Kernels, Tile};
 use crate::int8::{self, Ahead, STREAMS};
 use crate::packed::{Format, PANEL, PackedMatrix};
 use std::ops::Range;
@@ -11,7 +11,7 @@ impl Kernels {
     /// (an output matrix of 35 MB: 4.3 in place of 2.5 ms).
     pub(crate) fn is_few(&self, format: Format, rows: usize) -> bool {
         let is_q4 = self.activations == ActivationFormat::Int8 && matches!(format, Format::Q4 { .. });
-        is_q4 && rows <= int8::rows_at_most(self.isa, format) && int8::streams(self.isa) > 1
+        is_q4 && rows <= int8::rows_at_most(self.isa, format) && int8::has_streams(self.isa)
     }
 
     /// Multiplies a few rows with panels of one format, each to its own tile.
@@ -30,10 +30,7 @@ impl Kernels {
         index: impl Fn(usize) -> usize,
         mut put: impl FnMut(usize, usize, &[f32; PANEL]),
     ) {
-        let mut slices: [&[u8]; TILE] = [&[]; TILE];
-        for (slice, row) in slices.iter_mut().zip(0..rows) {
-            *slice = x.row(index(row));
-        }
+        let slices = x.tile(0..rows, index);
         let mut tiles: [Tile; STREAMS] = std::array::from_fn(|_| Tile::new());
         for first in panels.clone().step_by(STREAMS) {
             let here = first..(first + STREAMS).min(panels.end);

@@ -356,10 +356,7 @@ impl<'a> Panel<'a> {
         let mut tile = Tile::new();
         for pass in 0..passes {
             let (start, end) = (self.rows * pass / passes, self.rows * (pass + 1) / passes);
-            let mut rows: [&[u8]; TILE] = [&[]; TILE];
-            for (row, i) in rows.iter_mut().zip(start..end) {
-                *row = x.row(index(i));
-            }
+            let rows = x.tile(start..end, &index);
             self.multiply(&rows[..end - start], pass, passes, &mut tile);
             for (i, values) in (start..end).zip(&tile.0) {
                 put(i, values);

@@ -9,7 +9,7 @@
 use crate::Error;
 use crate::activation::{Activation, gate_all};
 use crate::activations::{Buffer, Form, Rows, with};
-use crate::gemm::{Kernels, Panel, Shared, TILE, Tile};
+use crate::gemm::{Kernels, Panel, Shared, Tile};
 use crate::inputs::{Buffers, Inputs};
 use crate::packed::{PANEL, PackedMatrix};
 use crate::runs::Runs;
@@ -279,7 +279,7 @@ impl Kernels {
                 for pass in 0..passes {
                     let rows = group.rows * pass / passes..group.rows * (pass + 1) / passes;
                     if is_few {
-                        let slices = slices(&gate_rows, &row_of, rows.clone());
+                        let slices = gate_rows.tile(rows.clone(), row_of);
                         let panels = [w.gate.panel(index), w.up.panel(index)];
                         self.few_of(w.gate.format(), &panels, &slices[..rows.len()], w.gate.cols(), &mut tiles);
                     } else {
@@ -401,16 +401,7 @@ fn tile(
     (pass, passes): (usize, usize),
     out: &mut Tile,
 ) {
-    panel.multiply(&slices(x, row_of, rows.clone())[..rows.len()], pass, passes, out);
-}
-
-/// One tile's rows.
-fn slices<'a>(x: &Rows<'a>, row_of: &impl Fn(usize) -> usize, rows: Range<usize>) -> [&'a [u8]; TILE] {
-    let mut slices: [&[u8]; TILE] = [&[]; TILE];
-    for (slice, row) in slices.iter_mut().zip(rows) {
-        *slice = x.row(row_of(row));
-    }
-    slices
+    panel.multiply(&x.tile(rows.clone(), row_of)[..rows.len()], pass, passes, out);
 }
 
 fn add_bias(rows: &mut [[f32; PANEL]], bias: &[f32]) {

@@ -47,16 +47,17 @@ pub(crate) fn rows_at_most(isa: Isa, format: Format) -> usize {
 /// Panels that are read at once at most.
 pub(crate) const STREAMS: usize = 4;
 
-/// How many panels a few rows are best multiplied with at once: each is a stream of its own for the processor's
+/// Whether a few rows are best multiplied with several panels at once: each is a stream of its own for the processor's
 /// prefetcher, and several hide more of the memory's latency than one (Zen 3, one row, two threads: 15 GB/s with one panel
 /// after another, 17 to 23 with two at once, 18 to 25 with four). Not measured on AVX-512, which reads one.
-pub(crate) fn streams(isa: Isa) -> usize {
+pub(crate) fn has_streams(isa: Isa) -> bool {
     #[cfg(target_arch = "x86_64")]
-    if matches!(isa.kind(), Kind::Avx512 | Kind::Avx2) {
-        return STREAMS;
+    return matches!(isa.kind(), Kind::Avx512 | Kind::Avx2);
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = isa;
+        false
     }
-    let _ = isa;
-    1
 }
 
 /// What a kernel reads, with its lengths checked.

@@ -1,23 +1,28 @@
-//! A few rows with several panels at once: what is bound by the memory is read in several streams (see
-//! [`int8::has_streams`]). Bits are those of one panel after another.
+//! A few rows, which are bound by the memory: it is read in long runs of panels, several of them at once where that is
+//! faster (see [`int8::streams`]). Bits are those of one panel after another.
 use crate::activations::{ActivationFormat, Rows};
 use crate::gemm::{Kernels, Tile};
 use crate::int8::{self, Ahead, STREAMS};
 use crate::packed::{Format, PANEL, PackedMatrix};
 use std::ops::Range;
 
+/// Bytes of a matrix that make a run: where threads take turns at shorter ones, each one's prefetcher reads into what is
+/// the other's, and every run begins with misses (Zen 4, one token's experts on two threads: 28 in place of 26 GB/s).
+const RUN: usize = 48 << 10;
+
 impl Kernels {
-    /// Whether a product of so many rows is worth it: they must be one tile's, in int8, with q4. With q8 it was slower
-    /// (an output matrix of 35 MB: 4.3 in place of 2.5 ms).
+    /// Whether so many rows are one tile's of int8.
     pub(crate) fn is_few(&self, format: Format, rows: usize) -> bool {
-        let is_q4 = self.activations == ActivationFormat::Int8 && matches!(format, Format::Q4 { .. });
-        is_q4 && rows <= int8::rows_at_most(self.isa, format) && int8::has_streams(self.isa)
+        let has_codes = matches!(format, Format::Q8 | Format::Q4 { .. });
+        let is_int8 = self.activations == ActivationFormat::Int8 && has_codes;
+        is_int8 && rows <= int8::rows_at_most(self.isa, format)
     }
 
-    /// Multiplies a few rows with panels of one format, each to its own tile.
-    pub(crate) fn few_of(&self, format: Format, panels: &[&[u8]], rows: &[&[u8]], k: usize, outs: &mut [Tile]) {
-        let Some(first) = panels.first() else { return };
-        int8::multiply(self.isa, format, panels, rows, k, Ahead { from: first.as_ptr(), step: 0 }, outs);
+    /// Panels of a matrix that a task takes at least, where all tasks of a region have `panels` of them.
+    pub(crate) fn least_run(&self, w: &PackedMatrix, panels: usize) -> usize {
+        let panel = PackedMatrix::packed_len(w.format(), PANEL, w.cols());
+        // but some for each thread
+        RUN.div_ceil(panel.max(1)).min(panels / (self.pool.threads() * 4)).max(1)
     }
 
     /// Multiplies a few rows, row i being `x.row(index(i))`, with some panels; `put(panel, i, values)` takes the results.
@@ -32,14 +37,16 @@ impl Kernels {
     ) {
         let slices = x.tile(0..rows, index);
         let mut tiles: [Tile; STREAMS] = std::array::from_fn(|_| Tile::new());
-        for first in panels.clone().step_by(STREAMS) {
-            let here = first..(first + STREAMS).min(panels.end);
+        let streams = int8::streams(self.isa, w.format());
+        for first in panels.clone().step_by(streams) {
+            let here = first..(first + streams).min(panels.end);
             let mut bytes: [&[u8]; STREAMS] = [&[]; STREAMS];
             for (bytes, index) in bytes.iter_mut().zip(here.clone()) {
                 *bytes = w.panel(index);
             }
             let tiles = &mut tiles[..here.len()];
-            self.few_of(w.format(), &bytes[..here.len()], &slices[..rows], w.cols(), tiles);
+            let ahead = Ahead { from: bytes[0].as_ptr(), step: 0 };
+            int8::multiply(self.isa, w.format(), &bytes[..here.len()], &slices[..rows], w.cols(), ahead, tiles);
             for (index, tile) in here.zip(tiles.iter()) {
                 for (row, values) in tile.0[..rows].iter().enumerate() {
                     put(index, row, values);

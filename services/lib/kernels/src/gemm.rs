@@ -185,13 +185,14 @@ impl Kernels {
     pub(crate) fn run_parts(&self, parts: &[Part<'_>]) {
         with(&TASKS, |tasks| {
             tasks.clear();
-            let total = parts.iter().map(|part| part.weight.panels()).sum();
+            let total = parts.iter().map(|part| part.weight.panels()).sum::<usize>();
             let mut runs = Runs::new(total, self.pool.threads());
             for (index, Part { weight, m, .. }) in parts.iter().enumerate() {
                 let panels = weight.panels();
                 // each worth its dispatch; and where rows are many, panels that stay in a cache
                 let worth = PackedMatrix::packed_len(weight.format(), PANEL, weight.cols()) * m;
-                let least = (16_384 / worth.max(1)).max(1);
+                let run = if *m <= TILE { self.least_run(weight, total) } else { 1 };
+                let least = (16_384 / worth.max(1)).max(run);
                 let most = if *m > TILE { 16.max(least) } else { panels };
                 runs.cut(panels, least, most, |run| tasks.push((index, run)));
             }

@@ -19,6 +19,10 @@ use std::sync::Arc;
 
 /// Sums of one task.
 const SUMS: usize = 64 << 10;
+/// Rows of an expert on average up to which a layer is bound by the memory that its weights are in.
+const FEW: usize = 4;
+/// Values that are summed in about the time in which another thread would begin.
+const SUM_TASK: usize = 16 << 10;
 
 /// One gated feed-forward network.
 #[derive(Clone)]
@@ -47,7 +51,7 @@ struct Group {
     inner: usize,
 }
 
-/// Panels of one group's gate and up.
+/// Panels of one group's gate and up, or of its down.
 #[derive(Clone, Copy)]
 struct Part {
     group: u32,
@@ -64,10 +68,13 @@ struct Workspace {
     weights: Vec<f32>,
     groups: Vec<Group>,
     parts: Vec<Part>,
-    /// Panels of down, by task.
+    /// The same of down, where it runs by expert.
+    downs: Vec<Part>,
+    /// Panels of down by task, where it runs by columns.
     columns: Vec<Range<usize>>,
     x: Buffers,
     inner: Buffer,
+    results: Buffer,
 }
 
 /// What a task keeps from task to task.
@@ -173,7 +180,7 @@ impl Kernels {
         routed: bool,
         out: &mut [f32],
     ) {
-        let Workspace { tokens, weights, groups, parts, columns, x: buffers, inner, .. } = work;
+        let Workspace { tokens, weights, groups, parts, downs, columns, x: buffers, inner, results, .. } = work;
         let mut total = 0;
         let mut units = 0;
         for group in groups.iter_mut() {
@@ -191,11 +198,24 @@ impl Kernels {
         for (index, group) in groups.iter().enumerate() {
             let w = weights_of(group.expert);
             let (panels, unit) = (w.up.panels(), self.unit(w));
-            let units = panels.div_ceil(unit);
-            runs.cut(units, 1, units, |run| {
+            let units_here = panels.div_ceil(unit);
+            let least =
+                if self.is_few_in(w, group.rows) { self.least_run(&w.up, units * unit).div_ceil(unit) } else { 1 };
+            runs.cut(units_here, least, units_here, |run| {
                 let (first, end) = (run.start * unit, (run.end * unit).min(panels));
                 parts.push(Part { group: index as u32, first: first as u32, panels: (end - first) as u32 });
             });
+        }
+        downs.clear();
+        if routed && tokens.len() <= groups.len() * FEW {
+            let panels = hidden.div_ceil(PANEL);
+            let mut runs = Runs::new(groups.len() * panels, self.pool.threads());
+            for (index, group) in groups.iter().enumerate() {
+                let least = self.least_run(&weights_of(group.expert).down, groups.len() * panels);
+                runs.cut(panels, least, panels, |run| {
+                    downs.push(Part { group: index as u32, first: run.start as u32, panels: run.len() as u32 });
+                });
+            }
         }
         // the first part is the caller's
         if let Some(part) = parts.get(1) {
@@ -211,6 +231,10 @@ impl Kernels {
         let inner = inner.bytes(total);
         let shared = Shared::new(&mut *inner);
         self.pool.run(parts.len(), &|part| {
+            if let (0, Some(next)) = (part, downs.get(1)) {
+                // who finds no part any more reads ahead for the next region
+                self.expect_from(&weights_of(groups[next.group as usize].expert).down, next.first as usize);
+            }
             // the part after this one is next for some thread, most likely
             let following = parts.get(part + 1).unwrap_or(&parts[part]);
             let following = (weights_of(groups[following.group as usize].expert), following.first as usize);
@@ -218,14 +242,22 @@ impl Kernels {
             let group = groups[part.group as usize];
             with(&SCRATCH, |scratch| {
                 let w = weights_of(group.expert);
+                if self.is_few_in(w, group.rows) {
+                    return self.gate_and_up_of_few(w, activation, &inputs, group, tokens, part, shared, scratch);
+                }
                 self.gate_and_up(w, activation, &inputs, group, tokens, part, following, shared, scratch);
             });
         });
-        let sink = match tokens {
-            Some(tokens) => Sink::Tokens { tokens, weights },
-            None => Sink::Rows,
-        };
-        self.down(weights_of, groups, inner, &sink, columns, out);
+        match tokens {
+            None => self.down(weights_of, groups, inner, &Sink::Rows, columns, out),
+            Some(tokens) if downs.is_empty() => {
+                self.down(weights_of, groups, inner, &Sink::Tokens { tokens, weights }, columns, out);
+            }
+            Some(tokens) => {
+                let routing = (tokens, &weights[..]);
+                self.down_by_expert(weights_of, groups, downs, inner, hidden, routing, results, out);
+            }
+        }
     }
 
     /// The form in which the inner rows are kept.
@@ -261,7 +293,6 @@ impl Kernels {
             inputs.of(Form::new(self.activations, w.up.format())),
         );
         let row_of = |row: usize| tokens.map_or(row, |tokens| tokens[group.first + row] as usize);
-        let stride = form.row_bytes(inter);
         let last = (part.first + part.panels) as usize;
         for first in (part.first as usize..last).step_by(unit) {
             let panels = first..(first + unit).min(last);
@@ -274,23 +305,15 @@ impl Kernels {
                 let up = Panel::new(self, &w.up, index, group.rows, up_next, &mut scratch.up);
                 let columns_here = index * PANEL..((index + 1) * PANEL).min(inter);
                 let passes = group.rows.div_ceil(gate.most().min(up.most()));
-                let is_few = w.gate.format() == w.up.format() && self.is_few(w.gate.format(), group.rows);
-                let mut tiles = [Tile::new(), Tile::new()];
+                let (mut gates, mut ups) = (Tile::new(), Tile::new());
                 for pass in 0..passes {
                     let rows = group.rows * pass / passes..group.rows * (pass + 1) / passes;
-                    if is_few {
-                        let slices = gate_rows.tile(rows.clone(), row_of);
-                        let panels = [w.gate.panel(index), w.up.panel(index)];
-                        self.few_of(w.gate.format(), &panels, &slices[..rows.len()], w.gate.cols(), &mut tiles);
-                    } else {
-                        let [gates, ups] = &mut tiles;
-                        tile(&gate, &gate_rows, &row_of, rows.clone(), (pass, passes), gates);
-                        tile(&up, &up_rows, &row_of, rows.clone(), (pass, passes), ups);
+                    for (panel, x, out) in [(&gate, &gate_rows, &mut gates), (&up, &up_rows, &mut ups)] {
+                        panel.multiply(&x.tile(rows.clone(), row_of)[..rows.len()], pass, passes, out);
                     }
-                    let [gates, ups] = &mut tiles;
-                    for (tile, bias) in [(&mut *gates, &w.gate_bias), (&mut *ups, &w.up_bias)] {
+                    for (tile, bias) in [(&mut gates, &w.gate_bias), (&mut ups, &w.up_bias)] {
                         if let Some(bias) = bias {
-                            add_bias(&mut tile.0[..rows.len()], &bias[columns_here.clone()]);
+                            tile.0[..rows.len()].iter_mut().for_each(|row| add_bias(row, &bias[columns_here.clone()]));
                         }
                     }
                     let gates = gates.0[..rows.len()].as_flattened_mut();
@@ -302,17 +325,104 @@ impl Kernels {
                     }
                 }
             }
-            let start = form.row_bytes(columns.start);
-            let len = form.row_bytes(columns.len());
-            for (row, values) in block.chunks_exact(columns.len()).enumerate() {
-                // SAFETY: a part's task writes its own columns, in whole groups, of its group's rows.
-                let out = unsafe { inner.slice(group.inner + row * stride + start, len) };
-                form.write(self.isa, values, out);
-            }
+            self.put_inner(form, inter, group, &columns, block, inner);
         }
     }
 
-    /// Down over all groups, to the output; the vector is for its tasks.
+    /// Whether a group of so many rows takes whole runs of gate's panels and then of up's.
+    fn is_few_in(&self, w: &ExpertWeights, rows: usize) -> bool {
+        self.is_few(w.gate.format(), rows) && self.is_few(w.up.format(), rows)
+    }
+
+    /// As [`Self::gate_and_up`], for a few rows: all the part's panels of gate, then all of up, as they lie in memory.
+    #[allow(clippy::too_many_arguments, reason = "a task's body")]
+    fn gate_and_up_of_few(
+        &self,
+        w: &ExpertWeights,
+        activation: Activation,
+        inputs: &Inputs<'_>,
+        group: Group,
+        tokens: Option<&[u32]>,
+        part: Part,
+        inner: Shared<'_, u8>,
+        scratch: &mut Scratch,
+    ) {
+        let (form, inter) = (self.down_form(w), w.up.rows());
+        let row_of = |row: usize| tokens.map_or(row, |tokens| tokens[group.first + row] as usize);
+        let panels = part.first as usize..(part.first + part.panels) as usize;
+        let columns = panels.start * PANEL..(panels.end * PANEL).min(inter);
+        let run = |matrix: &PackedMatrix, bias: &Option<Vec<f32>>, out: &mut [f32]| {
+            let x = inputs.of(Form::new(self.activations, matrix.format()));
+            self.few(matrix, panels.clone(), &x, group.rows, row_of, |panel, row, values| {
+                let first = panel * PANEL;
+                let here = PANEL.min(columns.end - first);
+                let out = &mut out[row * columns.len() + first - columns.start..][..here];
+                out.copy_from_slice(&values[..here]);
+                if let Some(bias) = bias {
+                    add_bias(out, &bias[first..first + here]);
+                }
+            });
+        };
+        let gates = scratch.gate.floats(group.rows * columns.len());
+        let ups = scratch.up.floats(group.rows * columns.len());
+        run(&w.gate, &w.gate_bias, gates);
+        run(&w.up, &w.up_bias, ups);
+        gate_all(self.isa, activation, gates, ups);
+        self.put_inner(form, inter, group, &columns, gates, inner);
+    }
+
+    /// Writes some columns of a group's inner rows, given as `[rows, columns]`: whole groups of what they are kept as.
+    fn put_inner(
+        &self,
+        form: Form,
+        inter: usize,
+        group: Group,
+        columns: &Range<usize>,
+        values: &[f32],
+        inner: Shared<'_, u8>,
+    ) {
+        let (start, len) = (form.row_bytes(columns.start), form.row_bytes(columns.len()));
+        for (row, values) in values.chunks_exact(columns.len()).enumerate() {
+            // SAFETY: a part's task writes its own columns, in whole groups, of its group's rows.
+            let out = unsafe { inner.slice(group.inner + row * form.row_bytes(inter) + start, len) };
+            form.write(self.isa, values, out);
+        }
+    }
+
+    /// Some panels of down over a group's rows; `put(panel, row, values)` takes the results, the bias among them.
+    #[allow(clippy::too_many_arguments, reason = "a task's body")]
+    fn down_panels(
+        &self,
+        w: &ExpertWeights,
+        inner: &[u8],
+        group: Group,
+        panels: Range<usize>,
+        following: Option<&[u8]>,
+        buffer: &mut Buffer,
+        mut put: impl FnMut(usize, usize, &[f32]),
+    ) {
+        let (form, inter, width) = (self.down_form(w), w.down.cols(), w.down.rows());
+        let rows = Rows::new(form, inter, &inner[group.inner..][..group.rows * form.row_bytes(inter)]);
+        let mut put = |index: usize, row: usize, values: &[f32; PANEL]| {
+            let first = index * PANEL;
+            let here = PANEL.min(width - first);
+            let mut values = *values;
+            if let Some(bias) = &w.down_bias {
+                add_bias(&mut values[..here], &bias[first..first + here]);
+            }
+            put(index, row, &values[..here]);
+        };
+        if self.is_few(w.down.format(), group.rows) {
+            return self.few(&w.down, panels, &rows, group.rows, |row| row, put);
+        }
+        for index in panels.clone() {
+            let next = if index + 1 < panels.end { Some(w.down.panel(index + 1)) } else { following };
+            let panel = Panel::new(self, &w.down, index, group.rows, next, buffer);
+            panel.for_each_tile(&rows, |row| row, |row, values| put(index, row, values));
+        }
+    }
+
+    /// Down over all groups, by columns of the output; the vector is for its tasks.
     fn down<'a>(
         &self,
         weights_of: &(dyn Fn(u32) -> &'a ExpertWeights + Sync),
@@ -344,44 +454,22 @@ impl Kernels {
                 sums.fill(0.0);
                 for (i, group) in groups.iter().enumerate() {
                     let w = weights_of(group.expert);
-                    let (form, inter) = (self.down_form(w), w.down.cols());
-                    let bytes = &inner[group.inner..][..group.rows * form.row_bytes(inter)];
-                    let rows = Rows::new(form, inter, bytes);
-                    let mut put = |index: usize, row: usize, values: &[f32; PANEL]| {
-                        let first = index * PANEL;
-                        let here = PANEL.min(width - first);
-                        let mut values = *values;
-                        if let Some(bias) = &w.down_bias {
-                            values.iter_mut().zip(&bias[first..first + here]).for_each(|(value, bias)| *value += bias);
-                        }
+                    let following = groups.get(i + 1).map(|group| weights_of(group.expert).down.panel(range.start));
+                    let put = |index: usize, row: usize, values: &[f32]| {
                         let row = group.first + row;
                         match sink {
                             Sink::Rows => {
                                 // SAFETY: a task writes its own columns only.
-                                let out = unsafe { out.slice(row * width + first, here) };
-                                out.copy_from_slice(&values[..here]);
+                                let out = unsafe { out.slice(row * width + index * PANEL, values.len()) };
+                                out.copy_from_slice(values);
                             }
                             Sink::Tokens { tokens, weights } => {
-                                let at = tokens[row] as usize * columns.len() + first - columns.start;
-                                let sums = &mut sums[at..at + here];
-                                let weight = weights[row];
-                                sums.iter_mut().zip(&values).for_each(|(sum, value)| *sum += weight * value);
+                                let at = tokens[row] as usize * columns.len() + index * PANEL - columns.start;
+                                add_weighted(&mut sums[at..at + values.len()], weights[row], values);
                             }
                         }
                     };
-                    if self.is_few(w.down.format(), group.rows) {
-                        self.few(&w.down, range.clone(), &rows, group.rows, |row| row, put);
-                        continue;
-                    }
-                    for index in range.clone() {
-                        let next = if index + 1 < range.end {
-                            Some(w.down.panel(index + 1))
-                        } else {
-                            groups.get(i + 1).map(|group| weights_of(group.expert).down.panel(range.start))
-                        };
-                        let panel = Panel::new(self, &w.down, index, group.rows, next, &mut scratch.gate);
-                        panel.for_each_tile(&rows, |row| row, |row, values| put(index, row, values));
-                    }
+                    self.down_panels(w, inner, *group, range.clone(), following, &mut scratch.gate, put);
                 }
                 for (row, sums) in sums.chunks_exact(columns.len()).enumerate() {
                     // SAFETY: a task writes its own columns only.
@@ -390,22 +478,55 @@ impl Kernels {
             });
         });
     }
-}
 
-/// Multiplies one tile's rows.
-fn tile(
-    panel: &Panel<'_>,
-    x: &Rows<'_>,
-    row_of: &impl Fn(usize) -> usize,
-    rows: Range<usize>,
-    (pass, passes): (usize, usize),
-    out: &mut Tile,
-) {
-    panel.multiply(&x.tile(rows.clone(), row_of)[..rows.len()], pass, passes, out);
-}
-
-fn add_bias(rows: &mut [[f32; PANEL]], bias: &[f32]) {
-    for row in rows {
-        row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+    /// Down over the groups of tokens, by expert: each matrix is read in long runs, and what comes out of them,
+    /// `[rows, hidden]`, is summed afterwards. [`Self::down`] has the same bits and is faster where rows are many.
+    #[allow(clippy::too_many_arguments, reason = "as `down`")]
+    fn down_by_expert<'a>(
+        &self,
+        weights_of: &(dyn Fn(u32) -> &'a ExpertWeights + Sync),
+        groups: &[Group],
+        parts: &[Part],
+        inner: &[u8],
+        hidden: usize,
+        (tokens, weights): (&[u32], &[f32]),
+        results: &mut Buffer,
+        out: &mut [f32],
+    ) {
+        let results = results.floats(tokens.len() * hidden);
+        let shared = Shared::new(&mut *results);
+        self.pool.run(parts.len(), &|part| {
+            let Part { group, first, panels } = parts[part];
+            let (group, panels) = (groups[group as usize], first as usize..(first + panels) as usize);
+            let w = weights_of(group.expert);
+            with(&SCRATCH, |scratch| {
+                self.down_panels(w, inner, group, panels, None, &mut scratch.gate, |index, row, values| {
+                    let at = (group.first + row) * hidden + index * PANEL;
+                    // SAFETY: a part's task writes its own columns of its group's rows.
+                    unsafe { shared.slice(at, values.len()) }.copy_from_slice(values);
+                });
+            });
+        });
+        let tasks = (results.len() / SUM_TASK).clamp(1, self.pool.threads());
+        let count = out.len() / hidden;
+        let (results, out) = (&*results, Shared::new(out));
+        self.pool.run(tasks, &|task| {
+            let columns = hidden * task / tasks..hidden * (task + 1) / tasks;
+            // SAFETY: a task writes its own columns only, and has one row of them at a time.
+            let row_of = |token: usize| unsafe { out.slice(token * hidden + columns.start, columns.len()) };
+            (0..count).for_each(|token| row_of(token).fill(0.0));
+            for ((token, weight), row) in tokens.iter().zip(weights).zip(results.chunks_exact(hidden)) {
+                add_weighted(row_of(*token as usize), *weight, &row[columns.clone()]);
+            }
+        });
     }
+}
+
+/// Adds `weight · values`.
+fn add_weighted(sums: &mut [f32], weight: f32, values: &[f32]) {
+    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += weight * value);
+}
+
+fn add_bias(row: &mut [f32], bias: &[f32]) {
+    row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
 }

@@ -47,17 +47,18 @@ pub(crate) fn rows_at_most(isa: Isa, format: Format) -> usize {
 /// Panels that are read at once at most.
 pub(crate) const STREAMS: usize = 4;
 
-/// Whether a few rows are best multiplied with several panels at once: each is a stream of its own for the processor's
-/// prefetcher, and several hide more of the memory's latency than one (Zen 3, one row, two threads: 15 GB/s with one panel
-/// after another, 17 to 23 with two at once, 18 to 25 with four). Not measured on AVX-512, which reads one.
-pub(crate) fn has_streams(isa: Isa) -> bool {
+/// How many panels a few rows are best multiplied with at once. Each is a stream of its own for the processor's
+/// prefetcher. Where one stream does not fill the memory's latency several are faster (Zen 3 with AVX2, one row, two
+/// threads: 15 GB/s with one panel after another, 17 to 23 with two at once, 18 to 25 with four); with 512-bit loads one
+/// is (Zen 4, one thread: 24 GB/s with one, 16 to 19 with two or four), and so with q8 (an output matrix of 35 MB: 2.5 ms
+/// with one, 4.3 with four).
+pub(crate) fn streams(isa: Isa, format: Format) -> usize {
     #[cfg(target_arch = "x86_64")]
-    return matches!(isa.kind(), Kind::Avx512 | Kind::Avx2);
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = isa;
-        false
+    if matches!(isa.kind(), Kind::Avx512 | Kind::Avx2) && matches!(format, Format::Q4 { .. }) {
+        return STREAMS;
     }
+    let _ = (isa, format);
+    1
 }
 
 /// What a kernel reads, with its lengths checked.

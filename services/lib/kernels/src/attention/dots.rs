@@ -6,7 +6,7 @@
 //! output in either case, so its bits do not depend on the group. Accumulation is f32; largest error against f64 of the
 //! rounded inputs: n · 2⁻²⁴ relative to Σ|a·b|.
 //! The bodies here are portable and agree to the bit on all instruction sets; `bf16` has the pairs by `vdpbf16ps`.
-use super::layout::{LANES, Line};
+use super::layout::{Codes, LANES, Line};
 use super::{PAIR_ROW, ROW};
 use crate::isa::{Isa, for_each_isa};
 use std::ops::Range;
@@ -39,6 +39,18 @@ fn has_bf16(isa: Isa, numbers: Numbers) -> bool {
     }
 }
 
+/// Whether int8 is widened in registers on its way into the products, so that [`score_codes`] and [`weigh_codes`] can be
+/// called: `steps` are a run's lines of keys.
+pub(super) fn takes_codes(isa: Isa, steps: usize) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return has_bf16(isa, Numbers::Pairs) && steps.is_multiple_of(2) && std::is_x86_feature_detected!("avx512vbmi");
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = (isa, steps);
+        false
+    }
+}
+
 /// Lines of a group at most.
 pub(super) fn group_limit(isa: Isa, numbers: Numbers) -> usize {
     match numbers {
@@ -48,11 +60,11 @@ pub(super) fn group_limit(isa: Isa, numbers: Numbers) -> usize {
     }
 }
 
-/// Consecutive steps (pairs of tokens, or tokens) of tiles of values.
+/// Consecutive steps (pairs of tokens, or tokens) of tiles of values, in lines or in [`Codes`].
 #[derive(Clone, Copy)]
-pub(super) struct Segment<'a> {
+pub(super) struct Segment<'a, T = Line> {
     /// `[tiles][stride]`.
-    pub(super) lines: &'a [Line],
+    pub(super) lines: &'a [T],
     /// Lines from one tile to the next.
     pub(super) stride: usize,
     /// The first step's line in each tile.
@@ -63,8 +75,13 @@ pub(super) struct Segment<'a> {
     pub(super) steps: usize,
 }
 
+impl<T> Segment<'_, T> {
+    /// Nothing.
+    pub(super) const NONE: Self = Self { lines: &[], stride: 0, from: 0, weight: 0, steps: 0 };
+}
+
 /// Scores of a group: `q [steps][group]` with the keys `[4 runs][steps]` of a block; the score of line r and token t of
-/// the block goes to `out[r · ROW + t - 16 · runs.start]`. `ahead` is what is read next: it is fetched meanwhile.
+/// the block goes to `out[r · ROW + t - 16 · runs.start]`. `next` is what is read next: as much of it is fetched meanwhile.
 #[allow(clippy::too_many_arguments, reason = "a kernel's inner call")]
 pub(super) fn score(
     isa: Isa,
@@ -74,7 +91,7 @@ pub(super) fn score(
     keys: &[Line],
     steps: usize,
     runs: Range<usize>,
-    ahead: &[Line],
+    next: Option<&[u8]>,
     out: &mut [f32],
 ) {
     assert!(q.len() == group * steps && keys.len() >= runs.end * steps && !runs.is_empty());
@@ -82,11 +99,58 @@ pub(super) fn score(
     #[cfg(target_arch = "x86_64")]
     if has_bf16(isa, numbers) {
         // SAFETY: the token says that the CPU has AVX-512 with BF16; the lengths are asserted above.
-        return unsafe { super::bf16::score(q, group, keys, steps, runs, ahead, out) };
+        return unsafe { super::bf16::score(q, group, keys, steps, runs, next, out) };
     }
-    let _ = ahead;
+    let _ = next;
     for (index, run) in runs.enumerate() {
         score_run(isa, numbers, q, group, &keys[run * steps..][..steps], &mut out[index * LANES..]);
+    }
+}
+
+/// As [`score`] with pairs, of keys in int8, where [`takes_codes`] says so; the scales are not applied.
+#[allow(clippy::too_many_arguments, reason = "a kernel's inner call")]
+pub(super) fn score_codes(
+    isa: Isa,
+    q: &[u32],
+    group: usize,
+    keys: &[Codes],
+    steps: usize,
+    runs: Range<usize>,
+    next: Option<&[u8]>,
+    out: &mut [f32],
+) {
+    assert!(takes_codes(isa, steps) && q.len() == group * steps && keys.len() >= runs.end * steps);
+    assert!(!runs.is_empty() && out.len() >= (group - 1) * ROW + runs.len() * LANES);
+    // SAFETY: the CPU was asked for what the kernel needs; the lengths are asserted above.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        super::codes::score(q, group, keys, steps, runs, next, out);
+    }
+}
+
+/// As [`weigh`] with pairs, of values in int8, where [`takes_codes`] says so. A segment's stride is even. A
+/// token that nobody sees has a weight of 0 and a code that is finite: none is left out.
+#[allow(clippy::too_many_arguments, reason = "a kernel's inner call")]
+pub(super) fn weigh_codes(
+    isa: Isa,
+    weights: &[u32],
+    group: usize,
+    segments: &[Segment<'_, Codes>],
+    tiles: Range<usize>,
+    next: Option<&[u8]>,
+    out: &mut [f32],
+    row: usize,
+) {
+    assert!(takes_codes(isa, 2) && !tiles.is_empty() && group > 0);
+    assert!(out.len() >= (group - 1) * row + tiles.len() * LANES);
+    check(Numbers::Pairs, weights, group, segments, tiles.end);
+    for segment in segments {
+        assert!(segment.stride.is_multiple_of(2) && segment.lines.len() >= tiles.end * segment.stride);
+    }
+    // SAFETY: the CPU was asked for what the kernel needs; the lengths are asserted above.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        super::codes::weigh(weights, group, segments, tiles, next, out, row);
     }
 }
 
@@ -143,7 +207,7 @@ fn step<const PAIRS: bool>(sum: &mut [f32; LANES], number: u32, line: &Line) {
 
 /// Weighted values of a group in the tiles of the segments; `weights` are rows of [`Numbers::weights_row`]. With `half`
 /// the last step's second token is left out, whatever it holds. The sum of line r and dimension d of the tiles goes to
-/// `out[r · row + d - 16 · tiles.start]`.
+/// `out[r · row + d - 16 · tiles.start]`. `next` is what is read after the last segment: as much is fetched meanwhile.
 #[allow(clippy::too_many_arguments, reason = "a kernel's inner call")]
 pub(super) fn weigh(
     isa: Isa,
@@ -153,22 +217,30 @@ pub(super) fn weigh(
     segments: &[Segment<'_>],
     tiles: Range<usize>,
     half: bool,
+    next: Option<&[u8]>,
     out: &mut [f32],
     row: usize,
 ) {
     assert!(out.len() >= (group - 1) * row + tiles.len() * LANES && !tiles.is_empty() && group > 0);
-    for segment in segments {
-        let end = segment.weight + segment.steps;
-        assert!(end <= numbers.weights_row() && weights.len() >= (group - 1) * numbers.weights_row() + end);
-        assert!(segment.lines.len() >= (tiles.end - 1) * segment.stride + segment.from + segment.steps);
-    }
+    check(numbers, weights, group, segments, tiles.end);
     #[cfg(target_arch = "x86_64")]
     if has_bf16(isa, numbers) {
         // SAFETY: the token says that the CPU has AVX-512 with BF16; the lengths are asserted above.
-        return unsafe { super::bf16::weigh(weights, group, segments, tiles, half, out, row) };
+        return unsafe { super::bf16::weigh(weights, group, segments, tiles, half, next, out, row) };
     }
+    let _ = next;
     for (index, tile) in tiles.enumerate() {
         weigh_tile(isa, numbers, weights, group, segments, tile, half, &mut out[index * LANES..], row);
+    }
+}
+
+/// # Panics
+/// When weights or values of a segment's steps are missing in a line or a tile.
+fn check<T>(numbers: Numbers, weights: &[u32], group: usize, segments: &[Segment<'_, T>], tiles: usize) {
+    for segment in segments {
+        let end = segment.weight + segment.steps;
+        assert!(end <= numbers.weights_row() && weights.len() >= (group - 1) * numbers.weights_row() + end);
+        assert!(segment.lines.len() >= (tiles - 1) * segment.stride + segment.from + segment.steps);
     }
 }
 

@@ -2,6 +2,11 @@
 //! a number fit, -128 not being among them: see `layout`), and with `v_in_k` the values are turned out of the keys.
 use super::layout::{LANES, Line};
 use crate::isa::{Isa, for_each_isa};
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m512i, _mm512_abs_epi8, _mm512_loadu_si512, _mm512_permutex2var_epi8, _mm512_permutexvar_epi64, _mm512_set_epi64,
+    _mm512_set1_epi8, _mm512_ternarylogic_epi32, _mm512_unpackhi_epi8, _mm512_unpacklo_epi8,
+};
 
 /// Lines of keys that hold a tile's dimensions as pairs.
 const PAIRS: usize = LANES / 2;
@@ -26,56 +31,79 @@ for_each_isa! {
     fn widen_portable(bytes: &[u8], lines: &mut [Line]) => widen_body
 }
 
-/// As [`widen`], by tables of the bytes of the numbers 0 to 127 in bf16 (-128 would become -0); returns how many lines
-/// are done: all but an odd one.
+/// As [`widen`]; returns how many lines are done: all but an odd one.
 ///
 /// # Safety
 /// The CPU must have AVX-512 F, BW and VBMI; there are 32 bytes for each line.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 unsafe fn widen_vectors(bytes: &[u8], ahead: &[u8], lines: &mut [Line]) -> usize {
-    use std::arch::x86_64::{
-        _MM_HINT_T1, _mm_prefetch, _mm512_abs_epi8, _mm512_loadu_si512, _mm512_permutex2var_epi8,
-        _mm512_permutexvar_epi64, _mm512_set_epi64, _mm512_set1_epi8, _mm512_store_si512, _mm512_ternarylogic_epi32,
-        _mm512_unpackhi_epi8, _mm512_unpacklo_epi8,
-    };
-    static TABLES: [[u8; 128]; 2] = {
-        let mut tables = [[0; 128]; 2];
-        let mut number = 0;
-        while number < 128 {
-            let bits = (number as f32).to_bits();
-            tables[0][number] = (bits >> 16) as u8;
-            tables[1][number] = (bits >> 24) as u8;
-            number += 1;
-        }
-        tables
-    };
-    let table = |byte: usize, half: usize| {
-        // SAFETY: a half of a table is 64 bytes.
-        unsafe { _mm512_loadu_si512(TABLES[byte][half * 64..].as_ptr().cast()) }
-    };
-    let (low, high) = ([table(0, 0), table(0, 1)], [table(1, 0), table(1, 1)]);
-    let sign = _mm512_set1_epi8(-128);
-    // what is unpacked from the lower halves of the 128-bit parts becomes the first line
-    let order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch, _mm512_store_si512};
+    let widener = Widener::new();
     let pairs = lines.len() / 2;
     for pair in 0..pairs {
         _mm_prefetch::<_MM_HINT_T1>(ahead.as_ptr().wrapping_add(pair * 64).cast());
         // SAFETY: 64 bytes for each two lines, and two aligned lines.
         unsafe {
-            let numbers = _mm512_loadu_si512(bytes.as_ptr().add(pair * 64).cast());
-            let numbers = _mm512_permutexvar_epi64(order, numbers);
-            let size = _mm512_abs_epi8(numbers);
-            let first = _mm512_permutex2var_epi8(low[0], size, low[1]);
-            let second = _mm512_permutex2var_epi8(high[0], size, high[1]);
-            // the sign's bit of the number, the others of the table
-            let second = _mm512_ternarylogic_epi32::<0xd8>(second, numbers, sign);
+            let [first, second] = widener.widen(_mm512_loadu_si512(bytes.as_ptr().add(pair * 64).cast()));
             let lines = lines.as_mut_ptr().add(pair * 2);
-            _mm512_store_si512(lines.cast(), _mm512_unpacklo_epi8(first, second));
-            _mm512_store_si512(lines.add(1).cast(), _mm512_unpackhi_epi8(first, second));
+            _mm512_store_si512(lines.cast(), first);
+            _mm512_store_si512(lines.add(1).cast(), second);
         }
     }
     pairs * 2
+}
+
+/// Widens int8 by tables of the bytes of the numbers 0 to 127 in bf16 (-128 would become -0).
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Widener {
+    low: [__m512i; 2],
+    high: [__m512i; 2],
+    sign: __m512i,
+    order: __m512i,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Widener {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    #[inline]
+    pub(super) fn new() -> Self {
+        static TABLES: [[u8; 128]; 2] = {
+            let mut tables = [[0; 128]; 2];
+            let mut number = 0;
+            while number < 128 {
+                let bits = (number as f32).to_bits();
+                tables[0][number] = (bits >> 16) as u8;
+                tables[1][number] = (bits >> 24) as u8;
+                number += 1;
+            }
+            tables
+        };
+        let table = |byte: usize, half: usize| {
+            // SAFETY: a half of a table is 64 bytes.
+            unsafe { _mm512_loadu_si512(TABLES[byte][half * 64..].as_ptr().cast()) }
+        };
+        Self {
+            low: [table(0, 0), table(0, 1)],
+            high: [table(1, 0), table(1, 1)],
+            sign: _mm512_set1_epi8(-128),
+            // what is unpacked from the lower halves of the 128-bit parts becomes the first line
+            order: _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0),
+        }
+    }
+
+    /// Two lines' numbers.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    #[inline]
+    pub(super) fn widen(&self, numbers: __m512i) -> [__m512i; 2] {
+        let numbers = _mm512_permutexvar_epi64(self.order, numbers);
+        let size = _mm512_abs_epi8(numbers);
+        let first = _mm512_permutex2var_epi8(self.low[0], size, self.low[1]);
+        let second = _mm512_permutex2var_epi8(self.high[0], size, self.high[1]);
+        // the sign's bit of the number, the others of the table
+        let second = _mm512_ternarylogic_epi32::<0xd8>(second, numbers, self.sign);
+        [_mm512_unpacklo_epi8(first, second), _mm512_unpackhi_epi8(first, second)]
+    }
 }
 
 #[inline(always)]

@@ -33,6 +33,9 @@ pub(super) const LANES: usize = 16;
 #[repr(C, align(64))]
 pub(super) struct Line(pub(super) [u32; LANES]);
 
+/// A line of int8.
+pub(super) type Codes = [u8; 2 * LANES];
+
 impl Line {
     pub(super) const ZERO: Self = Self([0; LANES]);
 }

@@ -25,6 +25,8 @@
 //! the latent form.
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+#[cfg(target_arch = "x86_64")]
+mod codes;
 mod dots;
 mod expand;
 mod layout;

@@ -60,6 +60,12 @@ pub(super) fn exp2(x: f32) -> f32 {
     if x < -125.0 { 0.0 } else { power }
 }
 
+/// A run's lanes.
+#[inline(always)]
+fn lanes(numbers: &[f32], run: usize) -> &[f32; LANES] {
+    &numbers.as_chunks::<LANES>().0[run]
+}
+
 for_each_isa! {
     /// Weights and statistics of one line's chunk. `scores` becomes scratch; `weights` are u32 for f32 numbers and
     /// pairs otherwise; `scales` are those of the chunk's keys and values in int8.
@@ -95,24 +101,25 @@ fn soften_body(
     let mut largest = [NONE; LANES];
     for run in runs.clone() {
         let first = run * LANES;
-        let scores = &mut scores[run];
-        scores.iter_mut().for_each(|s| *s *= line.factor);
+        // a copy: what may lie over the scales would be worked off one by one
+        let mut here = scores[run].map(|s| s * line.factor);
         if let Some((keys, _)) = scales {
-            scores.iter_mut().zip(&keys[first..][..LANES]).for_each(|(s, scale)| *s *= scale);
+            here.iter_mut().zip(lanes(keys, run)).for_each(|(s, scale)| *s *= scale);
         }
         if line.slope != 0.0 {
-            for (lane, s) in scores.iter_mut().enumerate() {
+            for (lane, s) in here.iter_mut().enumerate() {
                 *s = line.slope.mul_add(line.distance + (first + lane) as f32, *s);
             }
         }
         if first < line.visible.start || first + LANES > line.visible.end {
-            for (lane, s) in scores.iter_mut().enumerate() {
+            for (lane, s) in here.iter_mut().enumerate() {
                 *s = if line.visible.contains(&(first + lane)) { *s } else { f32::NEG_INFINITY };
             }
         }
-        for (largest, s) in largest.iter_mut().zip(scores) {
-            *largest = if *s > *largest { *s } else { *largest };
+        for (largest, s) in largest.iter_mut().zip(here) {
+            *largest = if s > *largest { s } else { *largest };
         }
+        scores[run] = here;
     }
     let max = largest.into_iter().fold(NONE, |a, b| if b > a { b } else { a });
     let mut sums = [0f32; LANES];
@@ -131,7 +138,7 @@ fn soften_body(
         }
         let mut rounded = [0u32; LANES];
         if let Some((_, values)) = scales {
-            let tokens = scores[run].iter().zip(&values[run * LANES..][..LANES]);
+            let tokens = scores[run].iter().zip(lanes(values, run));
             for ((sum, power), (score, scale)) in sums.iter_mut().zip(&mut powers).zip(tokens) {
                 *sum += *power;
                 // a token that is not seen may have any scale, even NaN; one that is seen has it whatever its weight

@@ -3,7 +3,7 @@
 //! A chunk is three passes: the scores of all lines, block by block; each line's softmax over the chunk; the weighted
 //! values, some tiles of 16 dimensions at a time over the whole chunk, so that a sum stays in its register. In each
 //! pass groups of lines share what they read.
-use super::dots::{Numbers, Segment, group_limit, score, weigh};
+use super::dots::{Numbers, Segment, group_limit, score, score_codes, takes_codes, weigh, weigh_codes};
 use super::expand::{turn_bytes, turn_floats, turn_pairs, widen};
 use super::layout::{BLOCK, KvFormat, KvLayer, LANES, Line};
 use super::plan::{Plan, Task, Tile, oldest, partial_len};
@@ -11,6 +11,7 @@ use super::softmax::{self, NONE, Stats, finish, join, prepare, soften};
 use super::{AttentionCall, AttentionSequence, CHUNK, ROW, chunk_tokens};
 use crate::gemm::Shared;
 use crate::isa::Isa;
+use crate::pool::ahead::prefetch;
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -102,7 +103,7 @@ impl Context<'_> {
             self.start(tile, total.floats(len));
             for chunk in *first_chunk..first_chunk + chunks {
                 let part = part.floats(len);
-                self.chunk(tile, chunk, space, part);
+                self.chunk(tile, chunk, chunk + 1 < first_chunk + chunks, space, part);
                 self.join(tile, total.floats(len), part);
             }
             self.finish(tile, total.floats(len));
@@ -114,7 +115,7 @@ impl Context<'_> {
             unsafe { self.partial.slice(split.at + (chunk - split.first_chunk) * len, len) }
         };
         for chunk in *first_chunk..first_chunk + chunks {
-            self.chunk(tile, chunk, space, part_of(chunk));
+            self.chunk(tile, chunk, chunk + 1 < first_chunk + chunks, space, part_of(chunk));
         }
         if split.open.fetch_sub(1, Ordering::AcqRel) == 1 {
             let total = space.total.floats(len);
@@ -180,47 +181,88 @@ impl Context<'_> {
         }
     }
 
-    /// One chunk of all lines, on its own.
-    fn chunk(&self, tile: &Tile, chunk: usize, space: &mut Workspace, part: &mut [f32]) {
+    /// One chunk of all lines, on its own; `more` if the next one follows.
+    fn chunk(&self, tile: &Tile, chunk: usize, more: bool, space: &mut Workspace, part: &mut [f32]) {
         let tokens = chunk_tokens(self.kv.shape());
         let base = chunk * tokens;
         let visible = tile.visible(self.call.window);
         let seen = visible.start.saturating_sub(base)..visible.end.min(base + tokens) - base;
         let blocks = &self.sequences[tile.sequence].blocks[base / BLOCK..];
+        let following = more.then(|| self.numbers_of(self.kv.keys(blocks[tokens / BLOCK], tile.kv_head)));
         let (out, stats) = parts(part, tile.lines());
-        self.score(tile, blocks, &seen, space);
+        self.score(tile, blocks, &seen, following, space);
         self.soften(tile, base, &seen, space, stats);
-        self.weigh(tile, blocks, &seen, space, out);
+        self.weigh(tile, blocks, &seen, following, space, out);
     }
 
-    /// Scores of all lines with the tokens that the tile sees.
-    fn score(&self, tile: &Tile, blocks: &[u32], seen: &Range<usize>, space: &mut Workspace) {
+    /// A head's bytes without its scales.
+    fn numbers_of<'b>(&self, bytes: &'b [u8]) -> &'b [u8] {
+        if self.kv.shape().format == KvFormat::Int8 { &bytes[BLOCK * 4..] } else { bytes }
+    }
+
+    /// Asks for the scales that will be read: those of a block's values and of the next block's keys.
+    fn fetch_scales(&self, kv_head: usize, block: u32, next: Option<&u32>) {
+        let values = (!self.kv.shape().v_in_k).then(|| self.kv.values(block, kv_head));
+        for bytes in values.into_iter().chain(next.map(|next| self.kv.keys(*next, kv_head))) {
+            bytes[..BLOCK * 4].chunks(size_of::<Line>()).for_each(|line| prefetch(line.as_ptr().addr()));
+        }
+    }
+
+    /// Whether int8 goes into the products as it is stored: where the tile's lines are one group, nobody shares what is
+    /// widened.
+    fn takes_codes(&self, tile: &Tile) -> bool {
+        let shape = self.kv.shape();
+        let one_group = tile.lines() <= group_limit(self.isa, self.numbers());
+        shape.format == KvFormat::Int8 && !shape.v_in_k && one_group && takes_codes(self.isa, shape.key_lines())
+    }
+
+    /// Scores of all lines with the tokens that the tile sees. `following` is read after the chunk.
+    fn score(&self, tile: &Tile, blocks: &[u32], seen: &Range<usize>, following: Option<&[u8]>, space: &mut Workspace) {
         let shape = self.kv.shape();
         let steps = shape.key_lines();
         let q = space.q.words(tile.lines() * steps);
         let scores = space.scores.floats(tile.lines() * ROW);
         let all_runs = seen.start / LANES..seen.end.div_ceil(LANES);
+        // the values come after the keys
+        let values = if shape.v_in_k {
+            following
+        } else {
+            Some(self.numbers_of(self.kv.values(blocks[seen.start / BLOCK], tile.kv_head)))
+        };
+        let takes_codes = self.takes_codes(tile);
         for (block, runs) in pieces(&all_runs, BLOCK / LANES) {
             let bytes = self.kv.keys(blocks[block], tile.kv_head);
             let more = (block + 1) * BLOCK < seen.end;
-            let ahead = more.then(|| self.kv.keys(blocks[block + 1], tile.kv_head));
-            let (keys, ahead): (&[Line], &[Line]) = if shape.format == KvFormat::Int8 {
-                let (scales, bytes) = bytes.split_at(BLOCK * 4);
-                space.scales[0].floats(CHUNK)[block * BLOCK..][..BLOCK].copy_from_slice(bytemuck::cast_slice(scales));
+            let next = if more { Some(self.kv.keys(blocks[block + 1], tile.kv_head)) } else { None };
+            let next = next.map_or(values, |next| Some(self.numbers_of(next)));
+            if shape.format == KvFormat::Int8 {
+                let scales = bytemuck::cast_slice(&bytes[..BLOCK * 4]);
+                space.scales[0].floats(CHUNK)[block * BLOCK..][..BLOCK].copy_from_slice(scales);
+                self.fetch_scales(tile.kv_head, blocks[block], blocks.get(block + 1).filter(|_| more));
+            }
+            let numbers = self.numbers_of(bytes);
+            let from = block * BLOCK + runs.start * LANES;
+            if takes_codes {
+                let keys = bytemuck::cast_slice(numbers);
+                score_codes(self.isa, q, tile.lines(), keys, steps, runs, next, &mut scores[from..]);
+                continue;
+            }
+            // what is widened is fetched ahead on its way
+            let (keys, next): (&[Line], _) = if shape.format == KvFormat::Int8 {
                 let keys = space.keys.lines(BLOCK / LANES * steps);
                 let lines = runs.start * steps..runs.end * steps;
-                let ahead = ahead.map_or(bytes, |ahead| &ahead[BLOCK * 4..]);
-                widen(self.isa, &bytes[lines.start * 2 * LANES..], ahead, &mut keys[lines]);
-                (keys, &[])
+                let ahead = next.unwrap_or(numbers);
+                widen(self.isa, &numbers[lines.start * 2 * LANES..], ahead, &mut keys[lines]);
+                (keys, None)
             } else {
-                (bytemuck::cast_slice(bytes), ahead.map(bytemuck::cast_slice).unwrap_or_default())
+                (bytemuck::cast_slice(numbers), next)
             };
             for group in self.groups(tile) {
                 // the first group fetches ahead for all
-                let ahead = if group.start == 0 { ahead } else { &[] };
-                let out = &mut scores[group.start * ROW + block * BLOCK + runs.start * LANES..];
+                let next = next.filter(|_| group.start == 0);
+                let out = &mut scores[group.start * ROW + from..];
                 let q = &q[group.start * steps..group.end * steps];
-                score(self.isa, self.numbers(), q, group.len(), keys, steps, runs.clone(), ahead, out);
+                score(self.isa, self.numbers(), q, group.len(), keys, steps, runs.clone(), next, out);
             }
         }
     }
@@ -259,8 +301,16 @@ impl Context<'_> {
         }
     }
 
-    /// Weighted values of all lines.
-    fn weigh(&self, tile: &Tile, blocks: &[u32], seen: &Range<usize>, space: &mut Workspace, out: &mut [f32]) {
+    /// Weighted values of all lines. `following` is read after the chunk.
+    fn weigh(
+        &self,
+        tile: &Tile,
+        blocks: &[u32],
+        seen: &Range<usize>,
+        following: Option<&[u8]>,
+        space: &mut Workspace,
+        out: &mut [f32],
+    ) {
         let shape = self.kv.shape();
         let numbers = self.numbers();
         let per_step = if numbers == Numbers::Pairs { 2 } else { 1 };
@@ -268,24 +318,16 @@ impl Context<'_> {
         let half = !seen.end.is_multiple_of(per_step);
         let weights = &*space.weights.words(tile.lines() * numbers.weights_row());
         let row = shape.tiles() * LANES;
+        if self.takes_codes(tile) {
+            let (segments, count) = self.segments(tile, blocks, &steps);
+            let (tiles, lines) = (0..shape.tiles(), tile.lines());
+            return weigh_codes(self.isa, weights, lines, &segments[..count], tiles, following, out, row);
+        }
         let stored = shape.format != KvFormat::Int8 && !shape.v_in_k;
         // a wide group takes two tiles at a time: what it reads stays near for the next group
         let few = stored && self.groups(tile).next().is_some_and(|group| group.len() > 6);
         let at_once = if few || numbers == Numbers::F32 { 2 } else { 4 };
-        let mut segments = [Segment { lines: &[], stride: 0, from: 0, weight: 0, steps: 0 }; CHUNK / BLOCK];
-        let mut count = 0;
-        if stored {
-            for (block, part) in pieces(&steps, shape.tile_lines()) {
-                segments[count] = Segment {
-                    lines: bytemuck::cast_slice(self.kv.values(blocks[block], tile.kv_head)),
-                    stride: shape.tile_lines(),
-                    from: part.start,
-                    weight: block * shape.tile_lines() + part.start,
-                    steps: part.len(),
-                };
-                count += 1;
-            }
-        }
+        let (segments, count) = if stored { self.segments(tile, blocks, &steps) } else { ([Segment::NONE; _], 0) };
         let stride = chunk_tokens(shape) / per_step;
         for first in (0..shape.tiles()).step_by(at_once) {
             let tiles = first..(first + at_once).min(shape.tiles());
@@ -301,12 +343,43 @@ impl Context<'_> {
                 made = [Segment { lines: values, stride, from, weight, steps: steps.len() }];
                 (&made[..], 0..tiles.len())
             };
+            // after the last segment come the next tiles of the first one
+            let next = match segments.first() {
+                Some(segment) if stored && tiles.end < shape.tiles() => {
+                    Some(bytemuck::cast_slice(&segment.lines[tiles.end * segment.stride..]))
+                }
+                _ => following,
+            };
             for group in self.groups(tile) {
                 let weights = &weights[group.start * numbers.weights_row()..];
                 let out = &mut out[group.start * row + first * LANES..];
-                weigh(self.isa, numbers, weights, group.len(), segments, read.clone(), half, out, row);
+                let next = next.filter(|_| group.start == 0);
+                weigh(self.isa, numbers, weights, group.len(), segments, read.clone(), half, next, out, row);
             }
         }
+    }
+
+    /// The values of a chunk's steps as they are stored: a segment for each block, and how many there are.
+    fn segments<T: bytemuck::AnyBitPattern>(
+        &self,
+        tile: &Tile,
+        blocks: &[u32],
+        steps: &Range<usize>,
+    ) -> ([Segment<'_, T>; CHUNK / BLOCK], usize) {
+        let stride = self.kv.shape().tile_lines();
+        let mut segments = [Segment::NONE; _];
+        let mut count = 0;
+        for (block, part) in pieces(steps, stride) {
+            segments[count] = Segment {
+                lines: bytemuck::cast_slice(self.numbers_of(self.kv.values(blocks[block], tile.kv_head))),
+                stride,
+                from: part.start,
+                weight: block * stride + part.start,
+                steps: part.len(),
+            };
+            count += 1;
+        }
+        (segments, count)
     }
 
     /// One tile of a chunk's values that are not stored as the products take them.

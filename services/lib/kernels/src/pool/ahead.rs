@@ -46,8 +46,8 @@ impl Ahead {
     }
 }
 
-/// Asks for a line into the second-level cache.
-fn prefetch(address: usize) {
+/// Asks for the line of an address into the second-level cache.
+pub(crate) fn prefetch(address: usize) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint that reads nothing into the program and does not fault, whatever the address.
     unsafe {

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-mod ahead;
+pub(crate) mod ahead;
 mod gate;
 pub mod numa;
 mod sleep;

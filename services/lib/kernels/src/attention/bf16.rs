@@ -21,17 +21,15 @@ use std::ops::Range;
 /// Lines of a group that is bound by the memory.
 const FEW: usize = 6;
 
-/// Calls a kernel for a group of lines and so many vectors of what is left, `$most` at most for up to 6 lines.
+/// Calls a kernel for a group of lines and so many vectors of what is left, and says how many: for a few lines `$few`
+/// vectors where there are as many, for many lines `$most`, and otherwise one.
 macro_rules! widest {
-    ($kernel:ident, $group:expr, $left:expr, $most:literal, $args:tt) => {
-        widest!(@ $kernel, $group, $left, $most, $args, 1 2 3 4 5 6, 7 8 9 10 11 12)
-    };
-    (@ $kernel:ident, $group:expr, $left:expr, $most:literal, $args:tt, $($few:literal)*, $($many:literal)*) => {
+    ($kernel:ident, $group:expr, $left:expr, [$($few_lines:literal)*] $few:literal, [$($lines:literal)*] $most:literal, $args:tt) => {
         match ($group, $left) {
-            $(($few, $most..) => { widest!(@call $kernel, $few, $most, $args); $most })*
-            $(($few, _) => { widest!(@call $kernel, $few, 1, $args); 1 })*
-            $(($many, 2..) => { widest!(@call $kernel, $many, 2, $args); 2 })*
-            $(($many, _) => { widest!(@call $kernel, $many, 1, $args); 1 })*
+            $(($few_lines, $few..) => { widest!(@call $kernel, $few_lines, $few, $args); $few })*
+            $(($lines, $most..) => { widest!(@call $kernel, $lines, $most, $args); $most })*
+            $(($few_lines, _) => { widest!(@call $kernel, $few_lines, 1, $args); 1 })*
+            $(($lines, _) => { widest!(@call $kernel, $lines, 1, $args); 1 })*
             _ => unreachable!("a group has 1 to 12 lines"),
         }
     };
@@ -40,6 +38,7 @@ macro_rules! widest {
         unsafe { $kernel::<$group, $vectors>($($arg),*) }
     };
 }
+pub(super) use widest;
 
 /// As `dots::score`.
 ///
@@ -60,7 +59,7 @@ pub(super) unsafe fn score(
     while run < runs.end {
         let (keys, ahead) = (&keys[run * steps..], ahead.wrapping_add(run * steps));
         let out = &mut out[(run - runs.start) * LANES..];
-        run += widest!(score_lines, group, runs.end - run, 1, (q, keys, steps, ahead, out));
+        run += widest!(score_lines, group, runs.end - run, [1 2 3 4 5 6] 1, [7 8 9 10 11 12] 2, (q, keys, steps, ahead, out));
     }
 }
 
@@ -138,7 +137,8 @@ pub(super) unsafe fn weigh(
     let mut tile = tiles.start;
     while tile < tiles.end {
         let out = &mut out[(tile - tiles.start) * LANES..];
-        tile += widest!(weigh_lines, group, tiles.end - tile, 4, (weights, segments, tile, half, next, out, row));
+        tile += widest!(weigh_lines, group, tiles.end - tile, [1 2 3 4 5 6] 4, [7 8 9 10 11 12] 2,
+            (weights, segments, tile, half, next, out, row));
     }
 }
 

@@ -126,6 +126,8 @@ pub(super) fn score_codes(
     unsafe {
         super::codes::score(q, group, keys, steps, runs, next, out);
     }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = next;
 }
 
 /// As [`weigh`] with pairs, of values in int8, where [`takes_codes`] says so. A segment's stride is even. A
@@ -152,6 +154,8 @@ pub(super) fn weigh_codes(
     unsafe {
         super::codes::weigh(weights, group, segments, tiles, next, out, row);
     }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = next;
 }
 
 for_each_isa! {

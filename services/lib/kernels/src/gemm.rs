@@ -226,15 +226,31 @@ impl Kernels {
                     out.iter_mut().zip(&bias[first..first + width]).for_each(|(out, bias)| *out += bias);
                 }
             };
-            if self.is_few(w.format(), rows) {
-                self.few(w, panels.clone(), &x, rows, row_of, put);
-                continue;
-            }
-            for index in panels.clone() {
-                let next = (index + 1 < panels.end).then(|| w.panel(index + 1));
-                let panel = Panel::new(self, w, index, rows, next, lines);
-                panel.for_each_tile(&x, row_of, |row, values| put(index, row, values));
-            }
+            self.multiply_panels(w, panels.clone(), &x, rows, row_of, None, lines, put);
+        }
+    }
+
+    /// Multiplies all rows, row i being `x.row(index(i))`, with some panels; `put(panel, i, values)` takes the results.
+    /// `following` is what is read after them; weights that must be expanded are written to the buffer.
+    #[allow(clippy::too_many_arguments, reason = "a task's body")]
+    pub(crate) fn multiply_panels(
+        &self,
+        w: &PackedMatrix,
+        panels: Range<usize>,
+        x: &Rows<'_>,
+        rows: usize,
+        index: impl Fn(usize) -> usize,
+        following: Option<&[u8]>,
+        buffer: &mut Buffer,
+        mut put: impl FnMut(usize, usize, &[f32; PANEL]),
+    ) {
+        if self.is_few(w.format(), rows) {
+            return self.few(w, panels, x, rows, index, put);
+        }
+        for at in panels.clone() {
+            let next = if at + 1 < panels.end { Some(w.panel(at + 1)) } else { following };
+            let panel = Panel::new(self, w, at, rows, next, buffer);
+            panel.for_each_tile(x, &index, |row, values| put(at, row, values));
         }
     }
 

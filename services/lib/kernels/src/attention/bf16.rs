@@ -3,10 +3,10 @@
 //! Shapes and results as in `dots`. A group of up to 12 lines by 2 vectors has its accumulators in registers: 24 products
 //! for 14 loads. Up to 6 lines are bound by the memory, which is read as it lies, one vector after another: four at a time
 //! would be four streams, each too short for the processor's prefetcher (measured on Zen 4, two threads: 30 for 35 GB/s).
-//! What is read next is fetched into the second-level cache: fetched into the
-//! first, it would wait for one of its few places for lines on their way (measured on Zen 4: 11 for 16 GB/s a thread).
-//! `vdpbf16ps` takes denormal inputs and results for zeros, so the results
-//! differ from the portable body's by less than n · 2⁻¹²⁶ for n products where these are below the normal range.
+//! What is read next is fetched into the second-level cache: fetched into the first, it would wait for one of its few
+//! places for lines on their way (measured on Zen 4: 11 for 16 GB/s a thread). `vdpbf16ps` takes denormal inputs and
+//! results for zeros, so the results differ from the portable body's by less than n · 2⁻¹²⁶ for n products where these are
+//! below the normal range.
 use super::PAIR_ROW;
 use super::ROW;
 use super::dots::Segment;
@@ -24,7 +24,10 @@ const FEW: usize = 6;
 /// Calls a kernel for a group of lines and so many vectors of what is left, and says how many: for a few lines `$few`
 /// vectors where there are as many, for many lines `$most`, and otherwise one.
 macro_rules! widest {
-    ($kernel:ident, $group:expr, $left:expr, [$($few_lines:literal)*] $few:literal, [$($lines:literal)*] $most:literal, $args:tt) => {
+    (
+        $kernel:ident, $group:expr, $left:expr,
+        [$($few_lines:literal)*] $few:literal, [$($lines:literal)*] $most:literal, $args:tt
+    ) => {
         match ($group, $left) {
             $(($few_lines, $few..) => { widest!(@call $kernel, $few_lines, $few, $args); $few })*
             $(($lines, $most..) => { widest!(@call $kernel, $lines, $most, $args); $most })*
@@ -59,7 +62,8 @@ pub(super) unsafe fn score(
     while run < runs.end {
         let (keys, ahead) = (&keys[run * steps..], ahead.wrapping_add(run * steps));
         let out = &mut out[(run - runs.start) * LANES..];
-        run += widest!(score_lines, group, runs.end - run, [1 2 3 4 5 6] 1, [7 8 9 10 11 12] 2, (q, keys, steps, ahead, out));
+        run += widest!(score_lines, group, runs.end - run, [1 2 3 4 5 6] 1, [7 8 9 10 11 12] 2,
+            (q, keys, steps, ahead, out));
     }
 }
 

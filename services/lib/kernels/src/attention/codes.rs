@@ -32,7 +32,8 @@ pub(super) unsafe fn score(
     while run < runs.end {
         let (keys, ahead) = (&keys[run * steps..], ahead.wrapping_add(run * steps));
         let out = &mut out[(run - runs.start) * LANES..];
-        run += widest!(score_lines, group, runs.end - run, [1 2 3 4] 4, [5 6 7 8 9 10 11 12] 1, (q, keys, steps, ahead, out));
+        run += widest!(score_lines, group, runs.end - run, [1 2 3 4] 4, [5 6 7 8 9 10 11 12] 1,
+            (q, keys, steps, ahead, out));
     }
 }
 

@@ -233,8 +233,7 @@ impl Context<'_> {
         for (block, runs) in pieces(&all_runs, BLOCK / LANES) {
             let bytes = self.kv.keys(blocks[block], tile.kv_head);
             let more = (block + 1) * BLOCK < seen.end;
-            let next = if more { Some(self.kv.keys(blocks[block + 1], tile.kv_head)) } else { None };
-            let next = next.map_or(values, |next| Some(self.numbers_of(next)));
+            let next = if more { Some(self.numbers_of(self.kv.keys(blocks[block + 1], tile.kv_head))) } else { values };
             if shape.format == KvFormat::Int8 {
                 let scales = bytemuck::cast_slice(&bytes[..BLOCK * 4]);
                 space.scales[0].floats(CHUNK)[block * BLOCK..][..BLOCK].copy_from_slice(scales);
@@ -325,8 +324,8 @@ impl Context<'_> {
         }
         let stored = shape.format != KvFormat::Int8 && !shape.v_in_k;
         // a wide group takes two tiles at a time: what it reads stays near for the next group
-        let few = stored && self.groups(tile).next().is_some_and(|group| group.len() > 6);
-        let at_once = if few || numbers == Numbers::F32 { 2 } else { 4 };
+        let wide = stored && self.groups(tile).next().is_some_and(|group| group.len() > 6);
+        let at_once = if wide || numbers == Numbers::F32 { 2 } else { 4 };
         let (segments, count) = if stored { self.segments(tile, blocks, &steps) } else { ([Segment::NONE; _], 0) };
         let stride = chunk_tokens(shape) / per_step;
         for first in (0..shape.tiles()).step_by(at_once) {

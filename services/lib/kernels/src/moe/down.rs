@@ -1,7 +1,7 @@
 //! Down and the weighted sum: by columns of the output over all experts, or by expert.
 use super::{ExpertWeights, Group, Part, SCRATCH, WeightsOf, add_bias};
 use crate::activations::{Buffer, Rows, with};
-use crate::gemm::{Kernels, Panel, Shared};
+use crate::gemm::{Kernels, Shared};
 use crate::packed::PANEL;
 use crate::runs::Runs;
 use std::ops::Range;
@@ -59,23 +59,24 @@ impl Kernels {
     ) {
         let (form, inter, width) = (self.down_form(w), w.down.cols(), w.down.rows());
         let rows = Rows::new(form, inter, &inner[group.inner..][..group.rows * form.row_bytes(inter)]);
-        let mut put = |index: usize, row: usize, values: &[f32; PANEL]| {
-            let first = index * PANEL;
-            let here = PANEL.min(width - first);
-            let mut values = *values;
-            if let Some(bias) = &w.down_bias {
-                add_bias(&mut values[..here], &bias[first..first + here]);
-            }
-            put(index, row, &values[..here]);
-        };
-        if self.is_few(w.down.format(), group.rows) {
-            return self.few(&w.down, panels, &rows, group.rows, |row| row, put);
-        }
-        for index in panels.clone() {
-            let next = if index + 1 < panels.end { Some(w.down.panel(index + 1)) } else { following };
-            let panel = Panel::new(self, &w.down, index, group.rows, next, buffer);
-            panel.for_each_tile(&rows, |row| row, |row, values| put(index, row, values));
-        }
+        self.multiply_panels(
+            &w.down,
+            panels,
+            &rows,
+            group.rows,
+            |row| row,
+            following,
+            buffer,
+            |index, row, values| {
+                let first = index * PANEL;
+                let here = PANEL.min(width - first);
+                let mut values = *values;
+                if let Some(bias) = &w.down_bias {
+                    add_bias(&mut values[..here], &bias[first..first + here]);
+                }
+                put(index, row, &values[..here]);
+            },
+        );
     }
 
     /// Down over all groups, by columns of the output; the vector is for its tasks.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::process::Command;
 
 /// No program runs for so long unless it hangs: the longest test of the large model takes minutes.
-const LIMIT: Duration = Duration::from_secs(3600);
+pub(super) const LIMIT: Duration = Duration::from_secs(3600);
 /// Repetitions that llama-bench is asked for. Its own warm-up is one token, so the first is cold.
 const REPETITIONS: &str = "2";
 
@@ -173,7 +173,7 @@ pub fn arguments(engine: &Engine, model: &Path, test: Test, threads: usize, way:
 }
 
 /// What a program prints, and what it says on stderr.
-async fn output(program: &Path, arguments: &[String], limit: Duration) -> Result<(String, String)> {
+pub(super) async fn output(program: &Path, arguments: &[String], limit: Duration) -> Result<(String, String)> {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
     let output = tokio::time::timeout(limit, command.output()).await;

@@ -3,6 +3,7 @@ pub mod bench;
 pub mod ceiling;
 pub mod engine;
 pub mod prefix;
+pub mod quality;
 mod record;
 pub mod results;
 pub mod serve;
@@ -13,12 +14,13 @@ use crate::machine;
 use crate::model::{self, Preset};
 use crate::report::{Section, ms, number};
 use crate::stats::median;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use bench::Test;
 use ceiling::Ceilings;
 use clap::{Args, ValueEnum};
 use engine::{Engine, Kind, Kv, Way};
 use prefix::{Prefix, Times};
+use quality::Quality;
 use results::{Case, Results};
 use serve::{Loop, Server};
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,6 +37,8 @@ pub enum Group {
     Busy,
     /// A shared prefix, cold and warm.
     Prefix,
+    /// Moesaic's perplexity in each configuration that is timed.
+    Quality,
 }
 
 /// `moesaic-loadtest peers`; `loadtest/peers` builds what it needs and runs it.
@@ -160,6 +164,7 @@ struct Bench<'a> {
     peak_rss_bytes: u64,
     load_s: Vec<f64>,
     load_prepared_s: Vec<f64>,
+    quality: Quality,
 }
 
 impl Bench<'_> {
@@ -281,6 +286,21 @@ impl Bench<'_> {
         }
     }
 
+    /// What Moesaic's timed configurations lose.
+    async fn quality(&mut self) {
+        let Some(engine) = self.engines.iter().find(|engine| engine.kind == Kind::Moesaic) else { return };
+        match Quality::measure(engine).await {
+            Ok(quality) => {
+                let beyond = quality.beyond();
+                self.quality = quality;
+                if !beyond.is_empty() {
+                    self.failed("perplexity", &anyhow!("it is beyond the target with {}", beyond.join("; ")));
+                }
+            }
+            Err(error) => self.failed("perplexity", &error),
+        }
+    }
+
     fn measure_ceilings(&mut self) {
         let now = Ceilings::measure(usize::from(self.args.threads), self.args.int8_gops);
         let int8 = now.int8_ops_s.map_or_else(|| "is not known".into(), |ops| format!("{} GOP/s", number(ops / 1e9)));
@@ -319,6 +339,7 @@ async fn model_section(args: &Peers, engines: &[Engine], preset: Preset) -> Resu
         peak_rss_bytes: 0,
         load_s: Vec::new(),
         load_prepared_s: Vec::new(),
+        quality: Quality::default(),
     };
     let cases = if large {
         [Test::Prompt { tokens: 128 }, Test::Generation { tokens: 32, depth: 0 }]
@@ -348,7 +369,10 @@ async fn model_section(args: &Peers, engines: &[Engine], preset: Preset) -> Resu
     if args.has(Group::Alone) && !large {
         bench.prepared().await;
     }
-    if bench.results.is_empty() && bench.prefix.is_empty() {
+    if args.has(Group::Quality) && !large {
+        bench.quality().await;
+    }
+    if bench.results.is_empty() && bench.prefix.is_empty() && bench.quality.is_empty() {
         bail!(
             "nothing was measured; the first failure: {}",
             bench.results.failures.first().map_or("none", String::as_str)

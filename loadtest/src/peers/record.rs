@@ -93,6 +93,10 @@ pub(super) fn section(bench: &Bench<'_>, shape: &Shape, file_bytes: u64, large: 
         values["prefix"] = bench.prefix.values(PREFIX);
         tables.push(bench.prefix.table(&format!("A shared prefix of {PREFIX} tokens"), engines));
     }
+    if !bench.quality.is_empty() {
+        values["quality"] = serde_json::to_value(&bench.quality).unwrap_or_default();
+        tables.push(bench.quality.table());
+    }
     tables.push(flags);
     Section { title, method, tables, notes, values }
 }

@@ -1,5 +1,6 @@
 //! Products with packed weights and whole layers of experts, as fractions of what the machine can do. Prints three
-//! tables; nothing is asserted.
+//! tables; nothing is asserted. The share of the peak is that of int8, also for bf16, of whose products a processor does
+//! half as many.
 //!
 //!     cargo bench -p moesaic-kernels --bench moe [-- THREADS [ceilings|products|layers ...]]
 #![allow(clippy::print_stdout, reason = "a bench prints")]
@@ -12,8 +13,12 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const FORMATS: [(&str, Format); 3] =
-    [("q4 of 32", Format::Q4 { group: 32 }), ("q4 of 128", Format::Q4 { group: 128 }), ("q8", Format::Q8)];
+const FORMATS: [(&str, Format); 4] = [
+    ("q4 of 32", Format::Q4 { group: 32 }),
+    ("q4 of 128", Format::Q4 { group: 128 }),
+    ("q8", Format::Q8),
+    ("bf16", Format::Bf16),
+];
 const ROWS: [usize; 6] = [1, 4, 6, 16, 64, 512];
 
 /// What the machine can do with these threads.
@@ -79,6 +84,9 @@ impl Random {
     }
 
     fn matrix(&mut self, format: Format, rows: usize, cols: usize) -> PackedMatrix {
+        if format == Format::Bf16 {
+            return PackedMatrix::pack(format, rows, cols, &mut |_, row| row.copy_from_slice(&self.floats(cols)));
+        }
         let Ok(matrix) = PackedMatrix::pack_codes(format, rows, cols, |_, scales, codes| {
             scales.fill(f16::from_f32(0.01));
             for eight in codes.chunks_mut(8) {

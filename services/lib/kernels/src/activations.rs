@@ -1,10 +1,12 @@
-//! Activations as products read them: rows of f32, or int8 codes in groups.
+//! Activations as products read them: rows of f32, of bf16, or int8 codes in groups.
 //!
+//! A bf16 row has k numbers of two bytes, to the nearest, ties to even, and one of zero where k is odd.
 //! An int8 row has, for each group of G values (the weights' group length): f32 scale, i32 -8 Σ codes, i32 -128 Σ codes,
 //! 4 bytes of nothing, then G codes. The sums undo the offset that packed weights have (see `packed`). Scale =
 //! max|x| / 127, code = x · 127 / max|x| to the nearest integer, ties to even; so the error is at most half a scale.
 //! Where max|x| is below 127 times the least normal number, the group counts as zeros; where a value is infinite or no
 //! number, the scale is NaN, and so is every product of this row. Columns beyond the last are zeros.
+use crate::bf16::round;
 use crate::gemm::TILE;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Kind;
@@ -13,12 +15,13 @@ use crate::packed::Format;
 use std::cell::Cell;
 use std::ops::Range;
 
-/// How a product with q8 or q4 weights takes its activations. Products with f32 and bf16 weights take f32.
+/// How a product with bf16, q8 or q4 weights takes its activations. Products with f32 weights take f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ActivationFormat {
-    /// As they are; the weights are expanded to f32. Slow, and as exact as the weights.
+    /// As they are; the weights are widened to f32. Slow, and as exact as the weights.
     F32,
-    /// int8, symmetric, with a scale for each group of the weights' group length.
+    /// As the processor multiplies fastest. For q8 and q4: int8, symmetric, with a scale for each group of the weights'
+    /// group length. For bf16: bf16.
     #[default]
     Int8,
 }
@@ -31,6 +34,8 @@ pub(crate) const HEAD: usize = 16;
 pub(crate) enum Form {
     /// f32 values.
     Float,
+    /// bf16 values.
+    Bf16,
     /// int8 in groups.
     Int8 {
         /// Values of a group.
@@ -41,7 +46,8 @@ pub(crate) enum Form {
 impl Form {
     pub(crate) fn new(activations: ActivationFormat, weights: Format) -> Self {
         match (activations, weights) {
-            (ActivationFormat::F32, _) | (_, Format::F32 | Format::Bf16) => Self::Float,
+            (ActivationFormat::F32, _) | (_, Format::F32) => Self::Float,
+            (ActivationFormat::Int8, Format::Bf16) => Self::Bf16,
             (ActivationFormat::Int8, format) => Self::Int8 { group: format.group() },
         }
     }
@@ -50,6 +56,7 @@ impl Form {
     pub(crate) fn row_bytes(self, k: usize) -> usize {
         match self {
             Self::Float => k * 4,
+            Self::Bf16 => k.next_multiple_of(2) * 2,
             Self::Int8 { group } => k.div_ceil(group) * (HEAD + group),
         }
     }
@@ -58,6 +65,7 @@ impl Form {
     pub(crate) fn write(self, isa: Isa, values: &[f32], out: &mut [u8]) {
         match self {
             Self::Float => out.copy_from_slice(bytemuck::cast_slice(values)),
+            Self::Bf16 => round_all(isa, values, out),
             Self::Int8 { group } => quantize(isa, group, values, out),
         }
     }
@@ -87,6 +95,20 @@ impl<'a> Rows<'a> {
         }
         slices
     }
+}
+
+for_each_isa! {
+    /// Rounds values to bf16.
+    fn round_all(values: &[f32], out: &mut [u8]) => round_body
+}
+
+#[inline(always)]
+fn round_body(values: &[f32], out: &mut [u8]) {
+    let (out, rest) = out.split_at_mut(values.len() * 2);
+    for (out, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+        *out = ((round(*value) >> 16) as u16).to_le_bytes();
+    }
+    rest.fill(0);
 }
 
 /// Quantizes values in groups; the last group may be short.

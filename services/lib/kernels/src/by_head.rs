@@ -8,31 +8,51 @@ use crate::activations::{Form, with};
 use crate::gemm::{Kernels, Part, ROWS, Shared};
 use crate::inputs::Inputs;
 use crate::packed::PackedMatrix;
+use std::cell::Cell;
+
+thread_local! {
+    /// The caller's parts, none while they do not run.
+    static PARTS: Cell<Vec<Part<'static>>> = Cell::default();
+}
 
 impl Kernels {
     /// `out[m, h, n] = x[m, h, k] · W_hᵀ + bias_h[n]`, where `heads` are the W and biases.
     ///
     /// # Panics
     /// When the matrices' shapes differ, or a slice's length is not what `m` and they say.
-    pub fn linear_by_head(&self, heads: &[(&PackedMatrix, Option<&[f32]>)], x: &[f32], m: usize, out: &mut [f32]) {
-        let Some((first, _)) = heads.first() else { return };
+    pub fn linear_by_head<'w>(
+        &self,
+        heads: impl ExactSizeIterator<Item = (&'w PackedMatrix, Option<&'w [f32]>)> + Clone,
+        x: &[f32],
+        m: usize,
+        out: &mut [f32],
+    ) {
+        let Some((first, _)) = heads.clone().next() else { return };
         let (n, k) = (first.rows(), first.cols());
         let width = heads.len() * n;
         assert_eq!(x.len(), m * heads.len() * k, "x is [m, heads, k]");
         assert_eq!(out.len(), m * width, "out is [m, heads, n]");
-        for (weight, bias) in heads {
+        for (weight, bias) in heads.clone() {
             assert_eq!((weight.rows(), weight.cols()), (n, k), "all matrices are [n, k]");
             assert!(bias.is_none_or(|b| b.len() == n), "bias is [n]");
         }
         with(&ROWS, |buffers| {
-            let inputs = Inputs::new(self, x, k, buffers, heads.iter().map(|(weight, _)| *weight));
+            let inputs = Inputs::new(self, x, k, buffers, heads.clone().map(|(weight, _)| weight));
             let out = Shared::new(out);
-            let parts = heads.iter().enumerate().map(|(head, &(weight, bias))| {
+            let count = heads.len();
+            let parts = heads.enumerate().map(|(head, (weight, bias))| {
                 let form = Form::new(self.activations, weight.format());
                 let (x, column) = (inputs.of(form), head * n);
-                Part { weight, bias, x, form, m, heads: heads.len(), head, out, width, column }
+                Part { weight, bias, x, form, m, heads: count, head, out, width, column }
             });
-            self.run_parts(&parts.collect::<Vec<_>>());
+            with(&PARTS, |kept| {
+                let mut all: Vec<Part<'_>> = std::mem::take(kept);
+                all.extend(parts);
+                self.run_parts(&all);
+                all.clear();
+                // the list is collected where it is
+                *kept = all.into_iter().map(|_| unreachable!("it is empty")).collect();
+            });
         });
     }
 }

@@ -1,7 +1,7 @@
-//! A few rows, which are bound by the memory: it is read in long runs of panels, several of them at once where that is
-//! faster (see [`int8::streams`]). Bits are those of one panel after another.
-use crate::activations::{ActivationFormat, Rows};
-use crate::gemm::{Kernels, Tile};
+//! A few rows of int8 or bf16, which are bound by the memory: it is read in long runs of panels, several of them at once
+//! where that is faster (see [`int8::streams`]). Bits are those of one panel after another.
+use crate::activations::{Buffer, Rows};
+use crate::gemm::{Kernels, Panel, Path, Tile};
 use crate::int8::{self, Ahead, STREAMS};
 use crate::packed::{Format, PANEL, PackedMatrix};
 use std::ops::Range;
@@ -11,11 +11,14 @@ use std::ops::Range;
 const RUN: usize = 48 << 10;
 
 impl Kernels {
-    /// Whether so many rows are one tile's of int8.
+    /// Whether so many rows are one tile's, and multiplied with the weights as they lie in memory.
     pub(crate) fn is_few(&self, format: Format, rows: usize) -> bool {
-        let has_codes = matches!(format, Format::Q8 | Format::Q4 { .. });
-        let is_int8 = self.activations == ActivationFormat::Int8 && has_codes;
-        is_int8 && rows <= int8::rows_at_most(self.isa, format)
+        match self.path(format, rows) {
+            Path::Codes => rows <= int8::rows_at_most(self.isa, format),
+            Path::Lines => false,
+            #[cfg(target_arch = "x86_64")]
+            Path::Pairs | Path::Widened => rows <= crate::gemm::TILE,
+        }
     }
 
     /// Panels of a matrix that a task takes at least, where all tasks of a region have `panels` of them.
@@ -35,6 +38,14 @@ impl Kernels {
         index: impl Fn(usize) -> usize,
         mut put: impl FnMut(usize, usize, &[f32; PANEL]),
     ) {
+        if self.path(w.format(), rows) != Path::Codes {
+            let mut unused = Buffer::default();
+            for at in panels {
+                let panel = Panel::new(self, w, at, rows, None, &mut unused);
+                panel.for_each_tile(x, &index, |row, values| put(at, row, values));
+            }
+            return;
+        }
         let slices = x.tile(0..rows, index);
         let mut tiles: [Tile; STREAMS] = std::array::from_fn(|_| Tile::new());
         let streams = int8::streams(self.isa, w.format());

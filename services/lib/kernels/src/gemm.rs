@@ -1,12 +1,16 @@
 //! Matrix products with packed weights: `out[m, n] = x[m, k] · Wᵀ (+ bias)`, x and out f32.
 //!
-//! q8 and q4: x is quantized once to int8 in groups and multiplied as integers (`activations`, `int8`), or, as
-//! [`ActivationFormat::F32`] asks, the weights are expanded to f32. f32 and bf16: accumulation is f32 by fused
-//! multiply-add, k ascending, one accumulator an output element; largest error against f64: k · 2⁻²⁴ relative to Σ|x·w|.
-//! Either way the result's bits do not depend on m, on the tile or on the thread.
+//! q8 and q4: x is quantized once to int8 in groups and multiplied as integers (`activations`, `int8`). bf16: x is rounded
+//! once to bf16 (error at most 2⁻⁹ of a value) and multiplied in pairs of columns, of which the second comes first
+//! (`fused`). f32, and the others where [`ActivationFormat::F32`] asks: the weights are widened to f32, k ascending.
+//! Accumulation is f32 by fused multiply-add, one accumulator an output element; largest error against f64 of what is
+//! multiplied: k · 2⁻²⁴ relative to Σ|x·w|. The result's bits do not depend on m, on the tile or on the thread.
 //! Outline: a task is a run of panels of 32 rows; tiles of up to 8 rows of x run over each panel with their accumulators in
 //! registers, and ask for the memory of the next panel on the way.
 use crate::activations::{ActivationFormat, Buffer, Form, Rows, with};
+use crate::bf16::Number;
+#[cfg(target_arch = "x86_64")]
+use crate::fused;
 use crate::inputs::{Buffers, Inputs};
 use crate::int8::{self, Ahead};
 #[cfg(target_arch = "x86_64")]
@@ -208,10 +212,10 @@ impl Kernels {
     fn multiply(&self, part: &Part<'_>, panels: Range<usize>, lines: &mut Buffer) {
         let Part { weight: w, bias, x, form, m, heads, head, out, width: out_width, column } = *part;
         let (n, k) = (w.rows(), w.cols());
-        let block = match form {
-            Form::Int8 { .. } => (BLOCK / form.row_bytes(k).max(1)).max(4 * TILE),
+        let block = match self.path(w.format(), m) {
             // weights that are expanded serve all rows
-            Form::Float => m.max(1),
+            Path::Lines => m.max(1),
+            _ => (BLOCK / form.row_bytes(k).max(1)).max(4 * TILE),
         };
         // rows of x that stay in a cache while the task's panels run over them
         for first_row in (0..m).step_by(block) {
@@ -282,22 +286,47 @@ impl Kernels {
 /// One panel, ready to be multiplied with rows.
 pub(crate) struct Panel<'a> {
     isa: Isa,
+    format: Format,
+    form: Form,
+    path: Path,
     k: usize,
     rows: usize,
-    source: Source<'a>,
+    bytes: &'a [u8],
+    /// f32 lines, where the path wants them.
+    lines: &'a [f32],
     /// What will be read after all passes over it.
     next: *const u8,
 }
 
-/// Where a panel's weights come from.
-enum Source<'a> {
-    /// Codes, for int8 rows.
-    Int8(Format, &'a [u8]),
-    /// bf16 values that are widened in registers.
+/// How weights come into a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Path {
+    /// As codes, for int8 rows.
+    Codes,
+    /// As pairs of bf16, for bf16 rows.
     #[cfg(target_arch = "x86_64")]
-    Bf16(&'a [u8]),
-    /// f32 lines.
-    Lines(&'a [f32]),
+    Pairs,
+    /// bf16, widened in registers.
+    #[cfg(target_arch = "x86_64")]
+    Widened,
+    /// As f32 lines in memory.
+    Lines,
+}
+
+impl Kernels {
+    /// How weights come into a product with so many rows.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables, reason = "there is one path for any number"))]
+    pub(crate) fn path(&self, format: Format, rows: usize) -> Path {
+        let form = Form::new(self.activations, format);
+        match (form, format) {
+            (Form::Int8 { .. }, _) => Path::Codes,
+            #[cfg(target_arch = "x86_64")]
+            (Form::Bf16, _) if self.isa.kind() == Kind::Avx512Bf16 => Path::Pairs,
+            #[cfg(target_arch = "x86_64")]
+            (_, Format::Bf16) if self.isa.kind() >= Kind::Avx512 && rows <= TILE => Path::Widened,
+            _ => Path::Lines,
+        }
+    }
 }
 
 impl<'a> Panel<'a> {
@@ -311,54 +340,57 @@ impl<'a> Panel<'a> {
         next: Option<&'a [u8]>,
         buffer: &'a mut Buffer,
     ) -> Self {
-        let (isa, k, bytes) = (kernels.isa, w.cols(), w.panel(index));
-        let source = match w.format() {
-            Format::Q8 | Format::Q4 { .. } if kernels.activations == ActivationFormat::Int8 => {
-                Source::Int8(w.format(), bytes)
+        let (isa, format, k, bytes) = (kernels.isa, w.format(), w.cols(), w.panel(index));
+        let path = kernels.path(format, rows);
+        let lines = match (path, bytemuck::try_cast_slice(bytes)) {
+            (Path::Lines, Ok(lines)) if format == Format::F32 => lines,
+            (Path::Lines, _) => {
+                let lines = buffer.floats(k * PANEL);
+                expand_panel(isa, format, bytes, k, lines);
+                lines
             }
-            #[cfg(target_arch = "x86_64")]
-            Format::Bf16 if isa.kind() >= Kind::Avx512 && rows <= TILE => Source::Bf16(bytes),
-            format => match bytemuck::try_cast_slice(bytes) {
-                Ok(lines) if format == Format::F32 => Source::Lines(lines),
-                _ => {
-                    let lines = buffer.floats(k * PANEL);
-                    expand_panel(isa, format, bytes, k, lines);
-                    Source::Lines(lines)
-                }
-            },
+            _ => &[],
         };
-        Self { isa, k, rows, source, next: next.unwrap_or(bytes).as_ptr() }
+        let form = Form::new(kernels.activations, format);
+        Self { isa, format, form, path, k, rows, bytes, lines, next: next.unwrap_or(bytes).as_ptr() }
     }
 
     /// The most rows that one tile takes.
     pub(crate) fn most(&self) -> usize {
-        match self.source {
-            Source::Int8(format, _) => int8::rows_at_most(self.isa, format),
-            _ => TILE,
-        }
+        if self.path == Path::Codes { int8::rows_at_most(self.isa, self.format) } else { TILE }
     }
 
     /// What pass `pass` of `passes` over this panel asks for: its part of the next panel. Where there is one pass only,
     /// just what it reads: asking ahead fills the first cache's miss buffers, and the processor's own prefetcher into
     /// the second one is faster (one thread, one token: 21 in place of 14 GB/s).
-    fn ahead(&self, bytes: &[u8], pass: usize, passes: usize) -> Ahead {
+    fn ahead(&self, pass: usize, passes: usize) -> Ahead {
+        let bytes = self.bytes;
         let from = if passes > 1 { self.next.wrapping_add(bytes.len() / passes * pass) } else { bytes.as_ptr() };
         Ahead { from, step: packed::LINE / passes.min(packed::LINE) }
     }
 
     /// Multiplies one tile's rows.
     pub(crate) fn multiply(&self, rows: &[&[u8]], pass: usize, passes: usize, out: &mut Tile) {
-        match self.source {
-            Source::Int8(format, bytes) => {
-                let ahead = self.ahead(bytes, pass, passes);
-                int8::multiply(self.isa, format, &[bytes], rows, self.k, ahead, std::slice::from_mut(out));
+        match self.path {
+            Path::Codes => {
+                let (ahead, out) = (self.ahead(pass, passes), std::slice::from_mut(out));
+                int8::multiply(self.isa, self.format, &[self.bytes], rows, self.k, ahead, out);
             }
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: such a source is made only for tokens of kinds with these parts of AVX-512.
-            Source::Bf16(bytes) => unsafe {
-                crate::fused::tile(bytes, &floats(rows)[..rows.len()], self.k, out);
+            // SAFETY: such a path is taken only with tokens of a kind with AVX-512 and its BF16.
+            Path::Pairs => unsafe { fused::pairs(self.bytes, rows, self.k, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: such a path is taken only with tokens of kinds with these parts of AVX-512.
+            Path::Widened => unsafe {
+                match self.form {
+                    Form::Bf16 => fused::widened::<u16>(self.bytes, &numbers(rows)[..rows.len()], self.k, out),
+                    _ => fused::widened::<f32>(self.bytes, &numbers(rows)[..rows.len()], self.k, out),
+                }
             },
-            Source::Lines(lines) => tile_product(self.isa, lines, &floats(rows)[..rows.len()], self.k, out),
+            Path::Lines => match self.form {
+                Form::Bf16 => pair_product(self.isa, self.lines, &numbers(rows)[..rows.len()], self.k, out),
+                _ => tile_product(self.isa, self.lines, &numbers(rows)[..rows.len()], self.k, out),
+            },
         }
     }
 
@@ -382,13 +414,13 @@ impl<'a> Panel<'a> {
     }
 }
 
-/// Rows of floats, from their bytes.
-fn floats<'a>(rows: &[&'a [u8]]) -> [&'a [f32]; TILE] {
-    let mut floats: [&[f32]; TILE] = [&[]; TILE];
-    for (floats, row) in floats.iter_mut().zip(rows) {
-        *floats = bytemuck::cast_slice(row);
+/// Rows of numbers, from their bytes.
+fn numbers<'a, T: Number>(rows: &[&'a [u8]]) -> [&'a [T]; TILE] {
+    let mut numbers: [&[T]; TILE] = [&[]; TILE];
+    for (numbers, row) in numbers.iter_mut().zip(rows) {
+        *numbers = bytemuck::cast_slice(row);
     }
-    floats
+    numbers
 }
 
 for_each_isa! {
@@ -396,27 +428,35 @@ for_each_isa! {
     fn tile_product(lines: &[f32], x: &[&[f32]], k: usize, out: &mut Tile) => tile_body
 }
 
+for_each_isa! {
+    /// The same with rows of bf16, in pairs of columns.
+    fn pair_product(lines: &[f32], x: &[&[u16]], k: usize, out: &mut Tile) => tile_body
+}
+
 #[inline(always)]
-fn tile_body(lines: &[f32], x: &[&[f32]], k: usize, out: &mut Tile) {
+fn tile_body<T: Number>(lines: &[f32], x: &[&[T]], k: usize, out: &mut Tile) {
     match x.len() {
-        8 => tile_rows::<8>(lines, x, k, out),
-        7 => tile_rows::<7>(lines, x, k, out),
-        6 => tile_rows::<6>(lines, x, k, out),
-        5 => tile_rows::<5>(lines, x, k, out),
-        4 => tile_rows::<4>(lines, x, k, out),
-        3 => tile_rows::<3>(lines, x, k, out),
-        2 => tile_rows::<2>(lines, x, k, out),
-        _ => tile_rows::<1>(lines, x, k, out),
+        8 => tile_rows::<T, 8>(lines, x, k, out),
+        7 => tile_rows::<T, 7>(lines, x, k, out),
+        6 => tile_rows::<T, 6>(lines, x, k, out),
+        5 => tile_rows::<T, 5>(lines, x, k, out),
+        4 => tile_rows::<T, 4>(lines, x, k, out),
+        3 => tile_rows::<T, 3>(lines, x, k, out),
+        2 => tile_rows::<T, 2>(lines, x, k, out),
+        _ => tile_rows::<T, 1>(lines, x, k, out),
     }
 }
 
 #[inline(always)]
-fn tile_rows<const R: usize>(lines: &[f32], x: &[&[f32]], k: usize, out: &mut Tile) {
+fn tile_rows<T: Number, const R: usize>(lines: &[f32], x: &[&[T]], k: usize, out: &mut Tile) {
     let mut accumulators = [[0f32; PANEL]; R];
-    let rows: [&[f32]; R] = std::array::from_fn(|r| &x[r][..k]);
-    for (i, line) in lines.as_chunks::<PANEL>().0[..k].iter().enumerate() {
+    let rows: [&[T]; R] = std::array::from_fn(|r| &x[r][..k]);
+    let lines = &lines.as_chunks::<PANEL>().0[..k];
+    for i in 0..k {
+        let column = T::column(i, k);
+        let line = &lines[column];
         for r in 0..R {
-            let value = rows[r][i];
+            let value = rows[r][column].widen();
             for lane in 0..PANEL {
                 accumulators[r][lane] = value.mul_add(line[lane], accumulators[r][lane]);
             }

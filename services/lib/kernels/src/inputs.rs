@@ -3,13 +3,16 @@ use crate::activations::{Buffer, Form, Rows};
 use crate::gemm::Kernels;
 use crate::packed::PackedMatrix;
 
-/// Memory of rows for weights in groups of 32, 64 and 128.
-pub(crate) type Buffers = [Buffer; 3];
+/// Memory of rows: of bf16, and of int8 for weights in groups of 32, 64 and 128.
+pub(crate) type Buffers = [Buffer; FORMS.len()];
+
+/// The forms that are made of x; x itself is one more.
+const FORMS: [Form; 4] = [Form::Bf16, Form::Int8 { group: 32 }, Form::Int8 { group: 64 }, Form::Int8 { group: 128 }];
 
 /// x in the forms that some matrix reads.
 pub(crate) struct Inputs<'a> {
     float: Rows<'a>,
-    int8: [Option<Rows<'a>>; 3],
+    made: [Option<Rows<'a>>; FORMS.len()],
 }
 
 impl<'a> Inputs<'a> {
@@ -21,33 +24,28 @@ impl<'a> Inputs<'a> {
         buffers: &'a mut Buffers,
         matrices: impl Iterator<Item = &'e PackedMatrix>,
     ) -> Self {
-        let mut wanted = [false; 3];
+        let mut wanted = [false; FORMS.len()];
         for matrix in matrices {
-            if let Form::Int8 { group } = Form::new(kernels.activations, matrix.format()) {
-                wanted[Self::place(group)] = true;
+            if let Some(place) = Self::place(Form::new(kernels.activations, matrix.format())) {
+                wanted[place] = true;
             }
         }
-        let mut int8 = [None; 3];
+        let mut made = [None; FORMS.len()];
         for (place, buffer) in buffers.iter_mut().enumerate().filter(|(place, _)| wanted[*place]) {
-            int8[place] = Some(kernels.rows(Form::Int8 { group: 32 << place }, x, k, buffer));
+            made[place] = Some(kernels.rows(FORMS[place], x, k, buffer));
         }
-        Self { float: Rows::new(Form::Float, k, bytemuck::cast_slice(x)), int8 }
+        Self { float: Rows::new(Form::Float, k, bytemuck::cast_slice(x)), made }
     }
 
-    fn place(group: usize) -> usize {
-        match group {
-            32 => 0,
-            64 => 1,
-            128 => 2,
-            _ => unreachable!("no matrix is packed in groups of {group}"),
-        }
+    fn place(form: Form) -> Option<usize> {
+        FORMS.iter().position(|made| *made == form)
     }
 
     /// The rows for one of the matrices.
     pub(crate) fn of(&self, form: Form) -> Rows<'a> {
-        match form {
-            Form::Float => self.float,
-            Form::Int8 { group } => self.int8[Self::place(group)].expect("made for every matrix"),
+        match Self::place(form) {
+            Some(place) => self.made[place].expect("made for every matrix"),
+            None => self.float,
         }
     }
 }

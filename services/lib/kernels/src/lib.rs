@@ -4,25 +4,27 @@
 //! own inputs only, never on the batch, the tile or the thread: a row's result is the same bits alone and in a batch.
 //! The bodies are portable loops over fixed lanes with fused multiply-add, compiled once for each instruction set and
 //! chosen at run time; those written for one instruction set do the same operations in the same order (or exact ones of
-//! integers in any), so that all instruction sets agree to the bit. Two exceptions: attention over bf16 and int8 keys and
-//! values with `avx512-bf16`, whose products take denormals for zeros (`attention`); and which of its bit patterns a NaN
-//! has. That a row does not see the others holds in attention for finite keys and values (`attention` says what else
+//! integers in any), so that all instruction sets agree to the bit. Two exceptions: with `avx512-bf16` products of bf16
+//! numbers take denormals for zeros (bf16 weights, and attention over bf16 and int8 keys and values); and which of its bit
+//! patterns a NaN has. That a row does not see the others holds in attention for finite keys and values (`attention` says what else
 //! may happen).
 #![allow(unsafe_code)]
 
 mod activation;
 mod activations;
 pub mod attention;
+mod bf16;
 mod by_head;
 pub mod ceilings;
 pub mod elementwise;
-#[cfg(target_arch = "x86_64")]
 mod few;
+#[cfg(target_arch = "x86_64")]
 mod fused;
 pub mod gemm;
 mod inputs;
 mod int8;
 pub mod isa;
+pub mod likelihood;
 pub mod moe;
 pub mod packed;
 pub mod pool;

@@ -10,10 +10,13 @@ use common::{FORMATS, noise, pack};
 
 const ACTIVATIONS: [ActivationFormat; 2] = [ActivationFormat::F32, ActivationFormat::Int8];
 
-/// What a product takes for a row of x: each group rounded to 127 steps on both sides of zero, or the row itself.
+/// What a product takes for a row of x: each group rounded to 127 steps on both sides of zero, each value rounded to
+/// bf16, or the row itself.
 fn taken(format: Format, activations: ActivationFormat, x: &[f32]) -> Vec<f64> {
-    if activations == ActivationFormat::F32 || matches!(format, Format::F32 | Format::Bf16) {
-        return x.iter().map(|x| f64::from(*x)).collect();
+    match (activations, format) {
+        (ActivationFormat::F32, _) | (_, Format::F32) => return x.iter().map(|x| f64::from(*x)).collect(),
+        (_, Format::Bf16) => return x.iter().map(|x| half::bf16::from_f32(*x).to_f64()).collect(),
+        _ => {}
     }
     let group = |x: &[f32]| {
         let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));

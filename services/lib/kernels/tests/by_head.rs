@@ -51,7 +51,7 @@ fn heads_at_once_equal_one_product_each() {
                         let kernels = Kernels::with_isa(threads, isa).with_activations(activations);
                         let want = one_by_one(&kernels, &heads, &x, (n, k), m);
                         let mut got = vec![f32::INFINITY; want.len()];
-                        kernels.linear_by_head(&heads, &x, m, &mut got);
+                        kernels.linear_by_head(heads.iter().copied(), &x, m, &mut got);
                         let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
                         let what = || format!("{formats:?} {count} heads {m}x{n}x{k} {isa} {threads} {activations:?}");
                         assert!(bits(&got) == bits(&want), "{}", what());
@@ -67,14 +67,14 @@ fn heads_at_once_equal_one_product_each() {
 #[test]
 fn no_heads_and_no_rows_are_nothing_to_do() {
     let kernels = Kernels::new(2);
-    kernels.linear_by_head(&[], &[], 3, &mut []);
+    kernels.linear_by_head([].into_iter(), &[], 3, &mut []);
     let matrix = pack(Format::F32, 2, 3, &noise(1, 6));
-    kernels.linear_by_head(&[(&matrix, None)], &[], 0, &mut []);
+    kernels.linear_by_head([(&matrix, None)].into_iter(), &[], 0, &mut []);
 }
 
 #[test]
 #[should_panic(expected = "all matrices are [n, k]")]
 fn heads_of_other_shapes_are_refused() {
     let (a, b) = (pack(Format::F32, 2, 4, &noise(1, 8)), pack(Format::F32, 4, 2, &noise(1, 8)));
-    Kernels::new(1).linear_by_head(&[(&a, None), (&b, None)], &[0.0; 8], 1, &mut [0.0; 4]);
+    Kernels::new(1).linear_by_head([(&a, None), (&b, None)].into_iter(), &[0.0; 8], 1, &mut [0.0; 4]);
 }

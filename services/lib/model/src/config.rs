@@ -23,8 +23,8 @@ pub struct ModelConfig {
     pub weights: Option<WeightFormat>,
     /// Cached keys and values: f32, bf16 or int8.
     pub kv: KvFormat,
-    /// What products with q8 and q4 weights take on the native backend: int8 (activations rounded in the weights' groups)
-    /// or f32 (exact and several times as slow).
+    /// What products with quantized weights take on the native backend: int8 (activations rounded in the weights' groups;
+    /// to bf16 for bf16 weights) or f32 (exact and several times as slow).
     pub activations: Activations,
     /// Threads of the maths; 0: all cores.
     pub threads: usize,
@@ -114,7 +114,7 @@ impl ModelConfig {
     fn served_as(&self, digest: &Digest) -> ServedAs {
         // "as stored" and a format that happens to be stored may differ, and backends lay blocks out in their own ways
         let stored = if self.weights.is_none() { " as stored" } else { "" };
-        let digest = digest.tagged(&format!("{:?} {:?} blocks v2{stored}", self.backend, self.activations));
+        let digest = digest.tagged(&format!("{:?} {:?} blocks v3{stored}", self.backend, self.activations));
         ServedAs { digest, weights: self.weights, kv: self.kv }
     }
 

@@ -3,6 +3,7 @@
 //! Ties go to the lower expert id, so a choice never depends on anything but the row itself. A NaN counts as the
 //! smallest value.
 use moesaic_types::Routing;
+use std::cell::RefCell;
 use std::cmp::Ordering;
 
 /// Experts in equal groups, of which only the best are eligible (DeepSeek's node-limited routing).
@@ -65,18 +66,19 @@ impl GatePolicy {
         }
     }
 
-    /// Routes every row of `logits` `[tokens, experts]`; `bias` `[experts]` enters the choice of [`Self::Sigmoid`].
-    pub fn route(&self, logits: &[f32], experts: usize, bias: Option<&[f32]>) -> Routing {
+    /// Routes every row of `logits` `[tokens, experts]`; `bias` `[experts]` enters the choice of [`Self::Sigmoid`]. What
+    /// `routing` held before is forgotten.
+    pub fn route(&self, logits: &[f32], experts: usize, bias: Option<&[f32]>, routing: &mut Routing) {
         let (tokens, active) = (logits.len() / experts, self.max_active().min(experts));
-        let mut routing = Routing::new();
-        routing.offsets.reserve_exact(tokens);
-        routing.experts.reserve_exact(tokens * active);
-        routing.weights.reserve_exact(tokens * active);
-        let mut scratch = Scratch::default();
-        for row in logits.chunks_exact(experts) {
-            routing.push(self.choose_in(&mut scratch, row, bias));
-        }
-        routing
+        routing.clear();
+        routing.offsets.reserve(tokens);
+        routing.experts.reserve(tokens * active);
+        routing.weights.reserve(tokens * active);
+        SCRATCH.with_borrow_mut(|scratch| {
+            for row in logits.chunks_exact(experts) {
+                routing.push(self.choose_in(scratch, row, bias));
+            }
+        });
     }
 
     /// The experts of one token with their weights, best first.
@@ -135,7 +137,11 @@ impl GatePolicy {
     }
 }
 
-/// Memory that the rows of a batch use one after another.
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Memory that rows use one after another.
 #[derive(Default)]
 struct Scratch {
     scores: Vec<f32>,
@@ -304,7 +310,9 @@ mod tests {
             // A batch routes each row as that row alone.
             let batch: Vec<f32> = logits.iter().chain(logits.iter().rev()).chain(&logits).copied().collect();
             for (policy, bias) in policies.iter().flat_map(|policy| [(policy, None), (policy, Some(&logits[..]))]) {
-                let routing = policy.route(&batch, 12, bias);
+                let mut routing = Routing::new();
+                routing.push([(11, 1.0)]);
+                policy.route(&batch, 12, bias, &mut routing);
                 prop_assert_eq!(routing.tokens(), 3);
                 for (token, row) in batch.chunks_exact(12).enumerate() {
                     prop_assert_eq!(routing.token(token).collect::<Vec<_>>(), policy.choose(row, bias));

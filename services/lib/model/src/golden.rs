@@ -14,7 +14,7 @@ use std::path::Path;
 
 /// How much a log-probability may differ in f32 arithmetic; a logit too, times the logits' deviation if that is above 1.
 const LOGPROB_TOLERANCE: f32 = 2e-3;
-/// How far int8 activations may move a distribution: mean KL divergence. Trained models stay below a thousandth of it; the
+/// How far rounded activations may move a distribution: mean KL divergence. Trained models stay below a thousandth of it; the
 /// tiny random ones of the tests send a token to another expert now and then.
 const ACTIVATIONS_KL: f64 = 0.25;
 
@@ -207,7 +207,7 @@ pub fn check(runner: &mut dyn Runner, golden: &Golden) -> Result<Report> {
 /// Compares a runner whose weights are rounded to `weights` with the reference. It passes if its logits and
 /// log-probabilities are those of [`Variant::Plain`] within the tolerance of [`check`], and if its mean KL divergence from
 /// the reference is usual for the format (bf16 0.01, q8 0.02, q4 0.35) or else [`Variant::Unrounded`] passes [`check`].
-/// A runner that rounds activations too (int8) is further off: then [`Variant::Exact`], which does not, must be within the
+/// A runner that rounds activations too (to int8 or bf16) is further off: then [`Variant::Exact`], which does not, must be within the
 /// tolerance, and the mean KL divergence between both at most 0.25.
 /// `open` gives fresh runners, one after another.
 ///
@@ -226,7 +226,7 @@ pub fn check_rounded<E: From<Error>>(
     };
     let plain = golden.answered_by(open(Variant::Plain)?.as_mut())?;
     let mut report = compare(open(Variant::Judged)?.as_mut(), golden, Some(&plain))?;
-    if !report.passed && matches!(weights, WeightFormat::Q8 | WeightFormat::Q4 { .. }) {
+    if !report.passed && weights != WeightFormat::F32 {
         let exact = compare(open(Variant::Exact)?.as_mut(), golden, Some(&plain))?;
         report.max_plain_diff = exact.max_plain_diff;
         report.passed = exact.passed && report.plain_kl.is_some_and(|kl| kl <= ACTIVATIONS_KL);

@@ -18,6 +18,14 @@ impl Routing {
         Self { offsets: vec![0], ..Self::default() }
     }
 
+    /// Forgets all tokens.
+    pub fn clear(&mut self) {
+        self.offsets.clear();
+        self.offsets.push(0);
+        self.experts.clear();
+        self.weights.clear();
+    }
+
     /// Tokens that are routed.
     pub fn tokens(&self) -> usize {
         self.offsets.len().saturating_sub(1)

@@ -11,11 +11,11 @@ use super::PAIR_ROW;
 use super::ROW;
 use super::dots::Segment;
 use super::layout::{LANES, Line};
+use crate::bf16::multiply;
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_and_si512, _mm512_dpbf16_ps, _mm512_load_si512,
-    _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps,
+    __m512, _MM_HINT_T1, _mm_prefetch, _mm512_and_si512, _mm512_load_si512, _mm512_set1_epi32, _mm512_setzero_ps,
+    _mm512_setzero_si512, _mm512_storeu_ps,
 };
-use std::mem::transmute;
 use std::ops::Range;
 
 /// Lines of a group that is bound by the memory.
@@ -99,15 +99,6 @@ unsafe fn score_lines<const R: usize, const C: usize>(
     }
     // SAFETY: `out` has R rows of C vectors.
     unsafe { store(&sums, out.as_mut_ptr(), ROW) };
-}
-
-/// `sum + pair · line`, by lanes.
-#[target_feature(enable = "avx512f,avx512bf16")]
-#[inline]
-pub(super) fn multiply(sum: __m512, pair: __m512i, line: __m512i) -> __m512 {
-    // SAFETY: all three types are 64 plain bytes.
-    let (pair, line) = unsafe { (transmute::<__m512i, __m512bh>(pair), transmute::<__m512i, __m512bh>(line)) };
-    _mm512_dpbf16_ps(sum, pair, line)
 }
 
 /// # Safety

@@ -3,11 +3,12 @@
 //! Shapes and results as in `dots`, to the bit those of codes that are widened beforehand, which many lines share. A few
 //! lines are bound by the memory, and do without a buffer of widened numbers, twice what is read. Up to 4 lines take
 //! four vectors at a time, whose sums wait less for one another (Zen 4, one thread, 4 lines: 12.2 in place of 10.8 GB/s).
-use super::bf16::{multiply, store, widest};
+use super::bf16::{store, widest};
 use super::dots::Segment;
 use super::expand::Widener;
 use super::layout::{Codes, LANES};
 use super::{PAIR_ROW, ROW};
+use crate::bf16::multiply;
 use std::arch::x86_64::{
     __m512, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
     _mm512_setzero_si512,

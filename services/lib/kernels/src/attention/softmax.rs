@@ -7,6 +7,7 @@
 //! Chunks are joined in order: `max`, `sum` and outputs of both are brought to the larger maximum. A chunk of which a
 //! line sees nothing changes nothing in it.
 use super::layout::{BLOCK, LANES};
+use crate::bf16::round;
 use crate::isa::for_each_isa;
 use std::f32::consts::LN_2;
 use std::ops::Range;
@@ -34,15 +35,6 @@ pub(super) struct Line {
 pub(super) struct Stats {
     pub(super) max: f32,
     pub(super) sum: f32,
-}
-
-/// The upper half of the result is `x` rounded to bf16.
-#[inline(always)]
-pub(super) fn round(x: f32) -> u32 {
-    let bits = x.to_bits();
-    // to the nearest, ties to even; a NaN must not be carried into an infinity or a zero
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-    if x.is_nan() { bits | 0x0040_0000 } else { rounded }
 }
 
 /// `2^x` for x up to 0. A NaN stays one where its 9 lowest bits are 0, as in all that arithmetic or bf16 makes.

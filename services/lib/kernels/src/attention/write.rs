@@ -8,7 +8,7 @@
 //! in values. Many tokens are split over the threads by (run, KV head), whose bytes nobody else writes.
 use super::AttentionSequence;
 use super::layout::{BLOCK, KvFormat, KvLayer, KvShape, LANES};
-use super::softmax::round;
+use crate::bf16::round;
 use crate::gemm::{Kernels, Shared};
 use crate::isa::{Isa, for_each_isa};
 use std::ops::Range;

@@ -15,7 +15,7 @@ impl Kernels {
     /// Panels of gate and up that make one group of an inner row.
     pub(super) fn unit(&self, w: &ExpertWeights) -> usize {
         match self.down_form(w) {
-            Form::Float => 1,
+            Form::Float | Form::Bf16 => 1,
             Form::Int8 { group } => group / PANEL,
         }
     }

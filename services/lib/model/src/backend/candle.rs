@@ -296,10 +296,10 @@ impl Backend for CandleBackend {
         Ok(Tensor::cat(&heads, 1)?)
     }
 
-    fn rotation(&self, cos: Vec<f32>, sin: Vec<f32>, pairs: usize, interleaved: bool) -> Result<Rotation> {
+    fn rotation(&self, cos: &[f32], sin: &[f32], pairs: usize, interleaved: bool) -> Result<Rotation> {
         let shape = (cos.len() / pairs, 1, pairs);
-        let cos = Tensor::from_vec(cos, shape, &self.device)?;
-        let sin = Tensor::from_vec(sin, shape, &self.device)?;
+        let cos = Tensor::from_slice(cos, shape, &self.device)?;
+        let sin = Tensor::from_slice(sin, shape, &self.device)?;
         Ok(Rotation { cos, sin, pairs, interleaved })
     }
 
@@ -443,7 +443,7 @@ impl Backend for CandleBackend {
         let kv = &kv.layers[layer];
         let mut row = 0;
         for sequence in sequences {
-            let end = sequence.start + sequence.rows;
+            let end = sequence.start + sequence.queries;
             let mut position = sequence.start;
             while position < end {
                 let (block, slot) = (sequence.blocks[position / BLOCK_TOKENS] as usize, position % BLOCK_TOKENS);
@@ -463,12 +463,12 @@ impl Backend for CandleBackend {
         let mut outputs = Vec::with_capacity(sequences.len());
         let mut row = 0;
         for sequence in sequences {
-            for first in (0..sequence.rows).step_by(QUERY_TILE) {
-                let count = QUERY_TILE.min(sequence.rows - first);
+            for first in (0..sequence.queries).step_by(QUERY_TILE) {
+                let count = QUERY_TILE.min(sequence.queries - first);
                 let q = q.narrow(0, row + first, count)?.contiguous()?;
                 outputs.push(self.attend_tile(kv, call, sequence.blocks, sequence.start + first, &q)?);
             }
-            row += sequence.rows;
+            row += sequence.queries;
         }
         Ok(Tensor::cat(&outputs, 0)?)
     }

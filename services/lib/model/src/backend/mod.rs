@@ -13,6 +13,7 @@ pub use matrix::{FfnMatrices, Matrix, ReadCodes, ReadRow, TensorSlice, kernel_fo
 
 use crate::spec::Norm;
 use crate::{Error, Result};
+pub use moesaic_kernels::AttentionSequence;
 use moesaic_types::{KvFormat, Routing};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -54,12 +55,12 @@ impl std::str::FromStr for BackendKind {
     }
 }
 
-/// How products with q8 and q4 weights take their activations on the native backend; those with f32 and bf16 weights take
+/// How products with bf16, q8 and q4 weights take their activations on the native backend; those with f32 weights take
 /// f32, and so does candle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Activations {
-    /// Rounded to int8 in the weights' groups, as llama.cpp does: several times as fast.
+    /// Rounded to int8 in the weights' groups, as llama.cpp does, and to bf16 for bf16 weights: several times as fast.
     #[default]
     Int8,
     /// As they are.
@@ -103,17 +104,6 @@ pub struct AttentionCall {
     pub sinks: Option<Arc<[f32]>>,
     /// A slope per head: `-slope * distance` is added to scores.
     pub alibi: Option<Arc<[f32]>>,
-}
-
-/// One sequence's rows of a batch.
-#[derive(Clone, Copy, Debug)]
-pub struct AttentionSequence<'a> {
-    /// Its blocks.
-    pub blocks: &'a [u32],
-    /// Position of its first row.
-    pub start: usize,
-    /// How many rows.
-    pub rows: usize,
 }
 
 /// Takes a model's weights, one after another: a device that will run it, or something that writes them elsewhere.
@@ -185,7 +175,7 @@ pub trait Backend: Loader + Send + Sync + Sized + 'static {
     /// Applies a matrix of its own to each head's columns.
     fn linear_by_head(&self, linears: &[Self::Linear], x: &Self::Tensor) -> Result<Self::Tensor>;
     /// Cosines and sines `[rows, pairs]`, for pairs of neighbours or of halves.
-    fn rotation(&self, cos: Vec<f32>, sin: Vec<f32>, pairs: usize, interleaved: bool) -> Result<Self::Rotation>;
+    fn rotation(&self, cos: &[f32], sin: &[f32], pairs: usize, interleaved: bool) -> Result<Self::Rotation>;
     /// Rotates the columns from `offset` of each head.
     fn rotate(
         &self,

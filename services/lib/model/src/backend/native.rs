@@ -78,8 +78,8 @@ pub struct Experts {
 
 /// Cosines and sines `[rows, pairs]`.
 pub struct Rotation {
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    cos: Values,
+    sin: Values,
     pairs: usize,
     interleaved: bool,
 }
@@ -248,13 +248,13 @@ impl Backend for NativeBackend {
 
     fn linear_by_head(&self, linears: &[Linear], x: &Rows) -> Result<Rows> {
         let mut out = Rows::new(x.count(), linears.iter().map(|linear| linear.weight.rows()).sum());
-        let heads: Vec<_> = linears.iter().map(|Linear { weight, bias }| (&**weight, bias.as_deref())).collect();
-        self.kernels.linear_by_head(&heads, &x.values, x.count(), &mut out.values);
+        let heads = linears.iter().map(|Linear { weight, bias }| (&**weight, bias.as_deref()));
+        self.kernels.linear_by_head(heads, &x.values, x.count(), &mut out.values);
         Ok(out)
     }
 
-    fn rotation(&self, cos: Vec<f32>, sin: Vec<f32>, pairs: usize, interleaved: bool) -> Result<Rotation> {
-        Ok(Rotation { cos, sin, pairs, interleaved })
+    fn rotation(&self, cos: &[f32], sin: &[f32], pairs: usize, interleaved: bool) -> Result<Rotation> {
+        Ok(Rotation { cos: cos.into(), sin: sin.into(), pairs, interleaved })
     }
 
     fn rotate(&self, mut x: Rows, head_dim: usize, offset: usize, rotation: &Rotation) -> Result<Rows> {
@@ -396,13 +396,9 @@ impl Backend for NativeBackend {
             sinks: call.sinks.as_deref(),
             alibi: call.alibi.as_deref(),
         };
-        let sequences: Vec<_> = sequences
-            .iter()
-            .map(|s| kernels::AttentionSequence { blocks: s.blocks, start: s.start, queries: s.rows })
-            .collect();
-        self.kernels.write_kv(cache, &sequences, &k.values, v.map_or(&[][..], |v| &v.values));
+        self.kernels.write_kv(cache, sequences, &k.values, v.map_or(&[][..], |v| &v.values));
         let mut out = Rows::new(q.count(), call.heads * layout.v_dim);
-        self.kernels.attention(cache, &call, &sequences, &q.values, &mut out.values);
+        self.kernels.attention(cache, &call, sequences, &q.values, &mut out.values);
         Ok(out)
     }
 

@@ -53,6 +53,8 @@ pub(super) struct Step<'a, B: Backend> {
     /// Index of the layer whose keys and values are the first in `kv`.
     pub(super) first: usize,
     pub(super) laps: &'a mut Laps,
+    /// Takes the layer's routing, if it has one.
+    pub(super) routing: &'a mut Routing,
 }
 
 pub(super) fn load_norm<B: Loader>(
@@ -203,9 +205,9 @@ impl<B: Backend> Layer<B> {
         match (&self.ffn, spec) {
             (FfnWeights::Moe { gate, choice_bias, shared }, Ffn::Moe(moe)) => {
                 let scores = backend.linear(gate, x)?;
-                let routing = moe.gate.route(&backend.on_host(&scores)?, moe.experts, choice_bias.as_deref());
+                moe.gate.route(&backend.on_host(&scores)?, moe.experts, choice_bias.as_deref(), step.routing);
                 step.laps.end(StepPart::Router);
-                let ticket = step.pool.dispatch(index, x, &routing)?;
+                let ticket = step.pool.dispatch(index, x, step.routing)?;
                 // The shared expert runs while the others may be under way elsewhere.
                 let shared = match shared {
                     Some((ffn, gate)) => {
@@ -218,7 +220,7 @@ impl<B: Backend> Layer<B> {
                     None => None,
                 };
                 step.laps.end(StepPart::Experts);
-                Ok(Output::Experts { ticket, shared, routing })
+                Ok(Output::Experts { ticket, shared })
             }
             (FfnWeights::Dense(ffn), Ffn::Dense(_)) => {
                 let output = backend.ffn(ffn, x)?;
@@ -239,15 +241,15 @@ pub(super) struct Begun<B: Backend> {
 
 enum Output<B: Backend> {
     Dense(B::Tensor),
-    Experts { ticket: Ticket<B>, shared: Option<B::Tensor>, routing: Routing },
+    Experts { ticket: Ticket<B>, shared: Option<B::Tensor> },
 }
 
 impl<B: Backend> Begun<B> {
-    /// Awaits the experts; the residual stream after the layer, and how it routed.
-    pub(super) fn end(self, backend: &B, laps: &mut Laps) -> Result<(B::Tensor, Option<Routing>)> {
-        let (output, routing) = match self.output {
-            Output::Dense(output) => (output, None),
-            Output::Experts { ticket, shared, routing } => {
+    /// Awaits the experts; the residual stream after the layer, and whether it routed.
+    pub(super) fn end(self, backend: &B, laps: &mut Laps) -> Result<(B::Tensor, bool)> {
+        let (output, is_routed) = match self.output {
+            Output::Dense(output) => (output, false),
+            Output::Experts { ticket, shared } => {
                 laps.begin();
                 let output = ticket.combine()?;
                 laps.end(StepPart::Experts);
@@ -255,12 +257,12 @@ impl<B: Backend> Begun<B> {
                     Some(shared) => backend.add(output, &shared, 1.0)?,
                     None => output,
                 };
-                (output, Some(routing))
+                (output, true)
             }
         };
         let x = backend.add(self.residual, &output, self.scale)?;
         laps.end(StepPart::Elementwise);
-        Ok((x, routing))
+        Ok((x, is_routed))
     }
 }
 

@@ -13,6 +13,8 @@ pub(super) struct MicroBatch<'a, B: Backend> {
     pub(super) rotations: Vec<B::Rotation>,
     /// Rows whose logits are wanted.
     pub(super) wanted: Vec<u32>,
+    /// Of the last MoE layer that was begun.
+    pub(super) routing: Routing,
     pub(super) stream: Stream<B>,
 }
 
@@ -27,15 +29,32 @@ pub(super) enum Stream<B: Backend> {
 }
 
 impl<B: Backend> MicroBatch<'_, B> {
+    /// No rows.
+    pub(super) fn empty() -> Self {
+        let (sequences, rotations, wanted) = (Vec::new(), Vec::new(), Vec::new());
+        Self { rows: 0, sequences, rotations, wanted, routing: Routing::new(), stream: Stream::Taken }
+    }
+
+    /// Its memory, for the rows of a later step.
+    pub(super) fn emptied(mut self) -> MicroBatch<'static, B> {
+        self.sequences.clear();
+        self.rotations.clear();
+        self.wanted.clear();
+        // the list is collected where it is
+        let sequences = self.sequences.into_iter().map(|_| unreachable!("it is empty")).collect();
+        let (rotations, wanted, routing) = (self.rotations, self.wanted, self.routing);
+        MicroBatch { rows: 0, sequences, rotations, wanted, routing, stream: Stream::Taken }
+    }
+
     /// Ends the layer that was begun, if one was; the residual stream. Routing goes to `recorder`, a list for each MoE
     /// layer, which all micro-batches extend.
     pub(super) fn end(&mut self, backend: &B, recorder: Option<&mut Recorder>, laps: &mut Laps) -> Result<B::Tensor> {
         match std::mem::replace(&mut self.stream, Stream::Taken) {
             Stream::Between(x) => Ok(x),
             Stream::Begun(layer, begun) => {
-                let (x, routing) = begun.end(backend, laps)?;
-                if let (Some(recorder), Some(routing)) = (recorder, routing) {
-                    recorder.add(layer, &routing);
+                let (x, is_routed) = begun.end(backend, laps)?;
+                if let Some(recorder) = recorder.filter(|_| is_routed) {
+                    recorder.add(layer, &self.routing);
                 }
                 Ok(x)
             }
@@ -100,20 +119,21 @@ pub(super) fn cut<'a>(batch: &[SequenceChunk<'a>], count: usize) -> Vec<Vec<Sequ
 
 /// The same for sequences' rows of a micro-batch that is under way.
 pub(super) fn cut_rows<'a>(sequences: &[AttentionSequence<'a>], count: usize) -> Vec<Vec<AttentionSequence<'a>>> {
-    let rows: usize = sequences.iter().map(|sequence| sequence.rows).sum();
+    let rows: usize = sequences.iter().map(|sequence| sequence.queries).sum();
     let size = rows.div_ceil(count.max(1)).max(1);
     let (mut parts, mut room) = (vec![Vec::new()], size);
     for sequence in sequences {
         let mut rest = *sequence;
-        while rest.rows > 0 {
+        while rest.queries > 0 {
             if room == 0 {
                 parts.push(Vec::new());
                 room = size;
             }
-            let taken = AttentionSequence { rows: rest.rows.min(room), ..rest };
+            let taken = AttentionSequence { queries: rest.queries.min(room), ..rest };
             parts.last_mut().expect("there is always a part").push(taken);
-            rest = AttentionSequence { start: rest.start + taken.rows, rows: rest.rows - taken.rows, ..rest };
-            room -= taken.rows;
+            rest =
+                AttentionSequence { start: rest.start + taken.queries, queries: rest.queries - taken.queries, ..rest };
+            room -= taken.queries;
         }
     }
     parts

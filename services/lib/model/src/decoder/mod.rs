@@ -61,7 +61,7 @@ pub struct LoadOptions<'a> {
     pub kv: KvFormat,
     /// Threads that load and run.
     pub threads: usize,
-    /// What products with q8 and q4 weights take, where a native backend is made for the model.
+    /// What products with bf16, q8 and q4 weights take, where a native backend is made for the model.
     pub activations: Activations,
     /// Told of each layer.
     pub progress: Option<&'a dyn Fn(Progress)>,
@@ -94,6 +94,8 @@ pub struct Decoder<B: Backend> {
     output: B::Linear,
     record_routing: bool,
     routing: Recorder,
+    /// Memory for a micro-batch's tokens.
+    tokens: Vec<u32>,
 }
 
 /// Opens a model and loads all of it, experts included.
@@ -160,8 +162,8 @@ fn load_range<B: Backend>(
     let Body { embedding, embedding_norm, layers, ropes, final_norm, output } =
         Body::load(&weights, &*backend, range.clone(), &report)?;
     let stack = Stack::new(&spec, range, (layers, ropes), backend, pool, options.kv);
-    let (record_routing, routing, later) = (false, Recorder::default(), None);
-    Ok(Decoder { spec, embedding, embedding_norm, stack, later, final_norm, output, record_routing, routing })
+    let (record_routing, routing, later, tokens) = (false, Recorder::default(), None, Vec::new());
+    Ok(Decoder { spec, embedding, embedding_norm, stack, later, final_norm, output, record_routing, routing, tokens })
 }
 
 impl<B: Backend> Decoder<B> {
@@ -181,27 +183,30 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// A micro-batch before the first layer.
-    fn embed<'a>(&self, part: &'a [SequenceChunk<'a>]) -> Result<MicroBatch<'a, B>> {
-        let backend = self.backend();
-        let (mut tokens, mut wanted) = (vec![], vec![]);
+    fn embed<'a>(&mut self, part: &[SequenceChunk<'a>]) -> Result<MicroBatch<'a, B>> {
+        let mut micro_batch: MicroBatch<'a, B> = self.stack.empty();
+        self.tokens.clear();
         for chunk in part {
-            let first = tokens.len() as u32;
-            tokens.extend_from_slice(chunk.tokens);
-            let end = tokens.len() as u32;
+            let first = self.tokens.len() as u32;
+            self.tokens.extend_from_slice(chunk.tokens);
+            let end = self.tokens.len() as u32;
             match chunk.logits {
                 LogitsWanted::None => {}
-                LogitsWanted::Last => wanted.push(end - 1),
-                LogitsWanted::All => wanted.extend(first..end),
+                LogitsWanted::Last => micro_batch.wanted.push(end - 1),
+                LogitsWanted::All => micro_batch.wanted.extend(first..end),
             }
         }
-        let mut x = backend.embed(&self.embedding, &tokens)?;
+        micro_batch.sequences.extend(part.iter().map(sequence));
+        let backend = &*self.stack.backend;
+        let mut x = backend.embed(&self.embedding, &self.tokens)?;
         if self.spec.embedding_scale != 1.0 {
             x = backend.scale(x, self.spec.embedding_scale)?;
         }
         if let Some(norm) = &self.embedding_norm {
             x = backend.norm(norm, &x)?;
         }
-        self.stack.enter(part.iter().map(sequence).collect(), x, wanted)
+        self.stack.enter(&mut micro_batch, x)?;
+        Ok(micro_batch)
     }
 
     /// Appends the logits of rows that left the last layer.
@@ -218,22 +223,21 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// All layers are here: micro-batches are at the same layer, so that their experts and attention overlap.
-    fn run_layers<'a>(&mut self, parts: &[impl AsRef<[SequenceChunk<'a>]>], logits: &mut Vec<f32>) -> Result<()> {
-        let mut micro_batches = parts.iter().map(|part| self.embed(part.as_ref())).collect::<Result<Vec<_>>>()?;
+    fn run_layers(&mut self, micro_batches: &mut [MicroBatch<'_, B>], logits: &mut Vec<f32>) -> Result<()> {
         self.stack.laps.end(StepPart::Embed);
         let mut record = self.record_routing.then_some(&mut self.routing);
-        self.stack.run(&mut micro_batches, record.as_deref_mut())?;
+        self.stack.run(micro_batches, record.as_deref_mut())?;
         if micro_batches.iter().any(|micro_batch| !micro_batch.wanted.is_empty()) {
             self.stack.backend.expect(&self.output);
         }
-        let Stack { backend, laps, .. } = &mut self.stack;
-        let ended = micro_batches.iter_mut().map(|micro_batch| micro_batch.end(backend, record.as_deref_mut(), laps));
-        let ended = ended.collect::<Result<Vec<_>>>()?;
-        for (x, MicroBatch { rows, wanted, .. }) in ended.iter().zip(&micro_batches) {
-            match wanted.len() {
+        for micro_batch in micro_batches {
+            let Stack { backend, laps, .. } = &mut self.stack;
+            let record = self.record_routing.then_some(&mut self.routing);
+            let x = micro_batch.end(backend, record, laps)?;
+            match micro_batch.wanted.len() {
                 0 => {}
-                count if count == *rows => self.project(x, logits)?,
-                _ => self.project(&self.backend().rows(x, wanted)?, logits)?,
+                count if count == micro_batch.rows => self.project(&x, logits)?,
+                _ => self.project(&self.backend().rows(&x, &micro_batch.wanted)?, logits)?,
             }
         }
         self.stack.laps.end(StepPart::Head);
@@ -257,12 +261,13 @@ impl<B: Backend> Decoder<B> {
                 append(&mut x, self.stack.backend.to_host(&ended)?);
                 wanted.extend(micro_batch.wanted.iter().map(|row| first + row));
                 first += micro_batch.rows as u32;
+                self.stack.keep(micro_batch);
             }
             let sequences = part.iter().map(sequence);
-            let sequences = sequences.map(|AttentionSequence { blocks, start, rows }| StageSequence {
+            let sequences = sequences.map(|AttentionSequence { blocks, start, queries }| StageSequence {
                 blocks: blocks.to_vec(),
                 start,
-                rows,
+                rows: queries,
             });
             let input = StageInput { x, sequences: sequences.collect(), wanted };
             self.later().send(input)?;
@@ -291,7 +296,7 @@ fn append(rows: &mut Vec<f32>, mut more: Vec<f32>) {
 
 /// A chunk's rows.
 fn sequence<'a>(chunk: &SequenceChunk<'a>) -> AttentionSequence<'a> {
-    AttentionSequence { blocks: chunk.blocks, start: chunk.start, rows: chunk.tokens.len() }
+    AttentionSequence { blocks: chunk.blocks, start: chunk.start, queries: chunk.tokens.len() }
 }
 
 impl<B: Backend> Runner for Decoder<B> {
@@ -341,8 +346,19 @@ impl<B: Backend> Runner for Decoder<B> {
         let rows: usize = batch.iter().map(|chunk| chunk.tokens.len()).sum();
         match &self.later {
             None => match self.stack.pool.micro_batches(rows) {
-                0 | 1 => self.run_layers(&[batch], logits),
-                count => self.run_layers(&micro_batch::cut(batch, count), logits),
+                0 | 1 => {
+                    let mut whole = [self.embed(batch)?];
+                    self.run_layers(&mut whole, logits)?;
+                    whole.into_iter().for_each(|micro_batch| self.stack.keep(micro_batch));
+                    Ok(())
+                }
+                count => {
+                    let parts = micro_batch::cut(batch, count);
+                    let mut parts = parts.iter().map(|part| self.embed(part)).collect::<Result<Vec<_>>>()?;
+                    self.run_layers(&mut parts, logits)?;
+                    parts.into_iter().for_each(|micro_batch| self.stack.keep(micro_batch));
+                    Ok(())
+                }
             },
             Some(later) => {
                 let count = (later.stages() + 1).max(rows.div_ceil(later.max_rows()));

@@ -28,6 +28,15 @@ pub(super) struct Stack<B: Backend> {
     pub(super) laps: Laps,
     /// Layers that micro-batches went through.
     advanced: Arc<AtomicU64>,
+    spare: Spare<B>,
+}
+
+/// Memory of steps that ended, for later ones.
+struct Spare<B: Backend> {
+    micro_batches: Vec<MicroBatch<'static, B>>,
+    positions: Vec<u32>,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
 }
 
 /// Layers `range` and their distinct rotations; `progress(layers done, layers in all)`.
@@ -73,7 +82,8 @@ impl<B: Backend> Stack<B> {
             (rope, frequencies)
         };
         let ropes = ropes.into_iter().map(with_frequencies).collect();
-        Self { backend, pool, first: range.start, specs, layers, ropes, kv_format, kv: None, laps, advanced }
+        let spare = Spare { micro_batches: Vec::new(), positions: Vec::new(), cos: Vec::new(), sin: Vec::new() };
+        Self { backend, pool, first: range.start, specs, layers, ropes, kv_format, kv: None, laps, advanced, spare }
     }
 
     /// How far micro-batches are, by layers, kernels and waits for experts.
@@ -101,8 +111,8 @@ impl<B: Backend> Stack<B> {
 
     /// Checks that a sequence's blocks hold its positions and are in the pool.
     pub(super) fn check(&self, sequence: &AttentionSequence<'_>) -> Result<()> {
-        let (end, blocks) = (sequence.start + sequence.rows, self.kv.as_ref().map_or(0, |(_, blocks)| *blocks));
-        let reason = if sequence.rows == 0 {
+        let (end, blocks) = (sequence.start + sequence.queries, self.kv.as_ref().map_or(0, |(_, blocks)| *blocks));
+        let reason = if sequence.queries == 0 {
             "a chunk has no tokens".to_owned()
         } else if sequence.blocks.len() * BLOCK_TOKENS < end {
             format!("{} blocks do not hold {end} positions", sequence.blocks.len())
@@ -114,24 +124,30 @@ impl<B: Backend> Stack<B> {
         Err(self.backend.error(reason))
     }
 
-    /// Rows `x` on their way into the first layer.
-    pub(super) fn enter<'a>(
-        &self,
-        sequences: Vec<AttentionSequence<'a>>,
-        x: B::Tensor,
-        wanted: Vec<u32>,
-    ) -> Result<MicroBatch<'a, B>> {
-        let position = |sequence: &AttentionSequence<'_>| {
-            let start = sequence.start;
-            (0..sequence.rows).map(move |row| (start + row) as u32)
-        };
-        let positions: Vec<u32> = sequences.iter().flat_map(position).collect();
-        let rotation = |(rope, frequencies): &(Rope, Vec<f32>)| {
-            let (cos, sin) = rope.table(frequencies, &positions);
-            self.backend.rotation(cos, sin, rope.dims / 2, rope.interleaved)
-        };
-        let rotations = self.ropes.iter().map(rotation).collect::<Result<Vec<_>>>()?;
-        Ok(MicroBatch { rows: positions.len(), sequences, rotations, wanted, stream: Stream::Between(x) })
+    /// A micro-batch without rows.
+    pub(super) fn empty(&mut self) -> MicroBatch<'static, B> {
+        self.spare.micro_batches.pop().unwrap_or_else(MicroBatch::empty)
+    }
+
+    /// Keeps the memory of a micro-batch that ended.
+    pub(super) fn keep(&mut self, micro_batch: MicroBatch<'_, B>) {
+        self.spare.micro_batches.push(micro_batch.emptied());
+    }
+
+    /// Rows `x` of a micro-batch, whose sequences it has already, on their way into the first layer.
+    pub(super) fn enter(&mut self, micro_batch: &mut MicroBatch<'_, B>, x: B::Tensor) -> Result<()> {
+        let Spare { positions, cos, sin, .. } = &mut self.spare;
+        positions.clear();
+        for AttentionSequence { start, queries, .. } in &micro_batch.sequences {
+            positions.extend((*start..start + queries).map(|position| position as u32));
+        }
+        for (rope, frequencies) in &self.ropes {
+            rope.table(frequencies, positions, cos, sin);
+            micro_batch.rotations.push(self.backend.rotation(cos, sin, rope.dims / 2, rope.interleaved)?);
+        }
+        micro_batch.rows = positions.len();
+        micro_batch.stream = Stream::Between(x);
+        Ok(())
     }
 
     /// Runs the layers on some micro-batches, the last of which each still awaits its experts: see [`MicroBatch::end`].
@@ -146,8 +162,9 @@ impl<B: Backend> Stack<B> {
         for (at, (layer, spec)) in self.layers.iter().zip(&self.specs).enumerate() {
             for micro_batch in &mut *micro_batches {
                 let x = micro_batch.end(backend, record.as_deref_mut(), laps)?;
-                let (sequences, rotations) = (&micro_batch.sequences, &micro_batch.rotations);
-                let mut step = Step { backend, pool, sequences, rotations, kv: &mut *kv, first, laps: &mut *laps };
+                let MicroBatch { sequences, rotations, routing, .. } = micro_batch;
+                let (kv, laps) = (&mut *kv, &mut *laps);
+                let mut step = Step { backend, pool, sequences, rotations, kv, first, laps, routing };
                 micro_batch.stream = Stream::Begun(first + at, layer.begin(&mut step, first + at, spec, x)?);
                 self.advanced.fetch_add(1, Ordering::Relaxed);
             }

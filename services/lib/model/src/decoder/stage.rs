@@ -1,5 +1,5 @@
 //! A later pipeline stage: consecutive layers of a model.
-use super::micro_batch::cut_rows;
+use super::micro_batch::{MicroBatch, cut_rows};
 use super::stack::{Stack, load_layers};
 use super::weights::Weights;
 use super::{LoadOptions, Part, append};
@@ -68,7 +68,7 @@ impl<B: Backend> Stage<B> {
 }
 
 fn attention(of: &StageSequence) -> AttentionSequence<'_> {
-    AttentionSequence { blocks: &of.blocks, start: of.start, rows: of.rows }
+    AttentionSequence { blocks: &of.blocks, start: of.start, queries: of.rows }
 }
 
 impl<B: Backend> StageRunner for Stage<B> {
@@ -98,11 +98,14 @@ impl<B: Backend> StageRunner for Stage<B> {
         let parts = cut_rows(&sequences, self.stack.pool.micro_batches(input.x.len() / self.hidden));
         let (mut micro_batches, mut first) = (Vec::with_capacity(parts.len()), 0);
         for part in parts {
-            let rows: usize = part.iter().map(|sequence| sequence.rows).sum();
+            let rows: usize = part.iter().map(|sequence| sequence.queries).sum();
             let x = input.x[first * self.hidden..][..rows * self.hidden].to_vec();
             let inside = |row: &&u32| (first..first + rows).contains(&(**row as usize));
-            let wanted = input.wanted.iter().filter(inside).map(|row| row - first as u32).collect();
-            micro_batches.push(self.stack.enter(part, backend.to_device(x, self.hidden)?, wanted)?);
+            let mut micro_batch: MicroBatch<'_, B> = self.stack.empty();
+            micro_batch.sequences.extend(part);
+            micro_batch.wanted.extend(input.wanted.iter().filter(inside).map(|row| row - first as u32));
+            self.stack.enter(&mut micro_batch, backend.to_device(x, self.hidden)?)?;
+            micro_batches.push(micro_batch);
             first += rows;
         }
         self.stack.run(&mut micro_batches, None)?;
@@ -114,6 +117,7 @@ impl<B: Backend> StageRunner for Stage<B> {
                 0 => {}
                 _ => append(&mut output, backend.to_host(&backend.rows(&x, &micro_batch.wanted)?)?),
             }
+            self.stack.keep(micro_batch);
         }
         Ok(output)
     }

@@ -133,11 +133,11 @@ impl Rope {
         }
     }
 
-    /// Cosines and sines `[positions, dims / 2]` each, of [`Self::frequencies`], which a caller computes once.
-    pub fn table(&self, frequencies: &[f32], positions: &[u32]) -> (Vec<f32>, Vec<f32>) {
+    /// Fills `cos` and `sin` with `[positions, dims / 2]` each, of [`Self::frequencies`], which a caller computes once.
+    pub fn table(&self, frequencies: &[f32], positions: &[u32], cos: &mut Vec<f32>, sin: &mut Vec<f32>) {
         let factor = self.attention_factor();
-        let mut cos = Vec::with_capacity(positions.len() * frequencies.len());
-        let mut sin = Vec::with_capacity(positions.len() * frequencies.len());
+        cos.clear();
+        sin.clear();
         for &position in positions {
             for &frequency in frequencies {
                 // The reference rounds the angle to f32; so do we.
@@ -146,7 +146,6 @@ impl Rope {
                 sin.push(s as f32 * factor);
             }
         }
-        (cos, sin)
     }
 }
 

@@ -43,6 +43,14 @@ impl From<Vec<f32>> for Values {
     }
 }
 
+impl From<&[f32]> for Values {
+    fn from(values: &[f32]) -> Self {
+        let mut copy = Self::new(values.len());
+        copy.copy_from_slice(values);
+        copy
+    }
+}
+
 impl Deref for Values {
     type Target = [f32];
     fn deref(&self) -> &[f32] {

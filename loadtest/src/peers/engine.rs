@@ -53,6 +53,8 @@ pub struct Engine {
     pub name: &'static str,
     /// What it was built of.
     pub version: String,
+    /// Whether AMX was left out of a peer, for a compiler that breaks it.
+    pub without_amx: bool,
     /// Where its programs are.
     #[serde(skip)]
     folder: PathBuf,
@@ -66,7 +68,7 @@ impl Engine {
             Kind::LlamaCpp => "llama.cpp",
             Kind::Ik => "ik_llama.cpp",
         };
-        Self { kind, name, version, folder }
+        Self { kind, name, version, without_amx: false, folder }
     }
 
     /// The peer of a kind that `loadtest/peers` left in a folder.
@@ -82,6 +84,7 @@ impl Engine {
         // the first two words: distribution and version; the flags come after
         let built = std::fs::read_to_string(peers.join(engine.name).join("built")).unwrap_or_default();
         engine.version = built.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
+        engine.without_amx = built.contains("-mno-amx");
         ensure!(!engine.version.is_empty(), "{} is not whole; run loadtest/peers", engine.folder.display());
         Ok(engine)
     }

@@ -58,6 +58,13 @@ pub(super) fn section(bench: &Bench<'_>, shape: &Shape, file_bytes: u64, large: 
          weights at load by default, ik_llama.cpp with -rtr."
             .to_owned(),
     ];
+    for engine in engines.iter().filter(|engine| engine.without_amx) {
+        notes.push(format!(
+            "{} was built without AMX: the C compiler here breaks it (GCC's bug 114098), and the program would end by a \
+             signal where the processor has it.",
+            engine.name
+        ));
+    }
     if !bench.load_s.is_empty() {
         notes.push(format!(
             "Moesaic loaded the GGUF file in {} s (median) and had {:.2} GB resident at most, {:.2} times the file.",

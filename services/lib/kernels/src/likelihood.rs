@@ -1,8 +1,8 @@
 //! `{isa}-exp-weights`: what the tokens of a row of logits weigh in a draw.
 //!
 //! Shapes: logits `[n]` f32, weights `[n]` f64, sums `[n / 256, rounded up]` f64. Weight = e^((logit - largest) /
-//! temperature), in f64, by a polynomial of degree 13 on half of ln 2 around zero: relative error below 2⁻⁵¹, and 0 where
-//! the weight is below 2⁻¹⁰²¹. Sums have 8 lanes and one order, the same on all instruction sets.
+//! temperature), in f64, by a polynomial of degree 13 on half of ln 2 around zero: relative error below 2⁻⁵¹ and that of its
+//! rounded exponent, which is 2⁻⁵² of it; 0 where the weight is below 2⁻¹⁰²¹. Sums have 8 lanes and one order, the same on all instruction sets.
 use crate::isa::{Isa, for_each_isa};
 
 /// Weights that one sum is of.
@@ -38,31 +38,27 @@ const COEFFICIENTS: [f64; 14] = [
 /// When a slice has another length than the logits say.
 pub fn weigh(isa: Isa, logits: &[f32], largest: f64, temperature: f64, weights: &mut [f64], sums: &mut [f64]) -> f64 {
     assert!(weights.len() == logits.len() && sums.len() == logits.len().div_ceil(RUN), "a weight a logit, a sum a run");
-    weigh_runs(isa, logits, largest, temperature, weights, sums);
+    weigh_runs(isa, logits, largest, 1.0 / temperature, weights, sums);
     sums.iter().sum()
 }
 
 for_each_isa! {
-    /// As [`weigh`].
-    fn weigh_runs(logits: &[f32], largest: f64, temperature: f64, weights: &mut [f64], sums: &mut [f64]) => weigh_body
+    /// As [`weigh`], of the temperature's inverse.
+    fn weigh_runs(logits: &[f32], largest: f64, inverse: f64, weights: &mut [f64], sums: &mut [f64]) => weigh_body
 }
 
 #[inline(always)]
-fn weigh_body(logits: &[f32], largest: f64, temperature: f64, weights: &mut [f64], sums: &mut [f64]) {
+fn weigh_body(logits: &[f32], largest: f64, inverse: f64, weights: &mut [f64], sums: &mut [f64]) {
     for ((logits, weights), sum) in logits.chunks(RUN).zip(weights.chunks_mut(RUN)).zip(sums) {
+        for (weight, logit) in weights.iter_mut().zip(logits) {
+            *weight = exp((f64::from(*logit) - largest) * inverse);
+        }
         let mut lanes = [0.0; LANES];
-        let (whole, rest) = logits.as_chunks::<LANES>();
-        let (whole_weights, rest_weights) = weights.as_chunks_mut::<LANES>();
-        for (logits, weights) in whole.iter().zip(whole_weights) {
-            for lane in 0..LANES {
-                weights[lane] = exp((f64::from(logits[lane]) - largest) / temperature);
-                lanes[lane] += weights[lane];
-            }
+        let (whole, rest) = weights.as_chunks::<LANES>();
+        for weights in whole {
+            lanes.iter_mut().zip(weights).for_each(|(lane, weight)| *lane += weight);
         }
-        for ((logit, weight), lane) in rest.iter().zip(rest_weights).zip(&mut lanes) {
-            *weight = exp((f64::from(*logit) - largest) / temperature);
-            *lane += *weight;
-        }
+        lanes.iter_mut().zip(rest).for_each(|(lane, weight)| *lane += weight);
         *sum = lanes.into_iter().sum();
     }
 }
@@ -107,9 +103,13 @@ mod tests {
                 assert!(all.all(|other| other == first), "instruction sets differ");
                 let (weights, sums, total) = first;
                 for (weight, logit) in weights.iter().zip(logits) {
-                    let want = ((f64::from(*logit) - 3.5) / temperature).exp();
+                    let exponent = (f64::from(*logit) - 3.5) / temperature;
+                    let want = exponent.exp();
                     let error = (weight - want).abs();
-                    assert!(error <= want * 4.5e-16 || want < 4.5e-308, "{logit} {temperature}: {weight} for {want}");
+                    assert!(
+                        error <= want * (4.5e-16 - 2.3e-16 * exponent) || want < 4.5e-308,
+                        "{logit} {temperature}: {weight} for {want}"
+                    );
                 }
                 for (sum, weights) in sums.iter().zip(weights.chunks(RUN)) {
                     let want: f64 = weights.iter().sum();

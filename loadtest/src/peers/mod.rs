@@ -37,7 +37,7 @@ pub enum Group {
     Busy,
     /// A shared prefix, cold and warm.
     Prefix,
-    /// Moesaic's perplexity in each configuration that is timed.
+    /// Moesaic's perplexity in each configuration that is timed, here or by `ablation`.
     Quality,
 }
 
@@ -289,7 +289,7 @@ impl Bench<'_> {
     /// What Moesaic's timed configurations lose.
     async fn quality(&mut self) {
         let Some(engine) = self.engines.iter().find(|engine| engine.kind == Kind::Moesaic) else { return };
-        match Quality::measure(engine).await {
+        match Quality::measure(engine, usize::from(self.args.threads)).await {
             Ok(quality) => {
                 let beyond = quality.beyond();
                 self.quality = quality;

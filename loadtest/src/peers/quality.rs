@@ -26,7 +26,7 @@ struct Row {
     perplexity: f64,
 }
 
-/// Those that were measured; none without the first.
+/// Those that were measured: all, or none.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Quality(Vec<Row>);
 
@@ -35,10 +35,11 @@ impl Quality {
     ///
     /// # Errors
     /// With the end of what it says, when it fails.
-    pub async fn measure(engine: &Engine) -> Result<Self> {
+    pub async fn measure(engine: &Engine, threads: usize) -> Result<Self> {
         let mut rows = Vec::new();
+        let threads = threads.to_string();
         for (name, flags) in CONFIGURATIONS {
-            let fixed = ["eval", "--json", "--limit", SAMPLES].into_iter();
+            let fixed = ["eval", "--json", "--limit", SAMPLES, "--threads", &threads].into_iter();
             let arguments: Vec<String> = fixed.chain(flags.split(' ')).map(str::to_owned).collect();
             let (printed, _) = output(&engine.bench_program(), &arguments, LIMIT).await.context(name)?;
             let perplexity = read(&printed).context(name)?;
@@ -65,8 +66,8 @@ impl Quality {
 
     /// The table.
     pub fn table(&self) -> Table {
-        let mut table =
-            Table::new("Perplexity of the demo model", &["Moesaic with", "perplexity", "of f32's", "target"]);
+        let title = format!("Perplexity of the demo model, {SAMPLES} samples of each set");
+        let mut table = Table::new(&title, &["Moesaic with", "perplexity", "of f32's", "target"]);
         for row in &self.0 {
             let [perplexity, ratio] = [row.perplexity, self.ratio(row)].map(|value| format!("{value:.5}"));
             table.row([row.name.to_owned(), perplexity, ratio, TARGET.to_string()]);

@@ -54,7 +54,7 @@ pub struct ModelArgs {
     /// Format of cached keys and values: f32, bf16 or int8.
     #[arg(long)]
     pub kv: Option<KvFormat>,
-    /// What products with quantized weights take on the native backend: int8 (bf16 for bf16 weights) or f32.
+    /// What products take on the native backend: int8 (for q8 and q4 weights; bf16 for bf16 ones) or f32.
     #[arg(long, value_name = "FORMAT")]
     pub activations: Option<Activations>,
     /// Threads of the maths, with --cluster of all processes together; all cores where not given.

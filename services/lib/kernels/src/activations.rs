@@ -20,8 +20,9 @@ use std::ops::Range;
 pub enum ActivationFormat {
     /// As they are; the weights are widened to f32. Slow, and as exact as the weights.
     F32,
-    /// As the processor multiplies fastest. For q8 and q4: int8, symmetric, with a scale for each group of the weights'
-    /// group length. For bf16: bf16.
+    /// Rounded. For q8 and q4: to int8, symmetric, with a scale for each group of the weights' group length, which is
+    /// several times as fast. For bf16: to bf16, which is faster where the processor multiplies pairs of it, and the same
+    /// everywhere else.
     #[default]
     Int8,
 }

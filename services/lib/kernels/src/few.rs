@@ -1,7 +1,7 @@
-//! A few rows of int8 or bf16, which are bound by the memory: it is read in long runs of panels, several of them at once
-//! where that is faster (see [`int8::streams`]). Bits are those of one panel after another.
-use crate::activations::{Buffer, Rows};
-use crate::gemm::{Kernels, Panel, Path, Tile};
+//! A few rows, which are bound by the memory: it is read in long runs of panels, of codes several at once where that is
+//! faster (see [`int8::streams`]). Bits are those of one panel after another.
+use crate::activations::Rows;
+use crate::gemm::{Kernels, Path, Tile};
 use crate::int8::{self, Ahead, STREAMS};
 use crate::packed::{Format, PANEL, PackedMatrix};
 use std::ops::Range;
@@ -28,7 +28,8 @@ impl Kernels {
         RUN.div_ceil(panel.max(1)).min(panels / (self.pool.threads() * 4)).max(1)
     }
 
-    /// Multiplies a few rows, row i being `x.row(index(i))`, with some panels; `put(panel, i, values)` takes the results.
+    /// Multiplies a few rows of int8, row i being `x.row(index(i))`, with some panels of codes; `put(panel, i, values)` takes
+    /// the results.
     pub(crate) fn few(
         &self,
         w: &PackedMatrix,
@@ -38,14 +39,6 @@ impl Kernels {
         index: impl Fn(usize) -> usize,
         mut put: impl FnMut(usize, usize, &[f32; PANEL]),
     ) {
-        if self.path(w.format(), rows) != Path::Codes {
-            let mut unused = Buffer::default();
-            for at in panels {
-                let panel = Panel::new(self, w, at, rows, None, &mut unused);
-                panel.for_each_tile(x, &index, |row, values| put(at, row, values));
-            }
-            return;
-        }
         let slices = x.tile(0..rows, index);
         let mut tiles: [Tile; STREAMS] = std::array::from_fn(|_| Tile::new());
         let streams = int8::streams(self.isa, w.format());

@@ -4,7 +4,8 @@
 //! two vectors of pairs, one for each row of the panel, which all rows of the tile share; `vdpbf16ps` multiplies them, the
 //! second of a pair first, and takes denormals for zeros. `widened`: the weights become f32 in registers and are
 //! multiplied by fused multiply-add, in the order of [`Number::column`]: the bits are those of the portable path, which
-//! expands the panel first.
+//! expands the panel first. Accumulation is f32; largest error against f64 of the rounded inputs: k · 2⁻²⁴ relative to
+//! Σ|x·w|. Source: Intel's manual on `vdpbf16ps`.
 use crate::bf16::{Number, multiply};
 use crate::gemm::Tile;
 use crate::packed::PANEL;

@@ -115,7 +115,8 @@ pub(crate) struct Part<'a> {
 }
 
 impl Kernels {
-    /// Kernels on `threads` threads with the best instruction set; products with q8 and q4 take int8 activations.
+    /// Kernels on `threads` threads with the best instruction set; products with q8 and q4 take int8 activations, those with
+    /// bf16 bf16 ones.
     pub fn new(threads: usize) -> Self {
         Self::with_isa(threads, Isa::best())
     }
@@ -248,7 +249,7 @@ impl Kernels {
         buffer: &mut Buffer,
         mut put: impl FnMut(usize, usize, &[f32; PANEL]),
     ) {
-        if self.is_few(w.format(), rows) {
+        if self.path(w.format(), rows) == Path::Codes && self.is_few(w.format(), rows) {
             return self.few(w, panels, x, rows, index, put);
         }
         for at in panels.clone() {

@@ -5,9 +5,9 @@
 //! The bodies are portable loops over fixed lanes with fused multiply-add, compiled once for each instruction set and
 //! chosen at run time; those written for one instruction set do the same operations in the same order (or exact ones of
 //! integers in any), so that all instruction sets agree to the bit. Two exceptions: with `avx512-bf16` products of bf16
-//! numbers take denormals for zeros (bf16 weights, and attention over bf16 and int8 keys and values); and which of its bit
-//! patterns a NaN has. That a row does not see the others holds in attention for finite keys and values (`attention` says what else
-//! may happen).
+//! numbers take denormals for zeros (bf16 weights, and attention over bf16 and int8 keys and values); and which of its
+//! bit patterns a NaN has. That a row does not see the others holds in attention for finite keys and values (`attention`
+//! says what else may happen).
 #![allow(unsafe_code)]
 
 mod activation;

@@ -23,8 +23,8 @@ pub struct ModelConfig {
     pub weights: Option<WeightFormat>,
     /// Cached keys and values: f32, bf16 or int8.
     pub kv: KvFormat,
-    /// What products with quantized weights take on the native backend: int8 (activations rounded in the weights' groups;
-    /// to bf16 for bf16 weights) or f32 (exact and several times as slow).
+    /// What products take on the native backend: int8 (rounded in the groups of q8 and q4 weights, to bf16 for bf16
+    /// weights) or f32 (exact, and several times as slow with q8 and q4).
     pub activations: Activations,
     /// Threads of the maths; 0: all cores.
     pub threads: usize,

@@ -1,4 +1,5 @@
-//! Generating a token allocates no memory once a model's buffers have grown, whatever its attention and its experts.
+//! Generating a token allocates no memory once the buffers of a model with all its layers and experts here have grown,
+//! whatever its attention.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 use moesaic_model::backend::BackendKind;
 use moesaic_model::decoder::{LoadOptions, load};

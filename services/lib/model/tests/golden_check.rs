@@ -97,15 +97,15 @@ fn run_rounded(
     plain: Replaced,
     unrounded: Replaced,
 ) -> Result<Report> {
-    let open = |variant| {
-        let replaced = match variant {
-            Variant::Judged | Variant::Exact => judged,
-            Variant::Plain => plain,
-            Variant::Unrounded => unrounded,
-        };
-        Ok::<Box<dyn Runner>, Error>(Box::new(fake(replaced)))
-    };
-    check_rounded(golden, weights, open)
+    run_variants(golden, weights, |variant| match variant {
+        Variant::Judged | Variant::Exact => judged,
+        Variant::Plain => plain,
+        Variant::Unrounded => unrounded,
+    })
+}
+
+fn run_variants(golden: &Golden, weights: WeightFormat, of: impl Fn(Variant) -> Replaced) -> Result<Report> {
+    check_rounded(golden, weights, |variant| Ok::<Box<dyn Runner>, Error>(Box::new(fake(of(variant)))))
 }
 
 #[test]
@@ -132,6 +132,25 @@ fn a_difference_beyond_the_tolerance_does_not_pass() {
 }
 
 const ROUNDED: [WeightFormat; 3] = [WeightFormat::Bf16, WeightFormat::Q8, WeightFormat::Q4 { group: 32 }];
+
+#[test]
+fn rounded_activations_may_move_the_outputs_as_far_as_is_usual() {
+    for (weights, passes) in ROUNDED.into_iter().zip([0.5, 1.0, 1.0]) {
+        // beyond the tolerance, with activations as they are within it
+        let judged_by = |by: f32| {
+            let of = |variant| (variant == Variant::Judged).then_some((2, 3, by));
+            run_variants(&golden(), weights, of).unwrap()
+        };
+        let near = judged_by(passes);
+        assert!(near.passed && near.plain_kl.unwrap() > 1e-4, "{weights}: {near}");
+        let far = judged_by(8.0);
+        assert!(!far.passed && far.plain_kl.unwrap() > 0.25, "{weights}: {far}");
+        if weights == WeightFormat::Bf16 {
+            let far_for_bf16 = judged_by(1.2);
+            assert!(!far_for_bf16.passed && far_for_bf16.plain_kl.unwrap() < 0.25, "{far_for_bf16}");
+        }
+    }
+}
 
 #[test]
 fn rounded_weights_must_answer_as_plain_arithmetic_does() {

@@ -184,7 +184,8 @@ fn another_models_reference_does_not_pass_however_far_the_format_rounds() {
     for name in ["olmoe", "gpt_oss"] {
         for format in FORMATS {
             let report = check(&path, &reference(name).1, BackendKind::Native, format);
-            assert!(!report.passed && report.unrounded_passed == Some(false), "{name} in {format}: {report}");
+            // where the rounded activations are far off already, the unrounded weights are not asked
+            assert!(!report.passed && report.unrounded_passed != Some(true), "{name} in {format}: {report}");
         }
     }
 }

@@ -121,9 +121,10 @@ impl Kernels {
         let row_of = |row: usize| tokens.map_or(row, |tokens| tokens[group.first + row] as usize);
         let panels = part.first as usize..(part.first + part.panels) as usize;
         let columns = panels.start * PANEL..(panels.end * PANEL).min(inter);
-        let run = |matrix: &PackedMatrix, bias: &Option<Vec<f32>>, out: &mut [f32]| {
+        let mut run = |matrix: &PackedMatrix, bias: &Option<Vec<f32>>, out: &mut [f32]| {
             let x = inputs.of(Form::new(self.activations, matrix.format()));
-            self.few(matrix, panels.clone(), &x, group.rows, row_of, |panel, row, values| {
+            let buffer = &mut scratch.block;
+            self.multiply_panels(matrix, panels.clone(), &x, group.rows, row_of, None, buffer, |panel, row, values| {
                 let first = panel * PANEL;
                 let here = PANEL.min(columns.end - first);
                 let out = &mut out[row * columns.len() + first - columns.start..][..here];

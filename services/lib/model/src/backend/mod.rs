@@ -60,7 +60,8 @@ impl std::str::FromStr for BackendKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Activations {
-    /// Rounded to int8 in the weights' groups, as llama.cpp does, and to bf16 for bf16 weights: several times as fast.
+    /// Rounded: for q8 and q4 weights to int8 in their groups, as llama.cpp does, which is several times as fast; for bf16
+    /// weights to bf16, which is faster where the CPU multiplies pairs of it, and gives the same bits everywhere else.
     #[default]
     Int8,
     /// As they are.

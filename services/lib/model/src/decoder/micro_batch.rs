@@ -40,7 +40,7 @@ impl<B: Backend> MicroBatch<'_, B> {
         self.sequences.clear();
         self.rotations.clear();
         self.wanted.clear();
-        // the list is collected where it is
+        // std collects in place where layouts agree; `tests/allocations.rs` holds it to that
         let sequences = self.sequences.into_iter().map(|_| unreachable!("it is empty")).collect();
         let (rotations, wanted, routing) = (self.rotations, self.wanted, self.routing);
         MicroBatch { rows: 0, sequences, rotations, wanted, routing, stream: Stream::Taken }

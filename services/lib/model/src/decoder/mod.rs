@@ -223,14 +223,18 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// All layers are here: micro-batches are at the same layer, so that their experts and attention overlap.
-    fn run_layers(&mut self, micro_batches: &mut [MicroBatch<'_, B>], logits: &mut Vec<f32>) -> Result<()> {
+    fn run_layers<'a, M>(&mut self, mut micro_batches: M, logits: &mut Vec<f32>) -> Result<()>
+    where
+        M: AsMut<[MicroBatch<'a, B>]> + IntoIterator<Item = MicroBatch<'a, B>>,
+        B: 'a,
+    {
         self.stack.laps.end(StepPart::Embed);
-        let mut record = self.record_routing.then_some(&mut self.routing);
-        self.stack.run(micro_batches, record.as_deref_mut())?;
-        if micro_batches.iter().any(|micro_batch| !micro_batch.wanted.is_empty()) {
+        let all = micro_batches.as_mut();
+        self.stack.run(all, self.record_routing.then_some(&mut self.routing))?;
+        if all.iter().any(|micro_batch| !micro_batch.wanted.is_empty()) {
             self.stack.backend.expect(&self.output);
         }
-        for micro_batch in micro_batches {
+        for mut micro_batch in micro_batches {
             let Stack { backend, laps, .. } = &mut self.stack;
             let record = self.record_routing.then_some(&mut self.routing);
             let x = micro_batch.end(backend, record, laps)?;
@@ -239,8 +243,9 @@ impl<B: Backend> Decoder<B> {
                 count if count == micro_batch.rows => self.project(&x, logits)?,
                 _ => self.project(&self.backend().rows(&x, &micro_batch.wanted)?, logits)?,
             }
+            self.stack.laps.end(StepPart::Head);
+            self.stack.keep(micro_batch);
         }
-        self.stack.laps.end(StepPart::Head);
         Ok(())
     }
 
@@ -347,17 +352,13 @@ impl<B: Backend> Runner for Decoder<B> {
         match &self.later {
             None => match self.stack.pool.micro_batches(rows) {
                 0 | 1 => {
-                    let mut whole = [self.embed(batch)?];
-                    self.run_layers(&mut whole, logits)?;
-                    whole.into_iter().for_each(|micro_batch| self.stack.keep(micro_batch));
-                    Ok(())
+                    let whole = [self.embed(batch)?];
+                    self.run_layers(whole, logits)
                 }
                 count => {
                     let parts = micro_batch::cut(batch, count);
-                    let mut parts = parts.iter().map(|part| self.embed(part)).collect::<Result<Vec<_>>>()?;
-                    self.run_layers(&mut parts, logits)?;
-                    parts.into_iter().for_each(|micro_batch| self.stack.keep(micro_batch));
-                    Ok(())
+                    let parts = parts.iter().map(|part| self.embed(part)).collect::<Result<Vec<_>>>()?;
+                    self.run_layers(parts, logits)
                 }
             },
             Some(later) => {

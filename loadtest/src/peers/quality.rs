@@ -60,8 +60,9 @@ impl Quality {
 
     /// Those that are beyond what is allowed.
     pub fn beyond(&self) -> Vec<&'static str> {
-        // a perplexity that is no number is beyond it too
-        self.0.iter().filter(|row| !(self.ratio(row) <= TARGET)).map(|row| row.name).collect()
+        // a perplexity that is no number is not within it
+        let is_within = |row: &&Row| self.ratio(row) <= TARGET;
+        self.0.iter().filter(|row| !is_within(row)).map(|row| row.name).collect()
     }
 
     /// The table.

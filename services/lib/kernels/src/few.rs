@@ -13,12 +13,8 @@ const RUN: usize = 48 << 10;
 impl Kernels {
     /// Whether so many rows are one tile's, and multiplied with the weights as they lie in memory.
     pub(crate) fn is_few(&self, format: Format, rows: usize) -> bool {
-        match self.path(format, rows) {
-            Path::Codes => rows <= int8::rows_at_most(self.isa, format),
-            Path::Lines => false,
-            #[cfg(target_arch = "x86_64")]
-            Path::Pairs | Path::Widened => rows <= crate::gemm::TILE,
-        }
+        let path = self.path(format, rows);
+        path != Path::Lines && rows <= path.most(self.isa, format)
     }
 
     /// Panels of a matrix that a task takes at least, where all tasks of a region have `panels` of them.

@@ -249,7 +249,8 @@ impl Kernels {
         buffer: &mut Buffer,
         mut put: impl FnMut(usize, usize, &[f32; PANEL]),
     ) {
-        if self.path(w.format(), rows) == Path::Codes && self.is_few(w.format(), rows) {
+        let path = self.path(w.format(), rows);
+        if path == Path::Codes && rows <= path.most(self.isa, w.format()) {
             return self.few(w, panels, x, rows, index, put);
         }
         for at in panels.clone() {
@@ -314,6 +315,13 @@ pub(crate) enum Path {
     Lines,
 }
 
+impl Path {
+    /// The most rows that one tile takes.
+    pub(crate) fn most(self, isa: Isa, format: Format) -> usize {
+        if self == Self::Codes { int8::rows_at_most(isa, format) } else { TILE }
+    }
+}
+
 impl Kernels {
     /// How weights come into a product with so many rows.
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables, reason = "there is one path for any number"))]
@@ -358,7 +366,7 @@ impl<'a> Panel<'a> {
 
     /// The most rows that one tile takes.
     pub(crate) fn most(&self) -> usize {
-        if self.path == Path::Codes { int8::rows_at_most(self.isa, self.format) } else { TILE }
+        self.path.most(self.isa, self.format)
     }
 
     /// What pass `pass` of `passes` over this panel asks for: its part of the next panel. Where there is one pass only,

@@ -184,8 +184,10 @@ fn another_models_reference_does_not_pass_however_far_the_format_rounds() {
     for name in ["olmoe", "gpt_oss"] {
         for format in FORMATS {
             let report = check(&path, &reference(name).1, BackendKind::Native, format);
-            // where the rounded activations are far off already, the unrounded weights are not asked
-            assert!(!report.passed && report.unrounded_passed != Some(true), "{name} in {format}: {report}");
+            // where activations in bf16 are too far off already, the unrounded weights are not asked
+            let is_unasked = format == WeightFormat::Bf16 && report.unrounded_passed.is_none();
+            assert!(!report.passed, "{name} in {format}: {report}");
+            assert!(is_unasked || report.unrounded_passed == Some(false), "{name} in {format}: {report}");
         }
     }
 }
